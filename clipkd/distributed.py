@@ -1,0 +1,88 @@
+"""The only calls to torch.distributed. On one process every collective is the identity."""
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def join_processes() -> PartialState:
+    """Connect the processes that a launcher started; on one process this only finds the device.
+
+    PartialState alone overlooks ACCELERATE_USE_CPU, by which Accelerator connects CPU processes: each of them would then
+    take itself for the only one.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if is_initialized() else 0
+
+
+def barrier() -> None:
+    if is_initialized():
+        dist.barrier()
+
+
+class _GatherRows(torch.autograd.Function):
+    """All-gather whose backward adds up what every process's loss says about this process's rows."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:  # type: ignore[override]
+        return gather_constant(rows)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        # all_reduce and slice, not reduce_scatter: gloo on CPU lacks the latter.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may share it with others
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[rank()]
+
+
+def gather(rows: Float[Tensor, "b d"]) -> Float[Tensor, "B d"]:
+    """Rows of all processes in rank order, with the exact gradient.
+
+    Each process takes the mean loss over its own queries and DDP averages over processes: then parameters get the
+    gradient of the mean over all queries, as on one process. Every process must bring the same number of rows.
+    """
+    return rows if world_size() == 1 else _GatherRows.apply(rows)  # type: ignore[return-value]
+
+
+def gather_constant(rows: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "B *rest"]:
+    """Rows of all processes in rank order, without gradient."""
+    if world_size() == 1:
+        return rows.detach()
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.detach().contiguous())
+    return torch.cat(parts)
+
+
+def gather_objects(value: T) -> list[T]:
+    """One Python value per process, in rank order."""
+    if world_size() == 1:
+        return [value]
+    values: list = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def mean(values: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """Elementwise mean over processes, without gradient."""
+    values = values.detach().clone()
+    if is_initialized():
+        dist.all_reduce(values)
+    return values / world_size()
