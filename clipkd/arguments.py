@@ -1,0 +1,105 @@
+"""Command-line arguments and YAML → the dataclasses of each command, with errors that say what to do."""
+
+import dataclasses
+import difflib
+import itertools
+import re
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import jsonargparse
+import yaml
+
+from clipkd.config import TrainConfig
+
+C = TypeVar("C")
+
+# The docstring under each field is its help.
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """jsonargparse with errors of one line, which name the nearest known option."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message = " ".join(message.split())
+        options = {option.removeprefix("--") for option in self._option_string_actions if option.startswith("--")}
+        for word in re.findall(r"[\w.]*\w", message):
+            if (
+                ("accept" in message or "unrecognized" in message)
+                and word not in options
+                and (near := nearest_option(word, options))
+            ):
+                message += f"; did you mean {near!r}?"
+                break
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def nearest_option(word: str, options: set[str]) -> str | None:
+    """The option meant by a mistyped one, which a message may give in full or from its group on."""
+    tails = {option.split(".", 1)[1]: option for option in options if "." in option}
+    tails |= {option: option for option in options}
+    near = difflib.get_close_matches(word, tails, n=1, cutoff=0.75)
+    return tails[near[0]] if near else None
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    """Arguments of `clipkd train`: --config FILE (stackable), then dotted overrides.
+
+    Exits with one line and status 2 where they are wrong.
+    """
+    return parse_into(TrainConfig, arguments, "train", "Train a student, with or without a teacher.")
+
+
+def parse_into(
+    kind: type[C], arguments: list[str], command: str, description: str, *, positional: dict[str, str] | None = None
+) -> C:
+    """Arguments of one command → its dataclass, whose fields and docstrings are the options and their help.
+
+    positional: fields that are given in order, without their names → their help.
+    """
+    parser = Parser(prog=f"clipkd {command}", description=description, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML of differences from the defaults; several are stacked.")
+    for name, text in (positional or {}).items():
+        parser.add_argument(name, type=str, help=text)
+    parser.add_class_arguments(kind, as_group=False, skip=set(positional or {}))
+    for flag, path in itertools.pairwise(arguments):
+        if flag == "--config" and Path(path).is_file():
+            check_yaml(Path(path), parser)
+    namespace = parser.parse_args(spell_out_flags(kind, arguments))
+    try:
+        values = vars(parser.instantiate(namespace))
+        return kind(**{name: value for name, value in values.items() if name != "config"})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def spell_out_flags(kind: type, arguments: list[str]) -> list[str]:
+    """--quick → --quick true, for the fields of a command that are true or false."""
+    flags = {f"--{field.name}" for field in dataclasses.fields(kind) if field.type is bool}
+    spelled: list[str] = []
+    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
+        spelled.append(argument)
+        if argument in flags and following not in ("true", "false"):
+            spelled.append("true")
+    return spelled
+
+
+def check_yaml(path: Path, parser: Parser) -> None:
+    """jsonargparse's errors do not name the file."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"{path} is not YAML: {error}")
+    if not isinstance(content, dict):
+        parser.error(f"{path} holds no options; write lines such as 'steps: 1000'")
+
+
+def recipe(name: str) -> Path:
+    """A recipe of configs/ by name: in an installed wheel it lies beside this file, in a clone at the top."""
+    here = Path(__file__).parent
+    for path in (here / "configs" / f"{name}.yaml", here.parent / "configs" / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = sorted(p.stem for folder in (here, here.parent) for p in (folder / "configs").glob("*.yaml"))
+    raise ValueError(f"no recipe {name!r}; there are {known}")

@@ -1,0 +1,155 @@
+"""Checkpoints: whole or absent, versioned, safetensors and JSON only, so that loading one never runs code from it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+FORMAT_VERSION = 1
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:06d}"
+
+
+def save(
+    run: Path, step: int, *, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer, state: dict
+) -> Path:
+    """Write RUN/checkpoints/step_N under a temporary name, then rename it. Call on one process only.
+
+    model.safetensors holds everything trainable, ema.safetensors the averaged student, optimizer.safetensors AdamW's
+    moments by parameter name, state.json the rest.
+    """
+    folder = checkpoint_folder(run, step)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write_tensors(temporary / "model.safetensors", model.state_dict())
+    if ema is not None:
+        write_tensors(temporary / "ema.safetensors", ema.state_dict())
+    write_tensors(temporary / "optimizer.safetensors", optimizer_tensors(model, optimizer))
+    text = json.dumps({"format_version": FORMAT_VERSION, "step": step, **state}, indent=1)
+    (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
+    for path in (*temporary.iterdir(), temporary):
+        sync(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    sync(folder.parent)
+    return folder
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the newest checkpoints and what a kill left half written or half deleted.
+
+    Call after the new one is complete.
+    """
+    for folder in whole_checkpoints(run)[:-keep]:
+        folder.rename(folder.with_name(folder.name + ".tmp"))  # half deleted, it must not look whole
+    for leftover in (run / "checkpoints").glob("step_*.tmp"):
+        shutil.rmtree(leftover)
+
+
+def whole_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    folders = [path for path in (run / "checkpoints").glob("step_*") if path.name[5:].isdecimal()]
+    return sorted((path for path in folders if (path / "state.json").is_file()), key=lambda path: int(path.name[5:]))
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is a run folder or a checkpoint in one."""
+    return (path / "state.json").is_file() or bool(whole_checkpoints(path))
+
+
+def resolve(path: Path) -> Path:
+    """A run folder → its newest checkpoint; a checkpoint folder → itself.
+
+    Raises: ValueError if it is neither.
+    """
+    if (path / "state.json").is_file():
+        return path
+    if checkpoints := whole_checkpoints(path):
+        return checkpoints[-1]
+    raise ValueError(f"{path} holds no whole checkpoint (step_N with a state.json); name a run folder or a checkpoint")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Raises: ValueError if state.json is damaged or of another format version."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        version = state["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'state.json'} is damaged ({error}); use an earlier checkpoint") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has checkpoint format {version}, this clipkd reads {FORMAT_VERSION}; use the clipkd that wrote it"
+        )
+    return state
+
+
+def restore(
+    folder: Path, *, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Load a checkpoint into freshly built objects; returns its state.json.
+
+    Raises: ValueError if a file is damaged or was written for another model.
+    """
+    state = read_state(folder)
+    load_into(model, folder / "model.safetensors")
+    if ema is not None:
+        load_into(ema, folder / "ema.safetensors")
+    load_optimizer(model, optimizer, read_tensors(folder / "optimizer.safetensors"))
+    return state
+
+
+def load_into(module: nn.Module, path: Path, prefix: str = "") -> None:
+    """Load a weight file, or the part of it under a prefix, strictly."""
+    tensors = {name.removeprefix(prefix): t for name, t in read_tensors(path).items() if name.startswith(prefix)}
+    try:
+        module.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} was written for another model: {' '.join(str(error).split())[:300]}") from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    # Cloned, since safetensors refuses tensors that share memory (tied weights).
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+    path.chmod(0o644)  # safetensors makes files that only their owner can read
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}); use an earlier checkpoint") from error
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for path, value in tensors.items():
+        name, key = path.rsplit("/", 1)
+        if name not in parameters:
+            raise ValueError(f"the checkpoint's optimizer knows a parameter {name!r} that this model lacks")
+        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to disk: a rename must not overtake the content it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,300 @@
+"""The only door to open_clip and transformers: a name or a folder → Encoder, with its own weights and preprocessing."""
+
+import difflib
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor, nn
+
+from clipkd import checkpoint, students
+from clipkd.config import StudentConfig
+from clipkd.views import Features, View, ViewSpec
+
+RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as transformers' image processors give them
+
+
+class Encoder(nn.Module):
+    """Any CLIP, seen alike: two towers into one space, a logit scale, and the preprocessing that belongs to its weights."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        image_tower: Callable[[Any, Tensor], Tensor],
+        text_tower: Callable[[Any, Tensor], Tensor],
+        preprocess_config: dict[str, Any],
+        tokenize: Callable[[list[str]], Int[Tensor, "b t"]],
+        tokenizer_name: str,
+        dim: int,
+        model_config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.name, self.dim = model, name, dim
+        self.image_tower, self.text_tower = image_tower, text_tower
+        self.preprocess_config, self.model_config = preprocess_config, model_config
+        """open_clip's preprocess_cfg, and its model_cfg where the model is one of open_clip's."""
+        size = preprocess_config["size"]
+        self.spec = ViewSpec(
+            size=(size, size) if isinstance(size, int) else tuple(size),
+            mean=tuple(preprocess_config["mean"]),
+            std=tuple(preprocess_config["std"]),
+            interpolation=preprocess_config["interpolation"],
+            tokenize=tokenize,
+            tokenizer_name=tokenizer_name,
+        )
+        transform = image_transform_v2(PreprocessCfg(**preprocess_config), is_train=False)
+        self.preprocess = cast("Callable[[Any], Tensor]", transform)
+        """PIL image → [3, h, w], the deterministic transform of evaluation."""
+
+    @property
+    def logit_scale(self) -> Float[Tensor, ""]:
+        """Multiplier of the cosines: 1 / temperature."""
+        return self.model.logit_scale.exp().float()  # type: ignore[union-attr, operator, return-value]
+
+    def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        return F.normalize(self.image_tower(self.model, images).float(), dim=-1)
+
+    def encode_text(self, texts: Int[Tensor, "b t"]) -> Float[Tensor, "b d"]:
+        return F.normalize(self.text_tower(self.model, texts).float(), dim=-1)
+
+    def features(self, view: View) -> Features:
+        return Features(self.encode_image(view.images), self.encode_text(view.texts), self.logit_scale)
+
+    def weights_sha256(self) -> str:
+        """What a result says of the weights it was measured with, and a checkpoint of its frozen teacher."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def create_student(config: StudentConfig) -> Encoder:
+    """A student by name, freshly initialised from torch's random state unless `pretrained` says otherwise.
+
+    Raises: ValueError for an unknown name or tag, or weights that want another activation.
+    """
+    name, model_config = find_architecture(config.model, option="student.model: ")
+    return build_open_clip(name, model_config, pretrained=config.pretrained, option="student.pretrained")
+
+
+def load(model: str, *, pretrained: str | None = None, ema: bool = False) -> Encoder:
+    """A model with its trained weights, on the CPU, in eval mode.
+
+    model: an open_clip name with `pretrained` (tag or file), local-dir:FOLDER, hf-hub:REPO, a transformers CLIPModel
+    folder, an open_clip folder (such as clipkd exports), a run folder or a checkpoint of one (`ema` picks its average).
+    Raises: ValueError if it is unknown, lacks weights, tokenizer or preprocessing, or would run with another activation.
+    """
+    folder = Path(model.removeprefix("local-dir:"))
+    if ema and not (folder.is_dir() and checkpoint.is_run(folder)):
+        raise ValueError(f"{model} is no run or checkpoint of clipkd, so it has no moving average; ask for its weights")
+    if model.startswith("local-dir:") or folder.is_dir():
+        if pretrained:
+            raise ValueError(f"{model} carries its own weights; leave pretrained={pretrained!r} out")
+        encoder = load_folder(folder, ema=ema)
+    elif model.startswith("hf-hub:"):
+        encoder = load_open_clip(model)
+    else:
+        name, model_config = find_architecture(model)
+        if pretrained is None:
+            tags = list_pretrained_tags_by_model(name)
+            raise ValueError(f"{model} alone has random weights; name its weights as well, one of {tags} or a file")
+        encoder = build_open_clip(name, model_config, pretrained=pretrained, option="pretrained")
+    return encoder.eval()
+
+
+def load_folder(folder: Path, *, ema: bool) -> Encoder:
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}")
+    if checkpoint.is_run(folder):
+        return load_checkpoint(checkpoint.resolve(folder), ema=ema)
+    if (folder / "open_clip_config.json").is_file():
+        return load_open_clip(f"local-dir:{folder}")
+    if (folder / "config.json").is_file():
+        return load_transformers(folder)
+    raise ValueError(
+        f"{folder} is no model that clipkd knows: no open_clip_config.json (open_clip), config.json (transformers) "
+        "or checkpoints (a run)"
+    )
+
+
+def load_checkpoint(folder: Path, *, ema: bool) -> Encoder:
+    """The student of a training checkpoint, or its moving average."""
+    state = checkpoint.read_state(folder)
+    student = state["identity"]["student"]
+    encoder = build_open_clip(student["name"], student["model_cfg"], preprocess_config=student["preprocess_cfg"])
+    if ema and not (folder / "ema.safetensors").is_file():
+        raise ValueError(f"{folder} keeps no moving average; it was trained with optim.ema_momentum 0")
+    path, prefix = ("ema.safetensors", "") if ema else ("model.safetensors", "student.")
+    checkpoint.load_into(encoder, folder / path, prefix)
+    return encoder
+
+
+def build_open_clip(
+    name: str,
+    model_config: dict[str, Any],
+    *,
+    pretrained: str | None = None,
+    option: str = "",
+    preprocess_config: dict[str, Any] | None = None,
+) -> Encoder:
+    """An open_clip model from its config dictionary, initialised at random or from a tag or file of weights."""
+    if pretrained is not None:
+        check_weights(name, model_config, pretrained, option)
+    with tempfile.TemporaryDirectory() as folder:
+        # open_clip takes configs by name only, and an own config must not replace a known one of the same name.
+        registered = name if open_clip.get_model_config(name) == model_config else f"clipkd-{name}"
+        if registered != name:
+            path = Path(folder) / f"{registered}.json"
+            path.write_text(json.dumps(model_config), encoding="utf-8")
+            open_clip.add_model_config(path)
+        try:
+            model = open_clip.create_model(
+                model_name=registered,
+                pretrained=pretrained,
+                force_preprocess_cfg=preprocess_config,
+                pretrained_text=False,
+                require_pretrained=pretrained is not None,
+            )
+            tokenizer = open_clip.get_tokenizer(model_name=registered)
+        except (RuntimeError, OSError, TypeError, KeyError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:300] or "the weights are of another architecture"
+            raise ValueError(f"open_clip cannot make {name!r} with weights {pretrained!r}: {reason}") from error
+    return wrap_open_clip(model, tokenizer, name=name, model_config=model_config)
+
+
+def load_open_clip(model: str) -> Encoder:
+    """local-dir:FOLDER or hf-hub:REPO. Without weights open_clip warns and goes on with random ones; here that is an error."""
+    try:
+        network = open_clip.create_model(model_name=model, require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(model_name=model)
+    except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"open_clip cannot load {model}: {error}") from error
+    model_config = None
+    if model.startswith("local-dir:"):
+        config = json.loads((Path(model.removeprefix("local-dir:")) / "open_clip_config.json").read_text())
+        model_config = config["model_cfg"]
+    return wrap_open_clip(network, tokenizer, name=model, model_config=model_config)
+
+
+def wrap_open_clip(model: Any, tokenizer: Any, *, name: str, model_config: dict[str, Any] | None) -> Encoder:
+    with torch.no_grad():
+        dim = model.encode_text(tokenizer(["a"])).shape[-1]
+    return Encoder(
+        model,
+        name=name,
+        image_tower=lambda clip, images: clip.encode_image(images),
+        text_tower=lambda clip, texts: clip.encode_text(texts),
+        preprocess_config=deepcopy(open_clip.get_model_preprocess_cfg(model)),
+        tokenize=tokenizer,
+        tokenizer_name=tokenizer_name(tokenizer),
+        dim=dim,
+        model_config=deepcopy(model_config),
+    )
+
+
+def tokenizer_name(tokenizer: Any) -> str:
+    if isinstance(tokenizer, open_clip.SimpleTokenizer):
+        return f"CLIP BPE, {tokenizer.context_length} tokens"
+    return f"{type(tokenizer).__name__} {id(tokenizer)}"  # never taken for another's
+
+
+class TransformersTokenize:
+    """A transformers tokenizer called like open_clip's; a class, so that loader processes can be sent it."""
+
+    def __init__(self, tokenizer: Any, context_length: int) -> None:
+        self.tokenizer, self.context_length = tokenizer, context_length
+
+    def __call__(self, texts: list[str]) -> Int[Tensor, "b t"]:
+        length = {"padding": "max_length", "truncation": True, "max_length": self.context_length}
+        return self.tokenizer(texts, **length, return_tensors="pt")["input_ids"]
+
+
+def load_transformers(folder: Path) -> Encoder:
+    """A transformers CLIPModel folder with its tokenizer and image processor (save_pretrained of all three)."""
+    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") != "clip":
+        raise ValueError(f"{folder} holds a {config.get('model_type')!r} model; clipkd reads transformers' CLIPModel")
+    try:
+        loaded: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        processor = CLIPImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
+    model, report = loaded
+    if report["missing_keys"]:
+        raise ValueError(f"{folder}: its weight file lacks {sorted(report['missing_keys'])[:3]} and others")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise ValueError(f"{folder} has no tokenizer (tokenizer.json or vocab.json); transformers would invent one")
+    if int(processor.resample) not in RESAMPLING:
+        raise ValueError(f"{folder}: its image processor resizes by method {processor.resample}; known: {RESAMPLING}")
+    return Encoder(
+        model,
+        name=str(folder),
+        image_tower=lambda clip, images: clip.get_image_features(pixel_values=images).pooler_output,
+        # No attention mask: attention is causal, and the pooled token stands before the padding.
+        text_tower=lambda clip, texts: clip.get_text_features(input_ids=texts).pooler_output,
+        preprocess_config=asdict(
+            PreprocessCfg(
+                size=model.config.vision_config.image_size,
+                mean=tuple(processor.image_mean),
+                std=tuple(processor.image_std),
+                interpolation=RESAMPLING[int(processor.resample)],
+            )
+        ),
+        tokenize=TransformersTokenize(tokenizer, model.config.text_config.max_position_embeddings),
+        tokenizer_name=f"transformers {folder.resolve()}",
+        dim=model.config.projection_dim,
+    )
+
+
+def check_weights(name: str, model_config: dict[str, Any], pretrained: str, option: str) -> None:
+    """Raises: ValueError for an unknown tag, or a tag whose weights were trained with the other activation."""
+    tag = get_pretrained_cfg(name, pretrained)
+    if not tag:
+        if Path(pretrained).is_file():
+            return
+        tags = list_pretrained_tags_by_model(name)
+        raise ValueError(f"{option}: {name} has no weights {pretrained!r}, and no such file exists; tags: {tags}")
+    wanted, configured = tag.get("quick_gelu", False), model_config.get("quick_gelu", False)
+    other = f"{name}-quickgelu" if wanted else name.removesuffix("-quickgelu")
+    if wanted != configured and other != name:
+        raise ValueError(
+            f"{name} with weights {pretrained!r}: they were trained with {'QuickGELU' if wanted else 'GELU'}, the config "
+            f"says {'QuickGELU' if configured else 'GELU'}; use the model {other!r} (4 points of top-1 otherwise)"
+        )
+
+
+def find_architecture(model: str, *, option: str = "") -> tuple[str, dict[str, Any]]:
+    """Name and open_clip config of one of our students, of a JSON file or of an open_clip model.
+
+    Raises: ValueError with the nearest known names if there is none.
+    """
+    if found := students.find_student_config(model):
+        return found
+    name = model.replace("/", "-")
+    if model_config := open_clip.get_model_config(name):
+        return name, model_config
+    near = difflib.get_close_matches(model, {*open_clip.list_models(), *students.student_names()}, n=3)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see open_clip.list_models()"
+    raise ValueError(f"{option}no model {model!r}, and no such folder; {hint}")
+
+
+def imagenet_prompts() -> tuple[list[str], list[str]]:
+    """OpenAI's curated names of the 1,000 classes, in order of synset id, and the 80 templates with placeholder {c}."""
+    return list(open_clip.IMAGENET_CLASSNAMES), [template("{c}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]

@@ -1,0 +1,100 @@
+"""Progress bars on a terminal, plain lines elsewhere; and where the time went."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+console = Console(stderr=True, highlight=False)
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Bar:
+    """One task of known length. Use as a context manager; `advance` after each unit of work."""
+
+    def __init__(self, title: str, total: int, *, done: int = 0, visible: bool = True) -> None:
+        self.title, self.total, self.done, self.visible = title, total, done, visible
+        self.live = visible and console.is_terminal
+        self.note = ""
+        self.last_line = time.monotonic()
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not self.live,
+        )
+        self.task = self.progress.add_task(title, total=total, completed=done, note="")
+
+    def __enter__(self) -> "Bar":
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def advance(self) -> None:
+        self.done += 1
+        self.progress.update(self.task, advance=1, note=self.note)
+        now = time.monotonic()
+        if self.visible and not self.live and (self.done == self.total or now - self.last_line > SECONDS_BETWEEN_LINES):
+            print(f"{self.title} {self.done}/{self.total} {self.note}".rstrip(), file=sys.stderr, flush=True)
+            self.last_line = now
+
+
+def track(items: Iterable[T], title: str, total: int, *, visible: bool = True) -> Iterator[T]:
+    with Bar(title, total, visible=visible) as bar:
+        for item in items:
+            yield item
+            bar.advance()
+
+
+class Stopwatch:
+    """Training time, with evaluation and checkpoints taken out, and the share of it spent waiting for data."""
+
+    def __init__(self, seconds: float) -> None:
+        self.before, self.started, self.excluded = seconds, time.perf_counter(), 0.0
+        self.window_seconds, self.window_images, self.window_wait = seconds, 0, 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.started - self.excluded
+
+    def count(self, images: int) -> None:
+        self.window_images += images
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.window_wait += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.excluded += time.perf_counter() - start
+
+    def take_window(self) -> dict[str, float]:
+        """Rates since the last call."""
+        seconds = self.seconds
+        elapsed = max(seconds - self.window_seconds, 1e-9)
+        rates = {
+            "images_per_second": self.window_images / elapsed,
+            "data_wait": self.window_wait / elapsed,
+            "seconds": seconds,
+        }
+        self.window_seconds, self.window_images, self.window_wait = seconds, 0, 0.0
+        return rates

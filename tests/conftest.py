@@ -1,0 +1,48 @@
+"""Shapes in annotations are checked while the tests run, and what several files share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+
+# Before clipkd is imported: a wrong shape or dtype then fails where it arises, not three functions later.
+jaxtyping.install_import_hook(["clipkd.losses", "clipkd.zeroshot", "clipkd.distill"], "beartype.beartype")
+
+# The tensors are small: on a busy machine two threads wait for each other sixty times longer than they compute.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """Without the checks above, so that a test sees the error that a user gets."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small CLIPModel with tokenizer and image processor, as transformers saves them; the tokenizer from open_clip's BPE."""
+    import open_clip
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("transformers") / "clip"
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"max_position_embeddings": 16, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config={**tower, **text, "vocab_size": 49408},
+        vision_config={**tower, "image_size": 48, "patch_size": 16},
+        projection_dim=8,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    bpe = open_clip.SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(token, token): number for token, number in bpe.encoder.items()}
+    CLIPTokenizer(vocab=vocabulary, merges=list(bpe.bpe_ranks), model_max_length=16).save_pretrained(folder)
+    CLIPImageProcessor(
+        size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}, image_mean=[0.1, 0.2, 0.3], resample=2
+    ).save_pretrained(folder)
+    return folder

@@ -1,0 +1,57 @@
+"""Images, tars and views made on the spot."""
+
+import io
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clipkd.views import ViewSpec
+
+
+def encode(image: Image.Image, format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def coordinates(width: int = 64, height: int = 48) -> Image.Image:
+    """Red grows from left to right, green from top to bottom: the colours of a crop say where it was taken."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, width).round()
+    pixels[..., 1] = np.linspace(0, 255, height).round()[:, None]
+    return Image.fromarray(pixels)
+
+
+def plain_png(red: int) -> bytes:
+    return encode(Image.new("RGB", (8, 6), (red, 0, 0)), "PNG")
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def tokenize(texts: list[str]) -> Tensor:
+    """The first four characters."""
+    return torch.tensor([[ord(letter) for letter in text.ljust(4)[:4]] for text in texts])
+
+
+def view_spec(size: int, *, mean: float = 0.0, std: float = 1.0, tokenizer_name: str = "letters") -> ViewSpec:
+    return ViewSpec(
+        size=(size, size),
+        mean=(mean,) * 3,
+        std=(std,) * 3,
+        interpolation="bilinear",
+        tokenize=tokenize,
+        tokenizer_name=tokenizer_name,
+    )
