@@ -1,0 +1,114 @@
+"""Two processes on halves of a batch against one process on the whole: gloo on CPU, in real subprocesses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_clip import OBJECTIVES, step
+from torch import Tensor
+
+from clipkd import distributed
+
+WORKER = Path(__file__).with_name("two_processes.py")
+Seen = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
+    """Tensors and facts as each of two processes saw them."""
+    folder = tmp_path_factory.mktemp("gloo")
+    logs = [(folder / f"{rank}.log").open("w+") for rank in range(2)]
+    command = [sys.executable, str(WORKER)]
+    running = [subprocess.Popen([*command, str(rank), folder], stderr=log) for rank, log in enumerate(logs)]
+    try:
+        codes = [process.wait(timeout=300) for process in running]
+    finally:
+        for process, log in zip(running, logs, strict=True):
+            process.kill()
+            process.wait()
+            log.close()
+    assert codes == [0, 0], "".join((folder / f"{rank}.log").read_text() for rank in range(2))
+    return [(load_file(folder / f"{r}.safetensors"), json.loads((folder / f"{r}.json").read_text())) for r in range(2)]
+
+
+def test_there_really_were_two_processes(processes: list[Seen]) -> None:
+    assert [(facts["world_size"], facts["rank"]) for _, facts in processes] == [(2, 0), (2, 1)]
+
+
+def test_gather_brings_all_rows_in_rank_order(processes: list[Seen]) -> None:
+    for tensors, facts in processes:
+        assert tensors["gathered"].tolist() == [[1.0], [2.0], [3.0], [4.0]]
+        assert tensors["gathered integers"].tolist() == [0, 5, 1, 5]
+        assert tensors["gathered cube"].tolist() == [[[0.0] * 3] * 2, [[1.0] * 3] * 2]
+        assert facts["objects"] == [{"rank": 0}, {"rank": 1}]
+        assert not facts["constant_requires_grad"]
+
+
+def test_gather_hands_back_what_every_process_says_of_a_row(processes: list[Seen]) -> None:
+    # Weights 1, 10, 100, 1000 on process 0 and twice that on process 1.
+    for (tensors, _), expected in zip(processes, ([[3.0], [30.0]], [[300.0], [3000.0]]), strict=True):
+        assert tensors["gradient"].tolist() == expected
+        assert tensors["gradient of a second backward"].tolist() == expected
+        assert tensors["gradient in a sum"].tolist() == expected
+
+
+def test_gather_leaves_the_gradient_of_its_neighbours_in_the_graph_alone(processes: list[Seen]) -> None:
+    for (tensors, _), factor in zip(processes, (1.0, 2.0), strict=True):
+        expected = [[factor * weight] for weight in (1.0, 10.0, 100.0, 1000.0)]
+        assert tensors["gradient of the other summand"].tolist() == expected
+
+
+def test_mean_is_the_mean_over_processes(processes: list[Seen]) -> None:
+    for tensors, _ in processes:
+        assert tensors["mean"].tolist() == [2.0, 20.0]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_two_processes_give_the_loss_and_gradients_of_one(
+    processes: list[Seen], name: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    whole = step(name, dtype)
+    halves = [
+        {key.split("/", 2)[2]: value for key, value in tensors.items() if key.startswith(f"{name}/{dtype}/")}
+        for tensors, _ in processes
+    ]
+    assert [set(half) for half in halves] == [set(whole)] * 2
+    for key, expected in whole.items():
+        if key.startswith("metric/"):
+            mean = torch.stack([half[key] for half in halves]).mean()
+            assert mean.item() == pytest.approx(expected.item(), rel=tolerance, abs=tolerance), key
+        else:
+            for half in halves:  # DDP leaves the same average on every process
+                error = (half[key] - expected).norm().item()
+                assert error <= tolerance * max(expected.norm().item(), 1e-3), f"{key}: {error}"
+    assert sum(key.startswith("gradient/") for key in whole) >= 7
+    uses_projection = name not in ("task alone", "gkl on student keys")
+    assert ("gradient/image_projection.weight" in whole) == uses_projection
+    assert ("gradient/student.model.logit_scale" in whole) == (name != "features alone")
+    assert whole["metric/loss"] > 0.1
+
+
+def test_halves_alone_have_another_loss_than_the_whole(processes: list[Seen]) -> None:
+    """Keys and row weights come from both processes: the two losses differ, only their mean is that of one process."""
+    for name in ("every term", "gkl on student keys"):
+        first, second = (tensors[f"{name}/torch.float64/metric/loss"].item() for tensors, _ in processes)
+        assert abs(first - second) > 1e-3 * first
+
+
+def test_on_one_process_every_function_is_the_identity() -> None:
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    assert (distributed.world_size(), distributed.rank()) == (1, 0)
+    assert distributed.gather(rows) is rows
+    assert distributed.gather_constant(rows).tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert not distributed.gather_constant(rows).requires_grad
+    assert distributed.gather_objects("x") == ["x"]
+    values = torch.tensor([1.0, 5.0])
+    assert distributed.mean(values).tolist() == [1.0, 5.0]
+    assert distributed.mean(values) is not values
+    distributed.barrier()

@@ -1,0 +1,67 @@
+"""One of the two processes of test_distributed.py: two_processes.py RANK FOLDER writes what it saw to FOLDER/RANK.*."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from tiny_clip import OBJECTIVES, step
+from torch import Tensor
+
+from clipkd import distributed
+
+WORLD_SIZE = 2
+
+
+def collectives(rank: int) -> tuple[dict[str, Tensor], dict]:
+    """Every function of clipkd.distributed on numbers that tell the processes apart."""
+    rows = torch.tensor([[1.0], [2.0]]) + 2 * rank
+    rows.requires_grad_()
+    gathered = distributed.gather(rows)
+    weights = torch.tensor([[1.0], [10.0], [100.0], [1000.0]]) * (1 + rank)
+    loss = (weights * gathered).sum()
+    (gradient,) = torch.autograd.grad(loss, rows, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, rows)
+    # Addition hands one gradient tensor to both of its inputs.
+    other = torch.zeros(4, 1, requires_grad=True)
+    both = ((distributed.gather(rows) + other) * weights).sum()
+    gradient_in_sum, other_gradient = torch.autograd.grad(both, (rows, other))
+    tensors = {
+        "gathered": gathered,
+        "gradient": gradient,
+        "gradient of a second backward": again,
+        "gradient in a sum": gradient_in_sum,
+        "gradient of the other summand": other_gradient,
+        "gathered integers": distributed.gather_constant(torch.tensor([rank, 5])),
+        "gathered cube": distributed.gather_constant(torch.full((1, 2, 3), float(rank))),
+        "mean": distributed.mean(torch.tensor([1.0, 10.0]) * (1 + 2 * rank)),
+    }
+    constant = distributed.gather_constant(rows)
+    facts = {
+        "world_size": distributed.world_size(),
+        "rank": distributed.rank(),
+        "objects": distributed.gather_objects({"rank": rank}),
+        "constant_requires_grad": constant.requires_grad,
+    }
+    return tensors, facts
+
+
+def main() -> None:
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD_SIZE)
+    tensors, facts = collectives(rank)
+    for name in OBJECTIVES:
+        for dtype in (torch.float32, torch.float64):
+            result = step(name, dtype, rank=rank, world_size=WORLD_SIZE)
+            tensors |= {f"{name}/{dtype}/{key}": value for key, value in result.items()}
+    distributed.barrier()
+    dist.destroy_process_group()
+    save_file({key: value.detach().clone() for key, value in tensors.items()}, folder / f"{rank}.safetensors")
+    (folder / f"{rank}.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
