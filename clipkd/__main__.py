@@ -1,0 +1,4 @@
+from clipkd.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The command line: `clipkd COMMAND`, `python -m clipkd COMMAND` or `accelerate launch -m clipkd COMMAND`."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from clipkd import __version__
+from clipkd.arguments import parse, parse_into
+
+HELP = """usage: clipkd COMMAND [--help] …
+
+Distill a large CLIP into a small one.
+
+commands:
+  train    train a student from a config: clipkd train --config configs/demo.yaml --data.path shards
+  eval     classify a labelled data set zero-shot with any model
+  export   turn a training checkpoint into a folder that open_clip loads
+  demo     all of it on a small real data set, in minutes on a CPU
+
+clipkd COMMAND --help lists the options of a command with units and defaults. An error is one line; with
+CLIPKD_TRACEBACK=1 in the environment it comes with its traceback.
+"""
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+        raise SystemExit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(f"clipkd {__version__}")
+        return
+    command = COMMANDS.get(arguments[0])
+    if command is None:
+        print(f"clipkd: error: no command {arguments[0]!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)
+    run_command(arguments[0], command, arguments[1:])
+
+
+def run_command(name: str, command: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """Errors that a user can mend become one line and exit status 2 (1 for a run that failed); others keep their traceback."""
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip reports what clipkd checks, as warnings of the root logger
+    process = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    try:
+        command(arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        message = str(error).strip()
+        if "Original Traceback" in message:  # raised in a loader process; its last line is what happened
+            message = message.splitlines()[-1].split(": ", 1)[-1]
+        print(f"clipkd {name}{process}: error: {' '.join(message.split())}", file=sys.stderr)
+        if os.environ.get("CLIPKD_TRACEBACK"):
+            raise
+        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
+    except KeyboardInterrupt:
+        print(f"clipkd {name}{process}: interrupted; finished checkpoints are kept", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def train_command(arguments: list[str]) -> None:
+    config = parse(arguments)
+    from clipkd.train import train
+
+    folder = train(config)
+    if is_main_process():
+        print(f"trained {config.steps} steps: {folder}")
+
+
+def eval_command(arguments: list[str]) -> None:
+    from clipkd import evaluate
+
+    config = parse_into(evaluate.EvalConfig, arguments, "eval", "Classify labelled images zero-shot.")
+    row = evaluate.run(config)
+    if is_main_process():
+        metrics = row["metrics"]
+        print(
+            f"{row['key']}: top-1 {metrics['acc1']:.4f}  top-5 {metrics['acc5']:.4f}  mean per class "
+            f"{metrics['mean_per_class_recall']:.4f}  n {row['n']}  →  {config.output}"
+        )
+
+
+def export_command(arguments: list[str]) -> None:
+    from clipkd import export
+
+    positional = {"checkpoint": "A run folder (its newest checkpoint), one checkpoint of it, or an open_clip folder."}
+    config = parse_into(
+        export.ExportConfig, arguments, "export", "Write a student for other software.", positional=positional
+    )
+    folder = export.export(config)
+    print(f"exported and verified: open_clip.create_model_and_transforms('local-dir:{folder}')")
+
+
+def demo_command(arguments: list[str]) -> None:
+    from clipkd import demo
+
+    demo.run(parse_into(demo.DemoConfig, arguments, "demo", "All of it on drawings of 1,337 things."))
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+COMMANDS = {"train": train_command, "eval": eval_command, "export": export_command, "demo": demo_command}

@@ -1,0 +1,58 @@
+"""The shipped commands, run in subprocesses on small data made once."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from clipkd.demo import pairs
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+SMALL = (
+    *("--student.model", "demo-student", "--batch_size", "16", "--data.caption_key", "captions"),
+    *("--data.num_workers", "0", "--log.every_steps", "1", "--threads", "1", "--optim.warmup_steps", "2"),
+)
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONWARNINGS": "default", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+@pytest.fixture(scope="session")
+def clipkd(environment: dict[str, str]) -> Run:
+    """python -m clipkd ARGUMENTS…, as a user runs it; check=False returns failures instead of raising."""
+
+    def run(*arguments: object, processes: int = 1, check: bool = True, **options) -> subprocess.CompletedProcess[str]:
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [*launcher, "-m", "clipkd", *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **options)
+        assert not check or done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pairs/: 64 pairs of 32 things in two shards; noto/: the same things in an unseen style."""
+    folder = tmp_path_factory.mktemp("data")
+    assert pairs.write_pairs(folder / "pairs", num_concepts=32, num_shards=2) == 64
+    assert pairs.write_held_out(folder / "noto", "noto", num_concepts=32) == 32
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(clipkd: Run, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported model of another width and scale than the student's: trained for two steps."""
+    folder = tmp_path_factory.mktemp("teacher")
+    arguments = (*SMALL, "--student.model", "demo-teacher", "--data.path", data / "pairs", "--steps", 2)
+    clipkd("train", *arguments, "--output", folder / "run")
+    clipkd("export", folder / "run", "--output", folder / "model")
+    return folder / "model"

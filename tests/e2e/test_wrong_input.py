@@ -1,0 +1,137 @@
+"""Every wrong input: one clear line that names it, a non-zero exit, nothing half-written."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from clipkd.cli import main
+from clipkd.students import MODEL_CONFIGS
+from tests.e2e.conftest import SMALL, Run
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command in this process: an interpreter that imports torch for each wrong option would take minutes."""
+
+    def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["clipkd", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
+        out, err = capsys.readouterr()
+        assert not check or status == 0, err
+        return subprocess.CompletedProcess(arguments, status, out, err)
+
+    return run
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], output: Path, *words: str) -> None:
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--stpes", "3"), ("stpes", "did you mean 'steps'?")),
+        (("--objective.gkl.wieght", "1"), ("wieght", "did you mean 'objective.gkl.weight'?")),
+        (("--steps", "0"), ("steps is 0",)),
+        (("--steps", "many"), ("steps", "many")),
+        (("--batch_size", "128"), ("batch_size is 128", "64 pairs")),
+        (("--data.path", "/no/such/folder"), ("/no/such/folder",)),
+        (("--data.caption_key", "caption"), ("no key 'caption'", "data.caption_key")),
+        (("--student.model", "ViT-X-99"), ("ViT-X-99", "did you mean")),
+        (("--teacher.model", "nowhere", "--objective.gkl.weight", "1"), ("nowhere",)),
+        (("--objective.gkl.weight", "1"), ("objective.gkl", "teacher.model")),
+        (("--objective.gkl.temperature", "-1"), ("objective.gkl.temperature is -1",)),
+        (("--precision", "fp16"), ("precision is fp16",)),
+        (("--evaluation.data", "[/no/such/set]"), ("/no/such/set",)),
+        (("--config", "/no/such.yaml"), ("/no/such.yaml",)),
+        (
+            ("--teacher.model", "ViT-L-14", "--teacher.pretrained", "openai", "--objective.gkl.weight", "1"),
+            ("QuickGELU", "ViT-L-14-quickgelu"),
+        ),
+    ],
+    ids=lambda value: value[0].strip("-") if isinstance(value[0], str) and value[0].startswith("--") else "",
+)
+def test_wrong_option(here: Run, data: Path, tmp_path: Path, arguments: tuple, words: tuple) -> None:
+    output = tmp_path / "run"
+    paths = ("--data.path", data / "pairs", "--output", output, "--steps", 1)
+    assert_refused(here("train", *SMALL, *paths, *arguments, check=False), output, *words)
+
+
+def test_unknown_key_in_yaml(here: Run, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "typo.yaml").write_text("objective:\n  gkl:\n    weigth: 1\n")
+    output = tmp_path / "run"
+    done = here(
+        "train", "--config", tmp_path / "typo.yaml", "--data.path", data / "pairs", "--output", output, check=False
+    )
+    assert_refused(done, output, "gkl.weigth", "did you mean 'objective.gkl.weight'?")
+
+
+def test_empty_and_truncated_tars(here: Run, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    (tmp_path / "shards").mkdir()
+    arguments = ("train", *SMALL, "--data.path", tmp_path / "shards", "--output", output, "--steps", 1)
+    assert_refused(here(*arguments, check=False), output, "no .tar in the folder")
+    with tarfile.open(tmp_path / "shards" / "0.tar", "w"):
+        pass
+    assert_refused(here(*arguments, check=False), output, "0.tar holds no samples")
+    whole = (data / "pairs" / "00000.tar").read_bytes()
+    (tmp_path / "shards" / "0.tar").write_bytes(whole[: len(whole) // 2])
+    assert_refused(here(*arguments, check=False), output, "0.tar is not a whole uncompressed tar")
+
+
+def test_widths_that_differ_need_a_projection(here: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
+    config = tmp_path / "wide.json"
+    text = (MODEL_CONFIGS / "demo-student.json").read_text()
+    config.write_text(text.replace('"embed_dim": 128', '"embed_dim": 192'))
+    output = tmp_path / "run"
+    arguments = (
+        "train",
+        *SMALL,
+        "--student.model",
+        config,
+        "--data.path",
+        data / "pairs",
+        "--output",
+        output,
+        "--steps",
+        1,
+    )
+    options = ("--teacher.model", teacher, "--objective.features.weight", 1)
+    refused = here(*arguments, *options, "--objective.projection", "none", check=False)
+    assert_refused(refused, output, "192", "128", "objective.projection")
+    here(*arguments, *options)
+
+
+def test_teacher_folder_without_weights(here: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
+    shutil.copytree(teacher, tmp_path / "teacher")
+    (tmp_path / "teacher" / "open_clip_model.safetensors").unlink()
+    output = tmp_path / "run"
+    paths = ("--data.path", data / "pairs", "--output", output, "--teacher.model", tmp_path / "teacher")
+    refused = here("train", *SMALL, *paths, "--objective.gkl.weight", 1, check=False)
+    assert_refused(refused, output, "teacher", "weights")
+
+
+def test_eval_and_export_of_nothing(here: Run, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    nothing = here("eval", "--model", tmp_path, "--data", data / "noto", "--output", output, check=False)
+    assert_refused(nothing, output, "is no model that clipkd knows")
+    export = here("export", tmp_path / "nothing", "--output", tmp_path / "student", check=False)
+    assert_refused(export, tmp_path / "student", "no checkpoint")
+
+
+def test_unknown_command_in_a_process_of_its_own() -> None:
+    done = subprocess.run([sys.executable, "-m", "clipkd", "frobnicate"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "clipkd: error: no command 'frobnicate'; choose from train, eval, export, demo\n"
