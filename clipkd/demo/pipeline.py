@@ -1,0 +1,186 @@
+"""`clipkd demo`: the commands a user would give, one after another, on data made on the spot."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from clipkd import metrics_log, models, students
+from clipkd.arguments import parse, recipe
+from clipkd.demo import pairs
+from clipkd.demo.contact_sheet import draw_contact_sheet
+from clipkd.evaluate import EvalConfig, Task, open_task, rank_images
+from clipkd.evaluate import run as evaluate_model
+from clipkd.export import ExportConfig, export
+from clipkd.progress import console
+from clipkd.train import train
+
+CHOOSE, REPORT = "fluent", "noto"
+NO_GKL = ("--objective.gkl.weight", "0")
+STUDENTS: dict[str, tuple[str, ...]] = {
+    "alone": NO_GKL,
+    "task + features": (*NO_GKL, "--objective.features.weight", "1280"),
+    "task + KL": (*NO_GKL, "--objective.kl.weight", "1"),
+    "task + GKL": (),
+}
+"""What each student's command adds to configs/demo.yaml. Logit terms on teacher keys; 1280 = 10 · the width of 128."""
+
+QUICK_CONCEPTS = 200
+QUICK = {
+    "teacher": (
+        "--steps",
+        "150",
+        "--batch_size",
+        "64",
+        "--optim.warmup_steps",
+        "10",
+        "--student.model",
+        "demo-student",
+    ),
+    "student": ("--steps", "40", "--batch_size", "64", "--optim.warmup_steps", "10"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    output: str = "runs/demo"
+    """Folder for everything the demo makes. An interrupted demo goes on where it was."""
+    seed: int = 0
+    """Seed of captions, weights and order."""
+    quick: bool = False
+    """A minute instead of some: 200 things, few steps. Shows that it works, not what it gives."""
+
+
+def run(config: DemoConfig) -> Path:
+    """Build data, train a teacher and students, evaluate, export the best student; returns config.output."""
+    output = Path(config.output)
+    require_same_demo(config, output)
+    write_data(config, output / "data")
+    teacher_run = train_model(config, "teacher", "demo_teacher", QUICK["teacher"])
+    export_again(teacher_run, output / "teacher")
+    runs = {"teacher": teacher_run}
+    for name, options in STUDENTS.items():
+        teacher = () if name == "alone" else ("--teacher.model", f"local-dir:{output / 'teacher'}")
+        runs[name] = train_model(config, name, "demo", QUICK["student"], *options, *teacher)
+
+    rows = [row for name, folder in runs.items() for row in result_rows(name, folder)]
+    scores = {row["model"]: row["metrics"]["acc5"] for row in rows if row["dataset"] == CHOOSE}
+    best = max((name for name in STUDENTS if name != "alone"), key=lambda name: scores[name])
+    export_again(runs[best], output / "student")
+    (output / "results.jsonl").unlink(missing_ok=True)
+    for row in rows:
+        metrics_log.append(output / "results.jsonl", row)
+    for style in pairs.HELD_OUT_STYLES:
+        student = EvalConfig(
+            model=f"local-dir:{output / 'student'}",
+            data=str(output / "data" / style),
+            output=str(output / "results.jsonl"),
+            num_workers=0,
+        )
+        require_equal_counts(evaluate_model(student), rows, best)
+    draw_samples(
+        output, output / "data" / REPORT, {"teacher": runs["teacher"], "alone": runs["alone"], best: runs[best]}
+    )
+    print_summary(rows, best, output, config)
+    return output
+
+
+def require_same_demo(config: DemoConfig, output: Path) -> None:
+    """Raises: ValueError if the output holds a demo of another seed or size, or several processes were launched."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("the demo runs on one process; start it without a launcher")
+    settings = {"seed": config.seed, "quick": config.quick}
+    stamp = output / "demo.json"
+    if stamp.is_file() and (found := json.loads(stamp.read_text())) != settings:
+        raise ValueError(
+            f"{output} holds a demo with {found}, now it is {settings}; choose another --output or remove it"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(json.dumps(settings))
+
+
+def write_data(config: DemoConfig, folder: Path) -> None:
+    num_concepts = QUICK_CONCEPTS if config.quick else None
+    num_pairs = pairs.write_pairs(folder / "pairs", num_concepts=num_concepts, seed=config.seed)
+    held_out = {
+        style: pairs.write_held_out(folder / style, style, num_concepts=num_concepts) for style in (CHOOSE, REPORT)
+    }
+    counts = ", ".join(f"{number} {style} drawings held out" for style, number in held_out.items())
+    console.print(f"data: {num_pairs} pairs in {' and '.join(pairs.TRAINING_STYLES)} style; {counts}")
+
+
+def train_model(config: DemoConfig, name: str, recipe_name: str, quick: tuple[str, ...], *options: str) -> Path:
+    """`clipkd train` with a recipe of configs/, resumed where an earlier demo was interrupted."""
+    folder = Path(config.output) / "runs" / name.replace(" + ", "_").lower()
+    held_out = ",".join(str(Path(config.output) / "data" / style) for style in pairs.HELD_OUT_STYLES)
+    arguments = (
+        *("--config", str(recipe(recipe_name)), *options, *(quick if config.quick else ())),
+        *("--data.path", str(Path(config.output) / "data" / "pairs"), "--seed", str(config.seed)),
+        *("--evaluation.data", f"[{held_out}]", "--output", str(folder), "--resume", "latest"),
+    )
+    return train(parse(list(arguments)))
+
+
+def export_again(run_folder: Path, output: Path) -> None:
+    shutil.rmtree(output, ignore_errors=True)
+    export(ExportConfig(checkpoint=str(run_folder), output=str(output)))
+
+
+def result_rows(name: str, folder: Path) -> list[dict[str, Any]]:
+    """The run's last evaluation on each style, with what the table shows of the run."""
+    last = metrics_log.read(folder / "metrics.jsonl")[-1]
+    parameters = students.count_parameters(models.load(str(folder)).model)
+    rows = [row for row in metrics_log.read(folder / "results.jsonl") if row["step"] == last["step"]]
+    about = {"model": name, "run": str(folder), "parameters": parameters, "training_seconds": round(last["seconds"], 1)}
+    return [row | about for row in rows]
+
+
+def require_equal_counts(exported: dict[str, Any], rows: list[dict[str, Any]], best: str) -> None:
+    trained = next(row for row in rows if row["model"] == best and row["dataset"] == exported["dataset"])
+    for count in ("num_correct1", "num_correct5", "n"):
+        if exported[count] != trained[count]:
+            raise RuntimeError(f"the exported student scores {exported[count]}, trained {trained[count]} ({count})")
+
+
+def draw_samples(output: Path, root: Path, runs: dict[str, Path]) -> None:
+    """samples.png: training pairs, then held-out drawings with what each model takes them for."""
+    device = torch.device("cpu")
+    guesses: dict[str, list[str]] = {}
+    for name, folder in runs.items():
+        encoder = models.load(str(folder))
+        images = open_task(Task(), root, encoder.preprocess)
+        ranked = rank_images(encoder, images, device=device, title=f"predict with {name}", num_workers=0)
+        assert images.classnames is not None
+        guesses[name] = [str(images.classnames[best]) for best in ranked[:, 0].tolist()]
+    draw_contact_sheet(output / "samples.png", output / "data" / "pairs", root, guesses)
+
+
+def print_summary(rows: list[dict[str, Any]], best: str, output: Path, config: DemoConfig) -> None:
+    title = f"zero-shot in two unseen styles, % (seed {config.seed}; {CHOOSE} chooses the student, {REPORT} reports)"
+    table = Table(title=title)
+    table.add_column("model", no_wrap=True)
+    headings = ("image", "text", *(f"{style} top-{k}" for style in (REPORT, CHOOSE) for k in (1, 5)))
+    for heading in (*headings, "n", "steps", "seconds"):
+        table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
+    for name in dict.fromkeys(row["model"] for row in rows):
+        by_style = {row["dataset"]: row for row in rows if row["model"] == name}
+        row = by_style[REPORT]
+        shares = [
+            f"{100 * by_style[style]['metrics'][key]:.1f}" for style in (REPORT, CHOOSE) for key in ("acc1", "acc5")
+        ]
+        sizes = [f"{row['parameters'][tower] / 1e6:.2f}M" for tower in ("image", "text")]
+        label = f"{name} → student/" if name == best else name
+        table.add_row(label, *sizes, *shares, str(row["n"]), str(row["step"]), f"{row['training_seconds']:.0f}")
+    Console(width=max(100, Console().width)).print(table)
+    print(
+        f"results {output / 'results.jsonl'}   curves {output / 'runs'}/*/metrics.jsonl   pictures {output / 'samples.png'}"
+    )
+    print(
+        f"teacher {output / 'teacher'}   student {output / 'student'}: loads with open_clip as local-dir:{output / 'student'}"
+    )

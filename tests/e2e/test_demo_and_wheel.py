@@ -1,0 +1,91 @@
+"""The demo as shipped, and the wheel as installed elsewhere."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from tests.e2e.conftest import SMALL, Run
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_quick_demo_trains_evaluates_and_exports(clipkd: Run, tmp_path: Path) -> None:
+    output = tmp_path / "demo"
+    done = clipkd("demo", "--quick", "--output", output)
+    assert "→ student/" in done.stdout
+    rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    models = ("teacher", "alone", "task + features", "task + KL", "task + GKL")
+    trained = {(row["model"], row["dataset"]): row for row in rows if "parameters" in row}
+    assert trained.keys() == {(model, style) for model in models for style in ("noto", "fluent")}
+    exported = [row for row in rows if row["model"] == f"local-dir:{output / 'student'}"]
+    assert {row["dataset"] for row in exported} == {"noto", "fluent"}
+    assert all(row["n"] == 200 for row in rows)
+    chance5 = 5 / 200
+    assert trained["teacher", "noto"]["metrics"]["acc5"] > 3 * chance5
+    for model in models:
+        metrics = Path(trained[model, "noto"]["run"]) / "metrics.jsonl"
+        losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
+        assert losses[-1] < losses[0]
+    assert {path.name for path in output.iterdir()} >= {"teacher", "student", "samples.png", "results.jsonl"}
+    with Image.open(output / "samples.png") as sheet:
+        assert sheet.width > 1000
+        assert len(sheet.convert("RGB").resize((64, 64)).getcolors(4096) or []) > 50
+
+    check = [sys.executable, str(ROOT / "eval" / "cross_check.py"), "--model", f"local-dir:{output / 'student'}"]
+    check += ["--data", str(output / "data" / "fluent"), "--expect", str(output / "results.jsonl")]
+    counted = subprocess.run(check, capture_output=True, text=True, timeout=200)
+    assert counted.returncode == 0, counted.stdout + counted.stderr
+
+
+def test_wheel_holds_the_package_and_runs_elsewhere(data: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True, timeout=200)
+    (wheel,) = (tmp_path / "dist").glob("clipkd-*.whl")
+    site = tmp_path / "site"
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(site),
+        str(wheel),
+    ]
+    subprocess.run(install, check=True, capture_output=True, timeout=200)
+    assert {path.name for path in site.iterdir()} - {"bin"} == {"clipkd", f"{wheel.name.rsplit('-', 3)[0]}.dist-info"}
+
+    def run(*arguments: object) -> str:
+        command = [sys.executable, "-P", "-m", "clipkd", *map(str, arguments)]
+        elsewhere = {
+            **environment,
+            "PYTHONPATH": os.pathsep.join([str(site), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        }
+        done = subprocess.run(command, env=elsewhere, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = subprocess.run(
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            "import clipkd, clipkd.arguments as a; print(clipkd.__file__, a.recipe('demo'))",
+        ],
+        env={**environment, "PYTHONPATH": str(site)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert where.count(str(site)) == 2
+    assert "steps: 1\n" in run("train", "--steps", 1, "--print_config")
+    assert "trained 2 steps" in run("train", *SMALL, "--data.path", data / "pairs", "--steps", 2, "--output", "run")
+    assert "top-5" in run("eval", "--model", "run", "--data", data / "noto")
+    assert "exported and verified" in run("export", "run", "--to", "open_clip", "--output", "student")
