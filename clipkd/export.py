@@ -29,7 +29,7 @@ def export(config: ExportConfig) -> Path:
     """config.checkpoint → config.output, whole or not at all.
 
     Projections and scales that only training needs are left out. The folder is loaded back with stock open_clip before
-    it gets its name: weights and outputs must be bit-equal.
+    it gets its name: weights must be bit-equal, embeddings equal to 1e-6.
 
     Raises: ValueError if the output exists, or the model is not one of open_clip's.
     """

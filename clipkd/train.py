@@ -18,7 +18,8 @@ MAX_LOG_SCALE = math.log(100)  # CLIP's bound
 def train(config: TrainConfig) -> Path:
     """Train as configured, on every process that was launched; returns the run folder.
 
-    Raises: ValueError or FileNotFoundError before anything is written if the configuration cannot work;
+    Raises: ValueError or FileNotFoundError before anything is written if the configuration cannot work (only a student
+        with parts that the loss does not reach shows at the first step);
         FloatingPointError if the loss or gradient stops being finite, before it reaches the weights.
     """
     run = open_run(config)

@@ -22,9 +22,8 @@ def build_classifier(
     batch_size: prompts per call of encode_texts; classes are not split between calls.
     """
     classes_per_batch = max(1, batch_size // len(templates))
-    distinct = list(
-        dict.fromkeys(classnames)
-    )  # a name that stands twice gets one vector, not two that round differently
+    # A name that stands twice gets one vector, not two that round differently.
+    distinct = list(dict.fromkeys(classnames))
     rows = []
     for start in range(0, len(distinct), classes_per_batch):
         names = distinct[start : start + classes_per_batch]

@@ -32,18 +32,10 @@ STUDENTS: dict[str, tuple[str, ...]] = {
 """What each student's command adds to configs/demo.yaml. Logit terms on teacher keys; 1280 = 10 · the width of 128."""
 
 QUICK_CONCEPTS = 200
+QUICK_BATCH = ("--batch_size", "64", "--optim.warmup_steps", "10")
 QUICK = {
-    "teacher": (
-        "--steps",
-        "150",
-        "--batch_size",
-        "64",
-        "--optim.warmup_steps",
-        "10",
-        "--student.model",
-        "demo-student",
-    ),
-    "student": ("--steps", "40", "--batch_size", "64", "--optim.warmup_steps", "10"),
+    "teacher": (*QUICK_BATCH, "--steps", "150", "--student.model", "demo-student"),
+    "student": (*QUICK_BATCH, "--steps", "40"),
 }
 
 
@@ -109,7 +101,7 @@ def write_data(config: DemoConfig, folder: Path) -> None:
     num_concepts = QUICK_CONCEPTS if config.quick else None
     num_pairs = pairs.write_pairs(folder / "pairs", num_concepts=num_concepts, seed=config.seed)
     held_out = {
-        style: pairs.write_held_out(folder / style, style, num_concepts=num_concepts) for style in (CHOOSE, REPORT)
+        style: pairs.write_held_out(folder / style, style, num_concepts=num_concepts) for style in pairs.HELD_OUT_STYLES
     }
     counts = ", ".join(f"{number} {style} drawings held out" for style, number in held_out.items())
     console.print(f"data: {num_pairs} pairs in {' and '.join(pairs.TRAINING_STYLES)} style; {counts}")
