@@ -1,25 +1,33 @@
 """Loss terms: pure functions of tensors. They know no ranks, no modules and no configuration."""
 
-from clipkd.losses.contrastive import info_nce
+from clipkd.losses.contrastive import info_nce, info_nce_gradients, sigmoid_loss, soft_label_bce
 from clipkd.losses.features import feature_mse
-from clipkd.losses.gkl import (
-    RowStatistics,
-    gkl,
+from clipkd.losses.gkl import RowStatistics, dkl, gkl, row_statistics, row_weights, weighted_squared_error
+from clipkd.losses.soft_targets import (
+    SoftTargetStatistics,
     kl,
-    row_statistics,
-    row_weights,
+    log_mean_softmax,
+    mixed_target,
     soft_cross_entropy,
-    weighted_squared_error,
+    soft_target_statistics,
 )
 
 __all__ = [
     "RowStatistics",
+    "SoftTargetStatistics",
+    "dkl",
     "feature_mse",
     "gkl",
     "info_nce",
+    "info_nce_gradients",
     "kl",
+    "log_mean_softmax",
+    "mixed_target",
     "row_statistics",
     "row_weights",
+    "sigmoid_loss",
     "soft_cross_entropy",
+    "soft_label_bce",
+    "soft_target_statistics",
     "weighted_squared_error",
 ]

@@ -10,35 +10,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clipkd.losses.soft_targets import (
+    SoftTargetStatistics,
+    require_positive,
+    require_same_shape,
+    soft_target_statistics,
+)
+
 
 @dataclass(frozen=True)
-class RowStatistics:
+class RowStatistics(SoftTargetStatistics):
     """What the GKL family needs to know of each query."""
 
-    ce: Float[Tensor, "b"]
-    """Soft cross-entropy −Σ q log π, nats; q = softmax(teacher/T), π = softmax(student/T)."""
-    kl: Float[Tensor, "b"]
-    """KL(q ‖ π), nats."""
-    teacher_entropy: Float[Tensor, "b"]
-    """Entropy of q, nats."""
     variance: Float[Tensor, "b"]
     """Variance of teacher − student logits under the smoothed pair weights p̂ = softmax(γ·teacher/T_w)."""
     log_weight_mass: Float[Tensor, "b"]
     """log P, P = Σ_j softmax(teacher/T_w)_j^γ: the mass of the row's pair weights before normalisation."""
-
-
-def require_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} is {value}; it must be positive")
-
-
-def require_same_shape(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} differ in "
-            "shape; both need one row per query and one column per candidate"
-        )
 
 
 def row_statistics(
@@ -48,10 +35,16 @@ def row_statistics(
     temperature: float = 1.0,
     weight_temperature: float = 1.0,
     gamma: float = 1.0,
+    pair_prior: Float[Tensor, "b c"] | None = None,
+    squared_error_logits: Float[Tensor, "b c"] | None = None,
 ) -> RowStatistics:
     """Per-row statistics of the GKL family in O(b·c), in float32 at least and in log space.
 
     The soft target and the pair weights are constants; the gradient of `variance` reaches both sides.
+
+    pair_prior: log-probabilities whose power gamma weighs the pairs, in place of log softmax(teacher/T_w): the class
+    prior of a labelled sample. squared_error_logits: the student's logits once more, where the variance must not move
+    all that they depend on (the logit scale).
 
     Raises: ValueError if a temperature is not positive, gamma is negative or the shapes differ.
     """
@@ -60,25 +53,22 @@ def row_statistics(
     if not gamma >= 0:
         raise ValueError(f"gamma is {gamma}; it must be 0 (uniform pair weights) or more")
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
-
+    teacher = teacher_logits.to(dtype)
     log_target = (teacher.detach() / temperature).log_softmax(dim=-1)
-    target = log_target.exp()
-    log_prediction = (student / temperature).log_softmax(dim=-1)
-    teacher_entropy = -(target * log_target).sum(dim=-1)
+    soft = soft_target_statistics(student_logits, log_target, temperature=temperature)
 
     # Powers of a softmax underflow at logit scale 100; their logarithms do not.
-    weight_logits = teacher.detach() / weight_temperature
+    weight_logits = teacher.detach() / weight_temperature if pair_prior is None else pair_prior.detach().to(dtype)
     pair_weight = (gamma * weight_logits).softmax(dim=-1)
     log_weight_mass = (gamma * weight_logits).logsumexp(dim=-1) - gamma * weight_logits.logsumexp(dim=-1)
 
     # Centred before squaring: E[d²] − E[d]² loses the digits of a small variance around a large mean.
-    difference = teacher - student
+    difference = teacher - (student_logits if squared_error_logits is None else squared_error_logits).to(dtype)
     centred = difference - (pair_weight * difference).sum(dim=-1, keepdim=True)
     return RowStatistics(
-        ce=-(target * log_prediction).sum(dim=-1),
-        kl=(target * (log_target - log_prediction)).sum(dim=-1),
-        teacher_entropy=teacher_entropy,
+        ce=soft.ce,
+        kl=soft.kl,
+        teacher_entropy=soft.teacher_entropy,
         variance=(pair_weight * centred.square()).sum(dim=-1),
         log_weight_mass=log_weight_mass,
     )
@@ -129,33 +119,34 @@ def gkl(
     return ce_weight * factor * rows.ce.mean() + mse_weight * weighted_mse
 
 
-def kl(
+def dkl(
     student_logits: Float[Tensor, "b c"],
     teacher_logits: Float[Tensor, "b c"],
     *,
+    ce_weight: float,
+    mse_weight: float,
+    gamma: float = 1.0,
     temperature: float = 1.0,
+    weight_temperature: float = 1.0,
+    row_weight: Literal["reference", "uniform"] = "reference",
     scale_by_temperature_squared: bool = False,
 ) -> Float[Tensor, ""]:
-    """Mean over rows of KL(softmax(teacher/T) ‖ softmax(student/T)), nats. No gradient reaches the teacher.
+    """Decoupled Kullback-Leibler divergence (arXiv 2305.13948): `gkl` whose squared error moves the teacher's side only.
 
-    Hinton et al. 2015, who multiply by T²: `scale_by_temperature_squared`.
+    With ce_weight = mse_weight = gamma = T = T_w = 1 and uniform rows its gradients are those of the mean
+    KL(softmax(teacher) ‖ softmax(student)) on both sides (the paper's Theorem 1). A frozen teacher leaves the
+    cross-entropy half alone; GKL (first called IKL) is the step that lets the other half reach the student.
 
-    Raises: ValueError if the temperature is not positive or the shapes differ.
+    Raises: ValueError as `gkl`.
     """
+    rows = row_statistics(
+        student_logits,
+        teacher_logits,
+        temperature=temperature,
+        weight_temperature=weight_temperature,
+        gamma=gamma,
+        squared_error_logits=student_logits.detach(),
+    )
     factor = temperature**2 if scale_by_temperature_squared else 1.0
-    return factor * row_statistics(student_logits, teacher_logits, temperature=temperature).kl.mean()
-
-
-def soft_cross_entropy(
-    student_logits: Float[Tensor, "b c"],
-    teacher_logits: Float[Tensor, "b c"],
-    *,
-    temperature: float = 1.0,
-    scale_by_temperature_squared: bool = False,
-) -> Float[Tensor, ""]:
-    """Mean over rows of −Σ softmax(teacher/T) log softmax(student/T), nats: the gradient of `kl`, larger by the entropy.
-
-    Raises: ValueError if the temperature is not positive or the shapes differ.
-    """
-    factor = temperature**2 if scale_by_temperature_squared else 1.0
-    return factor * row_statistics(student_logits, teacher_logits, temperature=temperature).ce.mean()
+    weighted_mse = weighted_squared_error(rows, row_weights(rows.log_weight_mass, row_weight))
+    return ce_weight * factor * rows.ce.mean() + mse_weight * weighted_mse
