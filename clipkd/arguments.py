@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -32,7 +33,9 @@ class Parser(jsonargparse.ArgumentParser):
             ):
                 message += f"; did you mean {near!r}?"
                 break
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+        # The parser of a nested list has no name of its own.
+        command = self.prog if self.prog.startswith("clipkd") else "clipkd"
+        self.exit(2, f"{command}: error: {message} (--help lists the options)\n")
 
 
 def nearest_option(word: str, options: set[str]) -> str | None:
@@ -58,11 +61,7 @@ def parse_into(
 
     positional: fields that are given in order, without their names → their help.
     """
-    parser = Parser(prog=f"clipkd {command}", description=description, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML of differences from the defaults; several are stacked.")
-    for name, text in (positional or {}).items():
-        parser.add_argument(name, type=str, help=text)
-    parser.add_class_arguments(kind, as_group=False, skip=set(positional or {}))
+    parser = build_parser(kind, command, description, tuple((positional or {}).items()))
     for flag, path in itertools.pairwise(arguments):
         if flag == "--config" and Path(path).is_file():
             check_yaml(Path(path), parser)
@@ -72,6 +71,17 @@ def parse_into(
         return kind(**{name: value for name, value in values.items() if name != "config"})
     except ValueError as error:
         parser.error(str(error))
+
+
+@functools.cache
+def build_parser(kind: type, command: str, description: str, positional: tuple[tuple[str, str], ...]) -> Parser:
+    """Building takes longer than parsing, and a demo parses some ten times."""
+    parser = Parser(prog=f"clipkd {command}", description=description, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML of differences from the defaults; several are stacked.")
+    for name, text in positional:
+        parser.add_argument(name, type=str, help=text)
+    parser.add_class_arguments(kind, as_group=False, skip={name for name, _ in positional})
+    return parser
 
 
 def spell_out_flags(kind: type, arguments: list[str]) -> list[str]:

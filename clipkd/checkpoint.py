@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,12 +21,19 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def save(
-    run: Path, step: int, *, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer, state: dict
+    run: Path,
+    step: int,
+    *,
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    memory: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Path:
     """Write RUN/checkpoints/step_N under a temporary name, then rename it. Call on one process only.
 
     model.safetensors holds everything trainable, ema.safetensors the averaged student, optimizer.safetensors AdamW's
-    moments by parameter name, state.json the rest.
+    moments by parameter name, memory.safetensors the queue and the class prior where there are any, state.json the rest.
     """
     folder = checkpoint_folder(run, step)
     temporary = folder.with_name(folder.name + ".tmp")
@@ -34,6 +43,8 @@ def save(
     if ema is not None:
         write_tensors(temporary / "ema.safetensors", ema.state_dict())
     write_tensors(temporary / "optimizer.safetensors", optimizer_tensors(model, optimizer))
+    if memory:
+        write_tensors(temporary / "memory.safetensors", memory)
     text = json.dumps({"format_version": FORMAT_VERSION, "step": step, **state}, indent=1)
     (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
     for path in (*temporary.iterdir(), temporary):
@@ -107,6 +118,12 @@ def restore(
     return state
 
 
+def read_memory(folder: Path) -> dict[str, Tensor]:
+    """State beyond weights, empty if the run keeps none. Raises: ValueError if the file is damaged."""
+    path = folder / "memory.safetensors"
+    return read_tensors(path) if path.exists() else {}
+
+
 def load_into(module: nn.Module, path: Path, prefix: str = "") -> None:
     """Load a weight file, or the part of it under a prefix, strictly."""
     tensors = {name.removeprefix(prefix): t for name, t in read_tensors(path).items() if name.startswith(prefix)}
@@ -116,7 +133,7 @@ def load_into(module: nn.Module, path: Path, prefix: str = "") -> None:
         raise ValueError(f"{path} was written for another model: {' '.join(str(error).split())[:300]}") from error
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # Cloned, since safetensors refuses tensors that share memory (tied weights).
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
     path.chmod(0o644)  # safetensors makes files that only their owner can read

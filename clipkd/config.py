@@ -1,6 +1,7 @@
 """Every option of `clipkd train`, typed. A YAML file holds differences from these defaults only."""
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,12 +9,8 @@ from typing import Any, Literal
 
 import yaml
 
-Keys = Literal["student", "teacher"]
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+from clipkd.objective import ObjectiveConfig
+from clipkd.term_options import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +41,8 @@ class DataConfig:
     """Image column of a Hugging Face data set; webdataset takes the member with an image suffix."""
     caption_key: str = "txt"
     """webdataset: txt for the .txt member, else a key of the .json member; huggingface: the column. A list holds several captions, one is drawn."""
+    label_key: str | None = None
+    """Class number of an image, for objective.closed_set: webdataset: cls for the .cls member, else a key of the .json; huggingface: the column."""
     num_workers: int = 2
     """Loader processes per training process; 0 loads in the training process."""
     min_crop: float = 0.9
@@ -53,84 +52,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(0 < self.min_crop <= 1, f"data.min_crop is {self.min_crop}; it is a share of the area in (0, 1]")
+        require(self.label_key != "", "data.label_key is empty; name a key or column, or leave it out")
         require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}; it must be 0 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class InfoNCEConfig:
-    weight: float = 1.0
-    """Weight of the contrastive task loss on the student's own logits (CLIP); 0 leaves it out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GKLConfig:
-    weight: float = 0.0
-    """Weight of the GKL divergence; 0 leaves it out."""
-    keys: Keys = "teacher"
-    """What the student's queries are compared with: the teacher's features (cross logits) or the student's own."""
-    ce_weight: float = 1.0
-    """Weight of the soft cross-entropy half (the reference code's alpha)."""
-    mse_weight: float = 1.0
-    """Weight of the weighted squared-error half (the reference code's beta)."""
-    gamma: float = 0.3
-    """Smoothing power on the teacher's probabilities as pair weights: 1 plain, 0 uniform."""
-    temperature: float = 1.0
-    """Softens both sides of the cross-entropy half; multiplies on top of the logit scales."""
-    weight_temperature: float = 1.0
-    """Softens the teacher's probabilities used as pair weights."""
-    row_weight: Literal["reference", "uniform"] = "reference"
-    """How queries share the squared-error half: by the mass of their pair weights (published code) or equally."""
-    scale_by_temperature_squared: bool = False
-    """Multiply the cross-entropy half by temperature² (the published code does not)."""
-
-    def __post_init__(self) -> None:
-        require(self.temperature > 0, f"objective.gkl.temperature is {self.temperature}; it must be positive")
-        require(
-            self.weight_temperature > 0,
-            f"objective.gkl.weight_temperature is {self.weight_temperature}; it must be positive",
-        )
-        require(
-            min(self.ce_weight, self.mse_weight) >= 0 < max(self.ce_weight, self.mse_weight),
-            f"objective.gkl.ce_weight and mse_weight are {self.ce_weight} and {self.mse_weight}; one must be positive, none negative",
-        )
-        require(self.gamma >= 0, f"objective.gkl.gamma is {self.gamma}; it must be 0 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SoftTargetConfig:
-    weight: float = 0.0
-    """Weight of this term; 0 leaves it out."""
-    keys: Keys = "teacher"
-    """What the student's queries are compared with: the teacher's features (cross logits) or the student's own."""
-    temperature: float = 1.0
-    """Softens both sides; multiplies on top of the logit scales."""
-    scale_by_temperature_squared: bool = False
-    """Multiply by temperature² so that the gradient keeps its size (Hinton et al. 2015)."""
-
-    def __post_init__(self) -> None:
-        require(self.temperature > 0, f"the temperature of a logit term is {self.temperature}; it must be positive")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureConfig:
-    weight: float = 0.0
-    """Weight of the mean squared error between unit features (CLIP-KD's FD: 2000, divided by the width here as there); 0 leaves it out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    info_nce: InfoNCEConfig = field(default_factory=InfoNCEConfig)
-    """Contrastive task loss."""
-    gkl: GKLConfig = field(default_factory=GKLConfig)
-    """Generalized Kullback-Leibler divergence (arXiv 2503.08038)."""
-    kl: SoftTargetConfig = field(default_factory=SoftTargetConfig)
-    """KL divergence from the teacher's distribution."""
-    soft_ce: SoftTargetConfig = field(default_factory=SoftTargetConfig)
-    """Cross-entropy against the teacher's distribution: KL's gradient, another value."""
-    features: FeatureConfig = field(default_factory=FeatureConfig)
-    """Feature distillation."""
-    projection: Literal["linear", "none"] = "linear"
-    """Where student and teacher widths differ: a learned linear map of the student's features, or none (then an error)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +79,11 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, f"optim.learning_rate is {self.learning_rate}; it must be positive")
+        require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it must be 0 or more")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optim.{name} is {value}; it must lie in [0, 1)")
+        require(self.eps > 0, f"optim.eps is {self.eps}; it must be positive")
         require(0 <= self.ema_momentum < 1, f"optim.ema_momentum is {self.ema_momentum}; it must lie in [0, 1)")
         require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must be 0 or more")
         require(self.logit_scale_lr >= 0, f"optim.logit_scale_lr is {self.logit_scale_lr}; it must be 0 or more")
@@ -221,6 +149,8 @@ class TrainConfig:
     """The model to train."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The frozen model to learn from."""
+    ensemble: tuple[TeacherConfig, ...] = ()
+    """Further teachers: kl and soft_ce then learn from the mean of all softmaxes (MobileCLIP)."""
     data: DataConfig = field(default_factory=DataConfig)
     """Image-text pairs."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -239,27 +169,69 @@ class TrainConfig:
         require(self.batch_size >= 2, f"batch_size is {self.batch_size}; a contrastive batch needs at least 2 pairs")
         require(self.threads is None or self.threads >= 1, f"threads is {self.threads}; it must be 1 or more")
         require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")
-        objective = self.objective
-        distillation = {name: getattr(objective, name).weight for name in ("gkl", "kl", "soft_ce", "features")}
-        for name, weight in {"info_nce": objective.info_nce.weight, **distillation}.items():
-            require(weight >= 0 and math.isfinite(weight), f"objective.{name}.weight is {weight}; it must be 0 or more")
-        active = [name for name, weight in distillation.items() if weight]
-        if self.teacher.model is None:
-            require(not active, f"objective.{active[0] if active else ''} needs a teacher: set teacher.model")
-            require(objective.info_nce.weight > 0, "no loss term is on: set objective.info_nce.weight or a teacher")
-        else:
-            require(
-                bool(active),
-                "a teacher is set but no term uses it: set objective.gkl.weight, kl.weight, soft_ce.weight or "
-                "features.weight, or leave teacher.model out",
-            )
+        require_finite(self)
+        require_objective(self)
+
+
+def require_finite(options: Any, prefix: str = "") -> None:
+    """Raises: ValueError naming the first number that is infinite or NaN, which no comparison with a bound would find."""
+    for item in dataclasses.fields(options):
+        value, name = getattr(options, item.name), f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            require_finite(value, f"{name}.")
+        for number in value if isinstance(value, tuple) else (value,):
+            require(not isinstance(number, float) or math.isfinite(number), f"{name} is {number}; it must be finite")
+
+
+def require_objective(config: TrainConfig) -> None:
+    """Raises: ValueError if the terms that are on ask for something that the run does not have."""
+    active = config.objective.active()
+    require(bool(active), "no loss term is on: set objective.info_nce.weight, or a teacher and one of its terms")
+    distillation = [name for name, term in active.items() if term.needs_teacher]
+    first = f"objective.{distillation[0]}" if distillation else ""
+    if config.teacher.model is None:
+        require(not distillation, f"{first} needs a teacher: set teacher.model")
+        require(not config.ensemble, "ensemble names further teachers, but there is no first: set teacher.model")
+    else:
+        require(
+            bool(distillation),
+            "a teacher is set but no term uses it: set objective.gkl.weight or that of another distillation term, "
+            "or leave teacher.model out",
+        )
+    for number, teacher in enumerate(config.ensemble):
+        require(teacher.model is not None, f"ensemble[{number}] names no model")
+    for name in distillation:
+        alone = name in ("kl", "soft_ce") and not active[name].compares_features
+        require(
+            not config.ensemble or (alone and not active[name].queues),
+            f"objective.{name} learns from one teacher; with an ensemble use kl or soft_ce with keys: student, no queue",
+        )
+    fixed = config.objective.logit_scale.teacher
+    require(
+        not isinstance(fixed, tuple) or len(fixed) == 1 + len(config.ensemble),
+        f"objective.logit_scale.teacher lists {fixed}; it needs one value for each of the teachers, {1 + len(config.ensemble)} here",
+    )
+    momentum = [name for name, term in active.items() if term.needs_momentum]
+    require(
+        not momentum or config.optim.ema_momentum > 0,
+        f"objective.{momentum[0] if momentum else ''} uses momentum features, but optim.ema_momentum is 0; set it, e.g. 0.995",
+    )
+    capacity = config.objective.queue.capacity
+    require(
+        capacity == 0 or capacity >= config.batch_size,
+        f"objective.queue.capacity is {capacity}, less than one global batch of {config.batch_size} pairs; raise it",
+    )
+    closed_set = config.objective.closed_set
+    require(
+        not (closed_set.weight and closed_set.class_prior) or config.data.label_key is not None,
+        "objective.closed_set.class_prior needs labels: set data.label_key, or class_prior to false",
+    )
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """The whole configuration as plain lists and numbers, as saved with every run and checkpoint."""
-    plain = dataclasses.asdict(config)
-    plain["evaluation"]["data"] = list(config.evaluation.data)
-    plain["log"]["trackers"] = list(config.log.trackers)
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))  # lists for tuples
+    assert isinstance(plain, dict)
     return plain
 
 

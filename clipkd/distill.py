@@ -1,44 +1,54 @@
 """The objective on one batch: everything trainable in one module, every loss term by its name in the configuration."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from clipkd import distributed, losses
-from clipkd.config import GKLConfig, ObjectiveConfig, SoftTargetConfig
+from clipkd import distributed
+from clipkd.closed_set import ClosedSet
+from clipkd.comparison import Comparison, Pair, Targets
 from clipkd.models import Encoder
+from clipkd.momentum import FeatureQueue
+from clipkd.objective import ObjectiveConfig
+from clipkd.term_options import GKLOptions
+from clipkd.terms import OWN_SCALES, TERMS, Metrics
 from clipkd.views import Features, View
 
-Metrics = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Direction:
-    """One retrieval direction: this process's queries against the keys of all processes."""
-
-    student_logits: Float[Tensor, "b B"]
-    teacher_logits: Float[Tensor, "b B"] | None
+FRESH_LOG_SCALE = math.log(1 / 0.07)
 
 
 class Distiller(nn.Module):
-    """The student, with the projections and the scale that it trains with.
+    """The student, with the projections and the scales that it trains with.
 
-    The teacher stays outside: it is frozen, needs no gradient synchronisation and no place in the checkpoint. Where
+    Teachers stay outside: they are frozen, need no gradient synchronisation and no place in the checkpoint. Where
     widths differ and a term compares features of both models, the student's features pass through a linear map first.
+    The queue and the class prior are in `memory`, apart from the weights: DDP must not send them at every step.
 
     Raises: ValueError if a term needs equal widths, they differ, and objective.projection is none.
     """
 
-    def __init__(self, student: Encoder, objective: ObjectiveConfig, *, teacher_dim: int | None) -> None:
+    def __init__(
+        self,
+        student: Encoder,
+        objective: ObjectiveConfig,
+        *,
+        teacher_dim: int | None,
+        closed_set: ClosedSet | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """teacher_dim: width of the first teacher's features; None without one. device: where batches will come from."""
         super().__init__()
-        self.student, self.objective = student, objective
+        self.student, self.objective, self.closed_set = student, objective, closed_set
+        self.active = objective.active()
         self.image_projection: nn.Module = nn.Identity()
         self.text_projection: nn.Module = nn.Identity()
-        if teacher_dim not in (None, student.dim) and self.compares_features():
+        compares = any(term.compares_features for term in self.active.values())
+        if teacher_dim not in (None, student.dim) and compares:
             if objective.projection == "none":
                 raise ValueError(
                     f"the student is {student.dim} wide, the teacher {teacher_dim}, and objective.projection is none; "
@@ -46,56 +56,84 @@ class Distiller(nn.Module):
                 )
             self.image_projection = nn.Linear(student.dim, teacher_dim, bias=False)
             self.text_projection = nn.Linear(student.dim, teacher_dim, bias=False)
+        if "afd" in self.active:
+            assert teacher_dim is not None
+            self.image_fusion = nn.Linear(2 * teacher_dim, student.dim)
+            self.text_fusion = nn.Linear(2 * teacher_dim, student.dim)
+        own = sorted({scale for name in self.active for scale in OWN_SCALES.get(name, ())})
+        self.scales = nn.ParameterDict(
+            {f"{name}_logit_scale": nn.Parameter(torch.tensor(FRESH_LOG_SCALE)) for name in own}
+        )
+        self.prepare_logit_scale()
+        widths = {"teacher": teacher_dim, "momentum": student.dim}
+        rings = {f"{whose}_{side}": widths[whose] for whose in sorted(objective.queues) for side in ("image", "text")}
+        self.queue = None
+        if rings:
+            self.queue = FeatureQueue(objective.queue.capacity, rings, device=device or torch.device("cpu"))  # type: ignore[arg-type]
+        self.pending: dict[str, Tensor] = {}
+
+    def prepare_logit_scale(self) -> None:
+        """Start and freeze the student's scale and bias as the policy and the terms ask."""
+        model: Any = self.student.model
+        policy = self.objective.logit_scale
+        if policy.init is not None:
+            model.logit_scale.data.fill_(math.log(policy.init))
         # DDP waits for the gradient of every parameter that asks for one; a softmax does not see the bias of SigLIP models.
-        if not self.uses_logits():
-            student.model.logit_scale.requires_grad_(False)
-        if getattr(student.model, "logit_bias", None) is not None:
-            student.model.logit_bias.requires_grad_(False)
+        reached = any(
+            term.trains_logit_scale
+            or (isinstance(term, GKLOptions) and name != "dkl" and policy.mse_moves_scale and term.mse_weight > 0)
+            for name, term in self.active.items()
+        )
+        model.logit_scale.requires_grad_(policy.learned and reached)
+        if getattr(model, "logit_bias", None) is not None:
+            model.logit_bias.requires_grad_(self.objective.needs_bias)
 
-    def compares_features(self) -> bool:
-        """Whether a term sets the student's features beside the teacher's, which takes equal widths."""
-        return self.objective.features.weight > 0 or any(term.keys == "teacher" for term in self.logit_terms().values())
+    @property
+    def needs_momentum(self) -> bool:
+        return any(term.needs_momentum for term in self.active.values())
 
-    def uses_logits(self) -> bool:
-        return self.objective.info_nce.weight > 0 or bool(self.logit_terms())
+    def forward(self, view: View, targets: Targets, step: int = 0) -> tuple[Float[Tensor, ""], Metrics]:
+        """This process's share of the batch → (loss, series). The mean over processes is the loss of the global batch.
 
-    def forward(self, view: View, teacher: Features | None) -> tuple[Float[Tensor, ""], Metrics]:
-        """This process's share of the batch → (loss, terms). The mean over processes is the loss of the global batch.
-
-        Terms are unweighted and detached. teacher: its features of the same pairs; None without a teacher.
+        Series are unweighted and detached. step: completed optimizer steps, for warm-ups and ramps.
         """
         student = self.student.features(view)
+        classes = None if self.closed_set is None else self.student.encode_text(self.closed_set.prompts_at(step))
         with torch.autocast(view.images.device.type, enabled=False):  # bf16 logits are off by 13 %
-            return self.loss(student, teacher)
+            return self.loss(student, targets, step=step, class_features=classes)
 
-    def loss(self, student: Features, teacher: Features | None) -> tuple[Float[Tensor, ""], Metrics]:
-        """Weighted sum of the terms whose weight is not 0, and all that is worth a curve."""
-        o = self.objective
-        metrics: Metrics = {"logit_scale": student.logit_scale.detach()}
-        terms: list[tuple[float, str, Tensor]] = []
-        projected = student
-        if teacher is not None:
-            teacher = Features(*(tensor.detach() for tensor in teacher))
-            metrics["teacher_logit_scale"] = teacher.logit_scale
-            projected = self.project(student)
-        keyed = self.directions(student, projected, teacher)
-        if o.info_nce.weight:
-            terms.append((o.info_nce.weight, "info_nce", info_nce(keyed["student"])))
-        for name, term in self.logit_terms().items():
-            value, parts = logit_term(name, term, keyed[term.keys])
-            terms.append((term.weight, name, value))
-            metrics |= parts
-        if o.features.weight:
-            assert teacher is not None
-            mse = losses.feature_mse(projected.image, teacher.image) + losses.feature_mse(projected.text, teacher.text)
-            terms.append((o.features.weight, "features", mse))
-        total = torch.stack([weight * value for weight, _, value in terms]).sum()
-        return total, {"loss": total.detach(), **{name: value.detach() for _, name, value in terms}, **metrics}
-
-    def logit_terms(self) -> dict[str, GKLConfig | SoftTargetConfig]:
-        """The distillation terms on logits that are switched on, by name."""
-        o = self.objective
-        return {name: term for name, term in (("gkl", o.gkl), ("kl", o.kl), ("soft_ce", o.soft_ce)) if term.weight}
+    def loss(
+        self, student: Features, targets: Targets, *, step: int = 0, class_features: Float[Tensor, "k d"] | None = None
+    ) -> tuple[Float[Tensor, ""], Metrics]:
+        """Weighted sum of the terms that are on, and all that is worth a curve."""
+        targets = detach(targets)
+        projected = self.project(student) if targets.teachers else student
+        comparison = Comparison(
+            student=student,
+            projected=projected,
+            targets=targets,
+            queue=self.queue,
+            policy=self.objective.logit_scale,
+            scales={name.removesuffix("_logit_scale"): scale.exp() for name, scale in self.scales.items()},
+            fused=self.fuse(projected, targets.teachers[0]) if "afd" in self.active else None,
+            closed_set=self.closed_set,
+            class_features=class_features,
+            step=step,
+        )
+        metrics: Metrics = {"logit_scale": student.logit_scale}
+        if targets.teachers:
+            metrics["teacher_logit_scale"] = torch.as_tensor(comparison.teacher_scale(0), device=student.image.device)
+        if self.objective.needs_bias and student.logit_bias is not None:
+            metrics["logit_bias"] = student.logit_bias
+        metrics |= {f"{name}_logit_scale": scale for name, scale in comparison.scales.items()}
+        total: list[Tensor] = []
+        for name, term in self.active.items():
+            value, parts = TERMS[name](term, comparison)
+            total.append(term.factor(step) * value)
+            metrics |= {name: value, **{f"{name}_{part}": number for part, number in parts.items() if part != name}}
+        self.remember(comparison)
+        loss = torch.stack(total).sum()
+        return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in metrics.items()}}
 
     def project(self, student: Features) -> Features:
         """The student's features in the teacher's space, normalised again if anything was done to them."""
@@ -106,76 +144,80 @@ class Distiller(nn.Module):
             text=F.normalize(self.text_projection(student.text), dim=-1),
         )
 
-    def directions(
-        self, student: Features, projected: Features, teacher: Features | None
-    ) -> dict[str, list[Direction]]:
-        """Logits of both directions for each kind of keys that a term uses.
+    def fuse(self, projected: Features, teacher: Features) -> Pair:
+        """AFD's fused features: both models' side by side through a linear map, of unit norm."""
+        image = self.image_fusion(torch.cat([projected.image, teacher.image], dim=-1))
+        text = self.text_fusion(torch.cat([projected.text, teacher.text], dim=-1))
+        return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
 
-        student: queries and keys are the student's. teacher: the student's queries, projected, against the teacher's
-        features of the other modality, at the student's logit scale. The target is the teacher's own logits in both.
-        """
-        kinds = {term.keys for term in self.logit_terms().values()}
-        teacher_keys, targets = None, (None, None)
-        if kinds:
-            assert teacher is not None
-            teacher_keys = gather_features(teacher, distributed.gather_constant)
-            targets = logits(teacher, teacher_keys)
-        keyed = {}
-        if "student" in kinds or self.objective.info_nce.weight:
-            student_keys = gather_features(student, distributed.gather)
-            keyed["student"] = list(map(Direction, logits(student, student_keys), targets))
-        if "teacher" in kinds:
-            assert teacher_keys is not None
-            keyed["teacher"] = list(map(Direction, logits(projected, teacher_keys), targets))
-        return keyed
+    @torch.no_grad()
+    def remember(self, comparison: Comparison) -> None:
+        """Set aside what the queue and the class prior shall take up once the step is good: the same on every process."""
+        self.pending = {}
+        if self.queue is not None:
+            self.pending["ids"] = comparison.all_ids
+            for whose in self.objective.queues:
+                image, text = comparison.batch_keys("teacher" if whose == "teacher" else "momentum")
+                self.pending |= {f"{whose}_image": image, f"{whose}_text": text}
+        if self.closed_set is not None and self.closed_set.prior is not None:
+            assert comparison.targets.labels is not None
+            term = self.objective.closed_set
+            logits = comparison.teacher_scale(0) * comparison.teacher.image @ self.closed_set.teacher_classes.T
+            self.pending["labels"] = distributed.gather_constant(comparison.targets.labels)
+            self.pending["class_probabilities"] = distributed.gather_constant(
+                (logits / term.weight_temperature).softmax(dim=-1)
+            )
 
+    @torch.no_grad()
+    def finish_step(self) -> None:
+        """After the optimizer's step: keep the scales in bounds, and let the queue and the class prior take up the batch."""
+        policy = self.objective.logit_scale
+        for scale in (self.student.model.logit_scale, *self.scales.values()):
+            # A fixed scale too is within these bounds; the terms' own scales know no other policy.
+            scale.clamp_(math.log(policy.minimum), math.log(policy.maximum))  # type: ignore[operator]
+        # Push after the loss: pushed first, every pair of this batch would stand twice among its own candidates.
+        if self.queue is not None:
+            self.queue.push(self.pending["ids"], {name: self.pending[name] for name in self.queue.rings})
+        if self.closed_set is not None and self.closed_set.prior is not None:
+            self.closed_set.prior.update(self.pending["labels"], self.pending["class_probabilities"])
+        self.pending = {}
 
-def gather_features(features: Features, gather: Callable[[Tensor], Tensor]) -> Features:
-    return features._replace(image=gather(features.image), text=gather(features.text))
+    def memory(self) -> dict[str, Tensor]:
+        """State beyond weights, for a checkpoint."""
+        parts = {"queue": self.queue, "class_prior": None if self.closed_set is None else self.closed_set.prior}
+        return {
+            f"{part}/{name}": tensor
+            for part, state in parts.items()
+            if state is not None
+            for name, tensor in state.tensors().items()
+        }
 
-
-def logits(queries: Features, keys: Features) -> tuple[Float[Tensor, "b B"], Float[Tensor, "b B"]]:
-    """Image→text and text→image, at the queries' logit scale."""
-    return queries.logit_scale * queries.image @ keys.text.T, queries.logit_scale * queries.text @ keys.image.T
-
-
-def info_nce(pair: list[Direction]) -> Float[Tensor, ""]:
-    b = len(pair[0].student_logits)
-    positives = torch.arange(b, device=pair[0].student_logits.device) + distributed.rank() * b
-    return torch.stack([losses.info_nce(direction.student_logits, positives) for direction in pair]).mean()
-
-
-def logit_term(name: str, term: GKLConfig | SoftTargetConfig, pair: list[Direction]) -> tuple[Tensor, Metrics]:
-    """Mean of both directions, and the series that explain it: KL and the teacher's entropy, which soft CE would hide."""
-    values, parts = zip(*(one_direction(name, term, direction) for direction in pair), strict=True)
-    return torch.stack(values).mean(), {key: torch.stack([part[key] for part in parts]).mean() for key in parts[0]}
-
-
-def one_direction(name: str, term: GKLConfig | SoftTargetConfig, direction: Direction) -> tuple[Tensor, Metrics]:
-    student_logits, teacher_logits = direction.student_logits, direction.teacher_logits
-    assert teacher_logits is not None
-    factor = term.temperature**2 if term.scale_by_temperature_squared else 1.0
-    if isinstance(term, GKLConfig):
-        rows = losses.row_statistics(
-            student_logits,
-            teacher_logits,
-            temperature=term.temperature,
-            weight_temperature=term.weight_temperature,
-            gamma=term.gamma,
-        )
-        weighted_mse = losses.weighted_squared_error(rows, local_row_weights(rows.log_weight_mass, term))
-        value = term.ce_weight * factor * rows.ce.mean() + term.mse_weight * weighted_mse
-        extra = {f"{name}_wmse": weighted_mse.detach()}
-    else:
-        rows = losses.row_statistics(student_logits, teacher_logits, temperature=term.temperature)
-        value = factor * (rows.kl if name == "kl" else rows.ce).mean()
-        extra = {}
-    if name != "kl":
-        extra[f"{name}_kl"] = rows.kl.mean().detach()
-    return value, {**extra, f"{name}_teacher_entropy": rows.teacher_entropy.mean()}
+    def load_memory(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises: ValueError if the stored state is of another objective."""
+        parts = {"queue": self.queue, "class_prior": None if self.closed_set is None else self.closed_set.prior}
+        for part, state in parts.items():
+            if state is not None:
+                own = {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")}
+                state.load(own)
 
 
-def local_row_weights(log_weight_mass: Float[Tensor, "b"], term: GKLConfig) -> Float[Tensor, "b"]:
-    """This process's rows' weights, normalised over all processes, times their number since losses are averaged over them."""
-    weights = losses.row_weights(distributed.gather_constant(log_weight_mass), term.row_weight)
-    return weights.chunk(distributed.world_size())[distributed.rank()] * distributed.world_size()
+def detach(targets: Targets) -> Targets:
+    momentum = None if targets.momentum is None else targets.momentum.detach()
+    return targets._replace(teachers=tuple(teacher.detach() for teacher in targets.teachers), momentum=momentum)
+
+
+def require_fitting_teachers(objective: ObjectiveConfig, teachers: Sequence[Encoder]) -> None:
+    """Raises: ValueError if a term wants another kind of teacher: one trained with a softmax, or with a sigmoid (SigLIP)."""
+    for teacher in teachers:
+        sigmoid = teacher.logit_bias is not None
+        for name, term in objective.active().items():
+            if sigmoid and term.softens_teacher:
+                raise ValueError(
+                    f"objective.{name} takes a softmax of the teacher's logits, but teacher.model {teacher.name} was trained "
+                    "with a sigmoid (it has a logit_bias); use objective.soft_bce, or feature terms (features, icl, afd)"
+                )
+            if name == "soft_bce" and not sigmoid:
+                raise ValueError(
+                    f"objective.soft_bce needs a sigmoid teacher (SigLIP), but teacher.model {teacher.name} has no logit_bias; "
+                    "use objective.kl or gkl"
+                )

@@ -1,7 +1,6 @@
 """One training run: built and checked as a whole, then logged, evaluated and saved."""
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +12,14 @@ from torch import Tensor, nn
 
 from clipkd import checkpoint, data, distributed, metrics_log, models, momentum, optim, progress
 from clipkd import config as configuration
+from clipkd.closed_set import open_closed_set
 from clipkd.config import TrainConfig
-from clipkd.distill import Distiller
+from clipkd.distill import Distiller, require_fitting_teachers
 from clipkd.evaluate import Task, evaluate, load_task, open_task
 from clipkd.models import Encoder
 from clipkd.progress import Stopwatch
+from clipkd.resume import find_checkpoint, flatten, require_same_run
 from clipkd.views import Batch
-
-RESUME_MAY_DIFFER = (
-    *("output", "resume", "threads", "checkpoint.", "evaluation.", "log.", "data.num_workers"),
-    # Compared by what they hold, not by where it lies.
-    *("data.path", "teacher.model", "teacher.pretrained"),
-)
 
 
 @dataclass
@@ -36,7 +31,7 @@ class Run:
     accelerator: Accelerator
     distiller: Distiller
     model: nn.Module
-    teacher: Encoder | None
+    teachers: list[Encoder]
     ema: Encoder | None
     optimizer: Any
     order: data.BatchOrder
@@ -58,11 +53,15 @@ def open_run(config: TrainConfig) -> Run:
     require_trackers(config)
     accelerator = make_accelerator(config)
     torch.manual_seed(config.seed)
-    student = models.create_student(config.student).train()
-    teacher = None
-    if config.teacher.model is not None:
-        teacher = models.load(config.teacher.model, pretrained=config.teacher.pretrained).requires_grad_(False)
-    distiller = Distiller(student, config.objective, teacher_dim=None if teacher is None else teacher.dim)
+    student = models.create_student(
+        config.student, logit_bias=config.objective.logit_scale.bias_init if config.objective.needs_bias else None
+    ).train()
+    teachers = [
+        models.load(teacher.model, pretrained=teacher.pretrained).requires_grad_(False)
+        for teacher in (config.teacher, *config.ensemble)
+        if teacher.model is not None
+    ]
+    require_fitting_teachers(config.objective, teachers)
     source = data.open_source(config.data)
     tasks = [(load_task(config.evaluation.task), root) for root in config.evaluation.data]
     for task, root in tasks:
@@ -73,7 +72,7 @@ def open_run(config: TrainConfig) -> Run:
             "model_cfg": student.model_config,
             "preprocess_cfg": student.preprocess_config,
         },
-        "teacher_sha256": None if teacher is None else teacher.weights_sha256(),
+        "teacher_sha256": teachers[0].weights_sha256() if teachers else None,
         "pairs": f"{len(source)} {source.fingerprint()}",
         "mixed_precision": accelerator.mixed_precision,
     }
@@ -94,11 +93,12 @@ def open_run(config: TrainConfig) -> Run:
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    distiller.to(accelerator.device)
+    distiller = make_distiller(config, student, teachers, accelerator.device)
     ema = momentum.copy_for_average(distiller.student) if config.optim.ema_momentum else None
     optimizer = make_optimizer(distiller, config)
     if resumed is not None:
         checkpoint.restore(resumed, model=distiller, ema=ema, optimizer=optimizer)
+        distiller.load_memory(checkpoint.read_memory(resumed))
     model, prepared_optimizer = accelerator.prepare(distiller, optimizer)
     if resumed is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
@@ -106,7 +106,7 @@ def open_run(config: TrainConfig) -> Run:
         source,
         config.data,
         student=student.spec,
-        teacher=None if teacher is None else teacher.spec,
+        teachers=[teacher.spec for teacher in teachers],
         order=order,
         pin_memory=accelerator.device.type == "cuda",
     )
@@ -133,7 +133,7 @@ def open_run(config: TrainConfig) -> Run:
         accelerator=accelerator,
         distiller=distiller,
         model=model,
-        teacher=None if teacher is None else teacher.to(accelerator.device),
+        teachers=teachers,
         ema=ema,
         optimizer=prepared_optimizer,
         order=order,
@@ -142,6 +142,16 @@ def open_run(config: TrainConfig) -> Run:
         identity=identity,
         seconds=state["seconds"],
     )
+
+
+def make_distiller(config: TrainConfig, student: Encoder, teachers: list[Encoder], device: torch.device) -> Distiller:
+    """Student, teachers and all that the objective needs, on the device."""
+    for teacher in teachers:
+        teacher.to(device)
+    term = config.objective.closed_set
+    closed_set = open_closed_set(term, student=student, teacher=teachers[0], device=device) if term.weight else None
+    dim = teachers[0].dim if teachers else None
+    return Distiller(student, config.objective, teacher_dim=dim, closed_set=closed_set, device=device).to(device)
 
 
 def make_optimizer(distiller: Distiller, config: TrainConfig) -> torch.optim.Optimizer:
@@ -185,54 +195,6 @@ def require_trackers(config: TrainConfig) -> None:
     for tracker in config.log.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise ValueError(f"log.trackers names {tracker}, which is not installed: pip install 'clipkd[{tracker}]'")
-
-
-def find_checkpoint(config: TrainConfig) -> Path | None:
-    """Where to start from: None is step 0.
-
-    Raises: ValueError if the output already holds a run that this one would overwrite or mix with.
-    """
-    output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is a file; name a folder")
-    saved = checkpoint.whole_checkpoints(output)
-    if config.resume == "latest":
-        return saved[-1] if saved else None
-    if config.resume is None:
-        if saved:
-            raise ValueError(
-                f"{output} already holds a run, {saved[-1].name}; continue it with --resume latest or set --output"
-            )
-        return None
-    resumed = checkpoint.resolve(Path(config.resume))
-    if saved and saved[-1].resolve() != resumed.resolve():
-        raise ValueError(f"{output} holds {saved[-1].name} already; to go back to {resumed}, set another --output")
-    return resumed
-
-
-def require_same_run(folder: Path, state: dict[str, Any], config: TrainConfig, identity: dict[str, Any]) -> None:
-    """Raises: ValueError naming the first thing that would make the resumed run another run."""
-    defaults = flatten(configuration.to_dict(TrainConfig()))  # for options that came after the checkpoint
-    before, now = defaults | flatten(state["config"]), flatten(configuration.to_dict(config))
-    before |= flatten(state["identity"])
-    now |= flatten(json.loads(json.dumps(identity)))  # as it reads after a checkpoint: lists for tuples
-    for key in sorted(before.keys() | now.keys()):
-        if not key.startswith(RESUME_MAY_DIFFER) and before.get(key) != now.get(key):
-            raise ValueError(
-                f"{folder} was made with {key} = {before.get(key)}, now it is {now.get(key)}; "
-                "a resumed run must keep it: change it back, or start another run"
-            )
-
-
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{a: {b: 1}} → {a.b: 1}; lists become text, as trackers want it."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = str(value) if isinstance(value, list) else value
-    return flat
 
 
 def log(run: Run, step: int, metrics: dict[str, Tensor], watch: Stopwatch) -> str:
@@ -287,6 +249,14 @@ def save(run: Run, step: int, seconds: float) -> None:
             "identity": run.identity,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        checkpoint.save(run.folder, step, model=run.distiller, ema=run.ema, optimizer=run.optimizer, state=state)
+        checkpoint.save(
+            run.folder,
+            step,
+            model=run.distiller,
+            ema=run.ema,
+            optimizer=run.optimizer,
+            memory=run.distiller.memory(),
+            state=state,
+        )
         checkpoint.prune(run.folder, run.config.checkpoint.keep)
     distributed.barrier()

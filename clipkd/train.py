@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from clipkd import checkpoint, distributed, momentum, optim, progress
+from clipkd.comparison import Targets
 from clipkd.config import TrainConfig
 from clipkd.run import Run, evaluate_tasks, is_evaluated, log, open_run, save
 from clipkd.views import Batch
-
-MAX_LOG_SCALE = math.log(100)  # CLIP's bound
 
 
 def train(config: TrainConfig) -> Path:
@@ -57,25 +56,47 @@ def training_step(run: Run, batch: Batch, step: int) -> dict[str, Tensor]:
     # Dropout as a function of seed, step and process: a resumed run needs no random state.
     torch.manual_seed(int(np.random.SeedSequence((run.config.seed, step, distributed.rank())).generate_state(1)[0]))
 
-    teacher_features = None
-    if run.teacher is not None:
-        assert batch.teacher is not None
-        with torch.no_grad(), accelerator.autocast():
-            teacher_features = run.teacher.features(batch.teacher.to(accelerator.device))
-    loss, metrics = run.model(batch.student.to(accelerator.device), teacher_features)
+    view, targets = batch.student.to(accelerator.device), find_targets(run, batch)
+    loss, metrics = run.model(view, targets, step)
     accelerator.backward(loss)
     if step == run.order.start:
         require_all_trained(run)
     norm = accelerator.clip_grad_norm_(run.distiller.parameters(), options.clip_norm or math.inf)
     assert norm is not None
-    require_finite(run, step, loss, norm)
+    require_finite(run, step, loss, norm, targets)
     optimizer.step()
     optimizer.zero_grad()
-    with torch.no_grad():
-        run.distiller.student.model.logit_scale.clamp_(0, MAX_LOG_SCALE)  # type: ignore[union-attr, operator]
+    run.distiller.finish_step()
     if run.ema is not None:
         momentum.update_average(run.ema, run.distiller.student, options.ema_momentum)
     return {**metrics, "grad_norm": norm, "lr": torch.tensor(rate)}
+
+
+@torch.no_grad()
+def find_targets(run: Run, batch: Batch) -> Targets:
+    """What the frozen teachers and the student's moving average say of the batch."""
+    device = run.accelerator.device
+    require_known_labels(run, batch)
+    with run.accelerator.autocast():
+        teachers = tuple(
+            teacher.features(view.to(device)) for teacher, view in zip(run.teachers, batch.teachers, strict=True)
+        )
+        momentum_features = None
+        if run.distiller.needs_momentum:
+            assert run.ema is not None
+            momentum_features = run.ema.features(batch.student.to(device))
+    return Targets(teachers, momentum_features, batch.ids.to(device), batch.labels.to(device))
+
+
+def require_known_labels(run: Run, batch: Batch) -> None:
+    """Raises: ValueError if a label is none of the closed set's classes."""
+    closed_set = run.distiller.closed_set
+    if closed_set is not None and (largest := int(batch.labels.max())) >= len(closed_set.teacher_classes):
+        index = batch.ids[batch.labels.argmax()].item()
+        raise ValueError(
+            f"sample {index} has class {largest} by data.label_key, but objective.closed_set.classes names "
+            f"{len(closed_set.teacher_classes)} classes, numbered from 0"
+        )
 
 
 def require_all_trained(run: Run) -> None:
@@ -87,14 +108,31 @@ def require_all_trained(run: Run) -> None:
         )
 
 
-def require_finite(run: Run, step: int, loss: Tensor, norm: Tensor) -> None:
+def require_finite(run: Run, step: int, loss: Tensor, norm: Tensor, targets: Targets) -> None:
     # After DDP's reduction one process's NaN is in every gradient norm, so all processes stop together. Under fp16 an
     # infinite norm is how the loss scaler finds its scale; there the averaged loss is looked at instead.
     scaler = run.accelerator.scaler
     value = norm if scaler is None else distributed.mean(loss)
     if not torch.isfinite(value) or (scaler is not None and scaler.get_scale() < 1):
+        broken = [part for parts in distributed.gather_objects(find_nonfinite(targets)) for part in parts]
+        advice = "Lower optim.learning_rate or check the data"
+        if broken:
+            advice = f"{broken[0]} features are not finite: its weights are damaged or overflow at this precision"
         saved = checkpoint.whole_checkpoints(run.folder)
         raise FloatingPointError(
             f"step {step + 1}: the loss is {loss.item()}, the gradient norm {norm.item()}; stopped before the weights were "
-            f"touched. Last good checkpoint: {saved[-1] if saved else 'none'}. Lower optim.learning_rate or check the data"
+            f"touched. Last good checkpoint: {saved[-1] if saved else 'none'}. {advice}"
         )
+
+
+def find_nonfinite(targets: Targets) -> list[str]:
+    """Which frozen model's features hold NaN or infinity, named by its option."""
+    named = {"teacher.model's" if not n else f"ensemble[{n - 1}]'s": f for n, f in enumerate(targets.teachers)}
+    if targets.momentum is not None:
+        named["the moving average's"] = targets.momentum
+    return [
+        f"{name} {side}"
+        for name, model in named.items()
+        for side, part in (("image", model.image), ("text", model.text))
+        if not part.isfinite().all()
+    ]

@@ -46,9 +46,11 @@ class Batch(NamedTuple):
     """One process's share of a global batch."""
 
     student: View
-    teacher: View | None
+    teachers: tuple[View, ...]
     ids: Int[Tensor, "b"]
     """Index of each sample in its source."""
+    labels: Int[Tensor, "b"]
+    """Class of each sample; −1 where it has none."""
 
 
 class Features(NamedTuple):
@@ -57,3 +59,9 @@ class Features(NamedTuple):
     image: Float[Tensor, "b d"]
     text: Float[Tensor, "b d"]
     logit_scale: Float[Tensor, ""]
+    logit_bias: Float[Tensor, ""] | None = None
+    """Added to the logits of sigmoid models; a softmax does not see it."""
+
+    def detach(self) -> "Features":
+        bias = None if self.logit_bias is None else self.logit_bias.detach()
+        return Features(self.image.detach(), self.text.detach(), self.logit_scale.detach(), bias)

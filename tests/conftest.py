@@ -8,7 +8,10 @@ import pytest
 import torch
 
 # Before clipkd is imported: a wrong shape or dtype then fails where it arises, not three functions later.
-jaxtyping.install_import_hook(["clipkd.losses", "clipkd.zeroshot", "clipkd.distill"], "beartype.beartype")
+jaxtyping.install_import_hook(
+    ["clipkd.losses", "clipkd.zeroshot", "clipkd.distill", "clipkd.terms", "clipkd.comparison", "clipkd.momentum"],
+    "beartype.beartype",
+)
 
 # The tensors are small: on a busy machine two threads wait for each other sixty times longer than they compute.
 torch.set_num_threads(1)

@@ -3,16 +3,20 @@
 The same global batches come for any number of processes and loader processes, and a run can start at any step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipkd.config import DataConfig
 from clipkd.data.images import decode, normalize, random_crop_box, render
 from clipkd.data.sources import PairSource
 from clipkd.views import Batch, View, ViewSpec
+
+Sample = tuple[list[np.ndarray], str, int, int]
+"""Pixels per view, caption, index, label."""
 
 WHITE = (255, 255, 255)
 
@@ -59,7 +63,7 @@ class AugmentedPairs(Dataset):
     def __init__(self, source: PairSource, config: DataConfig, specs: list[ViewSpec], seed: int) -> None:
         self.source, self.config, self.specs, self.seed = source, config, specs, seed
 
-    def __getitem__(self, position: tuple[int, int]) -> tuple[list[np.ndarray], str, int]:
+    def __getitem__(self, position: tuple[int, int]) -> Sample:
         epoch, index = position
         rng = np.random.default_rng((self.seed, epoch, index))
         pair = self.source.read(index)
@@ -67,32 +71,33 @@ class AugmentedPairs(Dataset):
         image = decode(pair.image, pair.key, background=(red, green, blue))
         box = random_crop_box(*image.size, self.config.min_crop, rng)
         caption = pair.captions[rng.integers(len(pair.captions))]
-        return [render(image, box, spec) for spec in self.specs], caption, index
+        return [render(image, box, spec) for spec in self.specs], caption, index, pair.label
 
 
 class Collate:
-    """Samples → Batch, making pixels and tokens once where student and teacher agree."""
+    """Samples → Batch, making pixels and tokens once where student and teachers agree."""
 
-    def __init__(self, student: ViewSpec, teacher: ViewSpec | None) -> None:
-        self.student, self.teacher = student, teacher
+    def __init__(self, student: ViewSpec, teachers: Sequence[ViewSpec]) -> None:
+        self.specs = [student, *teachers]
+        self.pixel_specs: list[ViewSpec] = []
+        """The distinct ones among them."""
+        for spec in self.specs:
+            if not any(spec.same_pixels(other) for other in self.pixel_specs):
+                self.pixel_specs.append(spec)
 
-    @property
-    def pixel_specs(self) -> list[ViewSpec]:
-        if self.teacher is None or self.teacher.same_pixels(self.student):
-            return [self.student]
-        return [self.student, self.teacher]
-
-    def __call__(self, samples: list[tuple[list[np.ndarray], str, int]]) -> Batch:
-        pixels, captions, ids = zip(*samples, strict=True)
+    def __call__(self, samples: list[Sample]) -> Batch:
+        pixels, captions, ids, labels = zip(*samples, strict=True)
         images = [
             normalize(list(view), spec) for view, spec in zip(zip(*pixels, strict=True), self.pixel_specs, strict=True)
         ]
-        student = View(images[0], self.student.tokenize(list(captions)))
-        teacher = None
-        if self.teacher is not None:
-            shared = self.teacher.tokenizer_name == self.student.tokenizer_name
-            teacher = View(images[-1], student.texts if shared else self.teacher.tokenize(list(captions)))
-        return Batch(student, teacher, torch.tensor(ids))
+        texts: dict[str, Tensor] = {}
+        views: list[View] = []
+        for spec in self.specs:
+            if spec.tokenizer_name not in texts:
+                texts[spec.tokenizer_name] = spec.tokenize(list(captions))
+            number = next(i for i, other in enumerate(self.pixel_specs) if spec.same_pixels(other))
+            views.append(View(images[number], texts[spec.tokenizer_name]))
+        return Batch(views[0], tuple(views[1:]), torch.tensor(ids), torch.tensor(labels))
 
 
 def training_batches(
@@ -100,12 +105,12 @@ def training_batches(
     config: DataConfig,
     *,
     student: ViewSpec,
-    teacher: ViewSpec | None,
+    teachers: Sequence[ViewSpec],
     order: BatchOrder,
     pin_memory: bool,
 ) -> Iterator[Batch]:
     """One batch per step of `order`. Never wrap or `prepare` it: it is already this process's share."""
-    collate = Collate(student, teacher)
+    collate = Collate(student, teachers)
     loader = DataLoader(
         AugmentedPairs(source, config, collate.pixel_specs, order.seed),
         batch_sampler=order,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from webdataset.shardlists import expand_urls
 from clipkd.config import DataConfig
 from clipkd.data.tar_index import index_tar
 
+UNLABELLED = -1
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
@@ -25,6 +27,7 @@ class Pair:
     """Where it came from, for error messages."""
     image: bytes
     captions: tuple[str, ...]
+    label: int = UNLABELLED
 
 
 class PairSource(Protocol):
@@ -78,25 +81,42 @@ def as_captions(value: Any, where: str) -> tuple[str, ...]:
     return captions
 
 
+def as_label(value: Any, where: str) -> int:
+    """A class number; −1 for a sample without one."""
+    if value is None:
+        return UNLABELLED
+    if isinstance(value, str | int) and re.fullmatch(r"-1|\d+", str(value).strip()):
+        return int(value)
+    raise ValueError(
+        f"{where}: its label is {value!r}; it must be a class number from 0 on, or null; see data.label_key"
+    )
+
+
 class WebdatasetPairs:
-    """Tar shards in the img2dataset layout: KEY.jpg (png, webp) with KEY.txt or a key of KEY.json.
+    """Tar shards in the img2dataset layout: KEY.jpg (png, webp) with KEY.txt or a key of KEY.json, maybe KEY.cls.
 
     Samples that lack either are left out when the shards are indexed, and counted in `num_incomplete`.
     """
 
     def __init__(self, config: DataConfig) -> None:
-        self.caption_key = config.caption_key
+        self.caption_key, self.label_key = config.caption_key, config.label_key
         self.shards = find_shards(config.path)
         caption_extension = "txt" if config.caption_key == "txt" else "json"
+        label_extension = "cls" if config.label_key == "cls" else "json"
         columns: list[tuple[np.ndarray, ...]] = []
         self.num_incomplete = 0
         for number, shard in enumerate(self.shards):
             index = index_tar(shard)
-            image, caption = index.select(IMAGE_EXTENSIONS), index.select((caption_extension,))
-            whole = (image[1] >= 0) & (caption[1] >= 0)
+            members = [index.select(IMAGE_EXTENSIONS), index.select((caption_extension,))]
+            whole = (members[0][1] >= 0) & (members[1][1] >= 0)
+            if config.label_key:
+                members.append(index.select((label_extension,)))
             self.num_incomplete += int((~whole).sum())
-            columns.append((np.full(whole.sum(), number), *(array[whole] for array in (*image, *caption))))
+            arrays = [array[whole] for member in members for array in member]
+            columns.append((np.full(whole.sum(), number), *arrays))
         self.locations = np.stack([np.concatenate(column) for column in zip(*columns, strict=True)], axis=1)
+        if config.label_key and len(self) and not (self.locations[:, -1] >= 0).any():
+            raise ValueError(f"{config.path}: no sample has a .{label_extension} for its label; see data.label_key")
         if not len(self):
             raise ValueError(
                 f"{config.path}: none of {self.num_incomplete} samples has both an image "
@@ -110,23 +130,33 @@ class WebdatasetPairs:
         return hashlib.sha256(self.locations.tobytes()).hexdigest()
 
     def read(self, index: int) -> Pair:
-        shard, image_offset, image_size, caption_offset, caption_size = self.locations[index].tolist()
+        shard, image_offset, image_size, caption_offset, caption_size, *label_place = self.locations[index].tolist()
         key = f"{self.shards[shard]} at byte {image_offset}"
         # Opened anew each time: a shuffled epoch visits every shard, and there may be more of them than open files allowed.
         with self.shards[shard].open("rb", buffering=0) as file:
             image = os.pread(file.fileno(), image_size, image_offset)
             caption = os.pread(file.fileno(), caption_size, caption_offset)
-        try:
-            value: Any = caption.decode("utf-8") if self.caption_key == "txt" else json.loads(caption)[self.caption_key]
-        except (KeyError, TypeError, IndexError):
-            raise ValueError(f"{key}: its json has no key {self.caption_key!r}; see data.caption_key") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{key}: its caption cannot be read ({error})") from error
-        return Pair(key, image, as_captions(value, key))
+            labelled = bool(label_place) and label_place[1] >= 0
+            label = os.pread(file.fileno(), label_place[1], label_place[0]) if labelled else b""
+        captions = as_captions(read_member(caption, self.caption_key, "txt", key, "data.caption_key"), key)
+        if not (labelled and self.label_key):
+            return Pair(key, image, captions)
+        value = read_member(label, self.label_key, "cls", key, "data.label_key")
+        return Pair(key, image, captions, as_label(value, key))
+
+
+def read_member(content: bytes, key: str, extension: str, where: str, option: str) -> Any:
+    """The text of a member, if the key is its extension, else that key of its json. `option` set the key."""
+    try:
+        return content.decode("utf-8") if key == extension else json.loads(content)[key]
+    except (KeyError, TypeError, IndexError):
+        raise ValueError(f"{where}: its json has no key {key!r}; see {option}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{where}: its {option.split('.')[1][:-4]} cannot be read ({error})") from error
 
 
 class HuggingFacePairs:
-    """A Hugging Face data set with an image column and a caption column (a string or a list of strings)."""
+    """A Hugging Face data set with an image column, a caption column (a string or a list of strings), maybe a label's."""
 
     num_incomplete = 0
 
@@ -134,11 +164,15 @@ class HuggingFacePairs:
         import datasets
 
         self.path, self.image_column, self.caption_column = config.path, config.image_column, config.caption_key
+        self.label_column = config.label_key
         self.rows = load_rows(config.path, config.split)
-        for option, column in (("data.image_column", self.image_column), ("data.caption_key", self.caption_column)):
+        columns = {"data.image_column": self.image_column, "data.caption_key": self.caption_column}
+        if self.label_column:
+            columns["data.label_key"] = self.label_column
+        for option, column in columns.items():
             if column not in self.rows.column_names:
                 raise ValueError(f"{config.path} has no column {column!r}, only {self.rows.column_names}; set {option}")
-        self.rows = self.rows.select_columns([self.image_column, self.caption_column])
+        self.rows = self.rows.select_columns(list(columns.values()))
         self.rows = self.rows.cast_column(self.image_column, datasets.Image(decode=False))
         if not len(self.rows):
             raise ValueError(f"{config.path} holds no rows in split {config.split!r}")
@@ -156,7 +190,8 @@ class HuggingFacePairs:
         if image is None:
             raise ValueError(f"{key} has no image in column {self.image_column!r}")
         data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-        return Pair(key, data, as_captions(row[self.caption_column], key))
+        label = as_label(row[self.label_column], key) if self.label_column else UNLABELLED
+        return Pair(key, data, as_captions(row[self.caption_column], key), label)
 
 
 def load_rows(path: str, split: str) -> Any:

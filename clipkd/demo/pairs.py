@@ -99,11 +99,12 @@ def draw(svg: Path) -> bytes:
 
 
 def write_pairs(folder: Path, *, num_concepts: int | None = None, num_shards: int = 4, seed: int = 0) -> int:
-    """Training shards in the img2dataset layout: KEY.png and KEY.json {"captions": […]}; returns the number of pairs."""
+    """Training shards in the img2dataset layout: KEY.png and KEY.json with captions and label; returns their number."""
     from webdataset.writer import TarWriter
 
     concepts = read_concepts()[:num_concepts]
     samples = [(style, concept) for style in TRAINING_STYLES for concept in concepts]
+    labels = {concept.hexcode: number for number, concept in enumerate(concepts)}
     rng = random.Random(seed)
     rng.shuffle(samples)
     with whole_folder(folder) as temporary:
@@ -114,7 +115,8 @@ def write_pairs(folder: Path, *, num_concepts: int | None = None, num_shards: in
                     if svg is None:
                         raise ValueError(f"{style} has no drawing of {concept.hexcode}; install its tested version")
                     png = draw(svg)
-                    text = json.dumps({"captions": captions(concept, rng), "style": style})
+                    label = labels[concept.hexcode]
+                    text = json.dumps({"captions": captions(concept, rng), "style": style, "label": label})
                     tar.write({"__key__": f"{style}-{concept.hexcode}", "png": png, "json": text.encode()})
     return len(samples)
 

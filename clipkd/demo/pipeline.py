@@ -22,12 +22,11 @@ from clipkd.progress import console
 from clipkd.train import train
 
 CHOOSE, REPORT = "fluent", "noto"
-NO_GKL = ("--objective.gkl.weight", "0")
 STUDENTS: dict[str, tuple[str, ...]] = {
-    "alone": NO_GKL,
-    "task + features": (*NO_GKL, "--objective.features.weight", "1280"),
-    "task + KL": (*NO_GKL, "--objective.kl.weight", "1"),
-    "task + GKL": (),
+    "alone": (),
+    "task + features": ("--objective.features.weight", "1280"),
+    "task + KL": ("--objective.kl.weight", "1"),
+    "task + GKL": ("--config", str(recipe("losses/gkl"))),
 }
 """What each student's command adds to configs/demo.yaml. Logit terms on teacher keys; 1280 = 10 · the width of 128."""
 

@@ -10,7 +10,7 @@ def info_nce(logits: Float[Tensor, "b c"], positives: Int[Tensor, "b"] | Bool[Te
     """Mean over queries of −log softmax(logits)[positive], nats (CLIP, arXiv 2103.00020).
 
     positives: each query's column, or a mask of all its positives, which then share the target equally (ALBEF,
-    arXiv 2107.07651). CLIP's loss is the mean of this over both directions.
+    arXiv 2107.07651) and must not be none. CLIP's loss is the mean of this over both directions.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if positives.dtype == torch.bool:
@@ -54,7 +54,7 @@ def info_nce_gradients(
     all c queries of each direction, by which a column of probabilities is known without the other rows.
     """
     factor = logit_scale / len(image_keys)
-    target = positives.to(logits_per_image.dtype)
+    target = positives.to(logits_per_image.dtype) / positives.sum(dim=-1, keepdim=True)
 
     def gradient(logits: Tensor, normalizers: Tensor, keys: Tensor) -> Tensor:
         return factor * ((logits - normalizers).exp() - target) @ keys

@@ -117,7 +117,7 @@ def mixed_target(
     at least one positive. Raises: ValueError if the shares are negative or more than 1 together.
     """
     shares = [share for share, _ in softened]
-    if min(shares, default=0.0) < 0 or sum(shares) > 1 + 1e-9:
+    if not (min(shares, default=0.0) >= 0 and sum(shares) <= 1 + 1e-9):
         raise ValueError(f"shares of a mixed target are {shares}; each must be 0 or more, their sum 1 at most")
     dtype = softened[0][1].dtype if softened else torch.float32
     hard = positives.to(torch.promote_types(dtype, torch.float32))

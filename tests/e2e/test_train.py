@@ -15,10 +15,31 @@ from clipkd.config import DataConfig, StudentConfig
 from clipkd.data import BatchOrder, open_source, training_batches
 from tests.e2e.conftest import SMALL, Run
 
-ALL_TERMS = (
-    *("--objective.gkl.weight", "1", "--objective.gkl.gamma", "0.3", "--objective.kl.weight", "0.5"),
-    *("--objective.kl.keys", "student", "--objective.soft_ce.weight", "0.1", "--objective.features.weight", "10"),
+ALL_TERMS = tuple(
+    f"--objective.{option}"
+    for option in (
+        *("gkl.weight=1", "gkl.queue=true", "dkl.weight=0.1", "kl.weight=0.5", "kl.keys=student", "kl.queue=true"),
+        *(
+            "soft_ce.weight=0.1",
+            "soft_ce.keys=momentum",
+            "affinity.weight=0.1",
+            "features.weight=10",
+            "features.warmup_steps=4",
+        ),
+        *("icl.weight=1", "icl.queue=true", "gd.weight=100", "afd.weight=0.5", "vrd.weight=0.1", "xrd.weight=0.1"),
+        *("itc.weight=0.3", "itc.queue=true", "itc.teacher_share=0.2", "itc.ramp_steps=5", "sigmoid.weight=0.01"),
+        *("closed_set.weight=1", "closed_set.gamma=0.5", "queue.capacity=40"),
+    )
 )
+"""All that need no second kind of teacher; the queue wraps around at the third step of 16 pairs."""
+
+
+VARYING = {"seconds", "images_per_second", "data_wait", "world_size"}
+
+
+def with_all_terms(data: Path) -> tuple[str, ...]:
+    classes = ("--objective.closed_set.classes", str(data / "noto" / "classnames.txt"), "--data.label_key", "label")
+    return (*ALL_TERMS, *classes, "--optim.ema_momentum", "0.9")
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -28,7 +49,7 @@ def read_metrics(run: Path) -> list[dict]:
 def test_two_processes_log_the_losses_of_one(clipkd: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
     arguments = (
         *SMALL,
-        *ALL_TERMS,
+        *with_all_terms(data),
         "--steps",
         6,
         "--teacher.model",
@@ -43,7 +64,10 @@ def test_two_processes_log_the_losses_of_one(clipkd: Run, data: Path, teacher: P
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert [row["world_size"] for row in (one[0], two[0])] == [1, 2]
     assert [row["step"] for row in one] == [1, 2, 3, 4, 5, 6]
-    for name in (
+    for name in one[0].keys() - VARYING:
+        assert [row[name] for row in one] == pytest.approx([row[name] for row in two], rel=1e-5, abs=1e-5), name
+    assert one[0]["loss"] != one[5]["loss"]
+    logged = {
         "loss",
         "info_nce",
         "gkl",
@@ -53,11 +77,13 @@ def test_two_processes_log_the_losses_of_one(clipkd: Run, data: Path, teacher: P
         "soft_ce",
         "soft_ce_kl",
         "features",
-        "logit_scale",
-        "grad_norm",
-    ):
-        assert [row[name] for row in one] == pytest.approx([row[name] for row in two], rel=1e-5, abs=1e-5), name
-    assert one[0]["loss"] != one[5]["loss"]
+        "closed_set_kl",
+        "itc",
+    }
+    assert (
+        logged | {"logit_scale", "cross_logit_scale", "grad_norm", "vrd", "xrd", "afd", "gd", "sigmoid"}
+        <= one[0].keys()
+    )
     assert any((tmp_path / "two").rglob("events.out.tfevents*"))
 
 
@@ -68,7 +94,7 @@ def test_killed_and_resumed_run_is_bitwise_the_uninterrupted_run(
     arguments = [
         *(
             *SMALL,
-            *ALL_TERMS,
+            *with_all_terms(data),
             "--steps",
             "6",
             "--teacher.model",
@@ -76,7 +102,7 @@ def test_killed_and_resumed_run_is_bitwise_the_uninterrupted_run(
             "--data.path",
             str(data / "pairs"),
         ),
-        *("--checkpoint.every_steps", "3", "--optim.ema_momentum", "0.9", "--data.num_workers", str(workers)),
+        *("--checkpoint.every_steps", "3", "--data.num_workers", str(workers)),
     ]
     clipkd("train", *arguments, "--output", tmp_path / "whole", processes=processes)
 
@@ -102,14 +128,13 @@ def test_killed_and_resumed_run_is_bitwise_the_uninterrupted_run(
 
     done = clipkd("train", *arguments, "--output", killed, "--resume", "latest", processes=processes)
     assert "trained 6 steps" in done.stdout
-    for file in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
+    for file in ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "memory.safetensors"):
         paths = [run / "checkpoints" / "step_000006" / file for run in (tmp_path / "whole", killed)]
         whole, resumed = map(load_file, paths)
         assert whole.keys() == resumed.keys()
         assert [name for name in whole if not whole[name].equal(resumed[name])] == []
-    varying = {"seconds", "images_per_second", "data_wait"}
     rows = [
-        [{k: v for k, v in row.items() if k not in varying} for row in read_metrics(run)]
+        [{k: v for k, v in row.items() if k not in VARYING} for row in read_metrics(run)]
         for run in (tmp_path / "whole", killed)
     ]
     assert rows[0] == rows[1]
@@ -166,11 +191,10 @@ def test_a_transformers_teacher_sees_its_own_resolution_and_tokens(
     order = BatchOrder(64, batch_size=4, seed=0, start=0, stop=1, rank=0, world_size=1)
     source = open_source(config)
     batch = next(
-        training_batches(source, config, student=student.spec, teacher=encoder.spec, order=order, pin_memory=False)
+        training_batches(source, config, student=student.spec, teachers=[encoder.spec], order=order, pin_memory=False)
     )
-    assert batch.teacher is not None
-    assert (batch.student.images.shape, batch.teacher.images.shape) == ((4, 3, 32, 32), (4, 3, 48, 48))
-    assert (batch.student.texts.shape, batch.teacher.texts.shape) == ((4, 12), (4, 16))
+    assert (batch.student.images.shape, batch.teachers[0].images.shape) == ((4, 3, 32, 32), (4, 3, 48, 48))
+    assert (batch.student.texts.shape, batch.teachers[0].texts.shape) == ((4, 12), (4, 16))
 
 
 def test_accelerate_launch_runs_the_module(environment: dict[str, str], data: Path, tmp_path: Path) -> None:

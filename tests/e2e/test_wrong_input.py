@@ -1,5 +1,7 @@
 """Every wrong input: one clear line that names it, a non-zero exit, nothing half-written."""
 
+import json
+import math
 import shutil
 import subprocess
 import sys
@@ -7,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from clipkd.cli import main
 from clipkd.students import MODEL_CONFIGS
@@ -53,6 +56,12 @@ def assert_refused(done: subprocess.CompletedProcess[str], output: Path, *words:
         (("--teacher.model", "nowhere", "--objective.gkl.weight", "1"), ("nowhere",)),
         (("--objective.gkl.weight", "1"), ("objective.gkl", "teacher.model")),
         (("--objective.gkl.temperature", "-1"), ("objective.gkl.temperature is -1",)),
+        (("--objective.info_nce.queue", "true"), ("objective.info_nce.queue", "objective.queue.capacity is 0")),
+        (
+            ("--objective.info_nce.queue", "true", "--objective.queue.capacity", "15", "--optim.ema_momentum", "0.9"),
+            ("objective.queue.capacity is 15", "16 pairs"),
+        ),
+        (("--objective.itc.weight", "1"), ("objective.itc", "optim.ema_momentum is 0")),
         (("--precision", "fp16"), ("precision is fp16",)),
         (("--evaluation.data", "[/no/such/set]"), ("/no/such/set",)),
         (("--config", "/no/such.yaml"), ("/no/such.yaml",)),
@@ -112,6 +121,78 @@ def test_widths_that_differ_need_a_projection(here: Run, data: Path, teacher: Pa
     refused = here(*arguments, *options, "--objective.projection", "none", check=False)
     assert_refused(refused, output, "192", "128", "objective.projection")
     here(*arguments, *options)
+
+
+def test_a_sigmoid_teacher_is_for_sigmoid_and_feature_terms(here: Run, data: Path, tmp_path: Path) -> None:
+    arguments = ("train", *SMALL, "--data.path", data / "pairs", "--steps", 1)
+    sigmoid = ("--objective.info_nce.weight", 0, "--objective.sigmoid.weight", 1, "--objective.logit_scale.init", 10)
+    here(*arguments, *sigmoid, "--output", tmp_path / "siglip")
+    here("export", tmp_path / "siglip", "--output", tmp_path / "teacher")
+    teacher = ("--teacher.model", tmp_path / "teacher", "--output", tmp_path / "run")
+    for name in ("gkl", "kl", "soft_ce", "affinity", "gd"):
+        refused = here(*arguments, *teacher, f"--objective.{name}.weight", 1, check=False)
+        assert_refused(refused, tmp_path / "run", f"objective.{name}", "teacher.model", "logit_bias", "soft_bce")
+    here(*arguments, *teacher, *sigmoid, "--objective.soft_bce.weight", 1, "--objective.features.weight", 1)
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert row["logit_bias"] == pytest.approx(-10, abs=0.1)
+    assert row["soft_bce"] > 0
+    refused = here(
+        *arguments,
+        "--teacher.model",
+        tmp_path / "run",
+        "--output",
+        tmp_path / "x",
+        *sigmoid,
+        "--objective.icl.weight",
+        1,
+    )
+    assert refused.returncode == 0  # a comparison of features does not mind
+
+
+def test_a_softmax_teacher_has_no_probabilities_per_pair(here: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
+    arguments = ("train", *SMALL, "--data.path", data / "pairs", "--steps", 1, "--output", tmp_path / "run")
+    refused = here(*arguments, "--teacher.model", teacher, "--objective.soft_bce.weight", 1, check=False)
+    assert_refused(refused, tmp_path / "run", "objective.soft_bce", "teacher.model", "logit_bias")
+
+
+def test_a_teacher_whose_features_are_not_finite_is_named(here: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
+    shutil.copytree(teacher, tmp_path / "teacher")
+    weights = load_file(tmp_path / "teacher" / "open_clip_model.safetensors")
+    weights["text_projection"].fill_(math.nan)
+    save_file(weights, tmp_path / "teacher" / "open_clip_model.safetensors")
+    output = tmp_path / "run"
+    arguments = ("train", *SMALL, "--data.path", data / "pairs", "--output", output, "--steps", 2)
+    done = here(*arguments, "--teacher.model", tmp_path / "teacher", "--objective.gkl.weight", 1, check=False)
+    assert done.returncode == 1
+    assert "teacher.model's text features are not finite" in done.stderr
+    assert "stopped before the weights were touched" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("clipkd train: error: step 1: the loss is nan")
+    assert not (output / "checkpoints").exists()
+
+
+def test_a_label_beyond_the_classes_is_named(here: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    output = tmp_path / "run"
+    arguments = (
+        "train",
+        *SMALL,
+        "--data.path",
+        data / "pairs",
+        "--output",
+        output,
+        "--steps",
+        1,
+        "--teacher.model",
+        teacher,
+    )
+    options = ("--objective.closed_set.weight", 1, "--objective.closed_set.classes", tmp_path / "classes.txt")
+    done = here(*arguments, *options, "--data.label_key", "label", check=False)
+    assert done.returncode == 2
+    assert "data.label_key" in done.stderr
+    assert "names 2 classes" in done.stderr
+    assert_refused(here(*arguments, *options, check=False), tmp_path / "other", "class_prior", "data.label_key")
+    missing = here(*arguments, *options, "--data.label_key", "cls", check=False)
+    assert_refused(missing, tmp_path / "other", "no sample has a .cls", "data.label_key")
 
 
 def test_teacher_folder_without_weights(here: Run, data: Path, teacher: Path, tmp_path: Path) -> None:

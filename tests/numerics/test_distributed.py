@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_clip import OBJECTIVES, step
+from tiny_clip import OBJECTIVES, steps
 from torch import Tensor
 
 from clipkd import distributed
@@ -73,14 +73,17 @@ def test_mean_is_the_mean_over_processes(processes: list[Seen]) -> None:
 def test_two_processes_give_the_loss_and_gradients_of_one(
     processes: list[Seen], name: str, dtype: torch.dtype, tolerance: float
 ) -> None:
-    whole = step(name, dtype)
+    whole = steps(name, dtype)
     halves = [
         {key.split("/", 2)[2]: value for key, value in tensors.items() if key.startswith(f"{name}/{dtype}/")}
         for tensors, _ in processes
     ]
     assert [set(half) for half in halves] == [set(whole)] * 2
+    assert ("memory/queue/ids" in whole) == (name == "queued")
     for key, expected in whole.items():
-        if key.startswith("metric/"):
+        if key.startswith("memory/"):  # pushed from gathered batches: the same bits on every process
+            assert all(torch.equal(half[key], expected) for half in halves), key
+        elif key.startswith("metric/"):
             mean = torch.stack([half[key] for half in halves]).mean()
             assert mean.item() == pytest.approx(expected.item(), rel=tolerance, abs=tolerance), key
         else:
@@ -88,8 +91,10 @@ def test_two_processes_give_the_loss_and_gradients_of_one(
                 error = (half[key] - expected).norm().item()
                 assert error <= tolerance * max(expected.norm().item(), 1e-3), f"{key}: {error}"
     assert sum(key.startswith("gradient/") for key in whole) >= 7
-    uses_projection = name not in ("task alone", "gkl on student keys")
-    assert ("gradient/image_projection.weight" in whole) == uses_projection
+    uses_projection = OBJECTIVES[name].queues & {"teacher"} or name in (
+        *("every term", "gkl with equal rows", "features alone", "relations", "sigmoid on teacher keys"),
+    )
+    assert ("gradient/image_projection.weight" in whole) == bool(uses_projection)
     assert ("gradient/student.model.logit_scale" in whole) == (name != "features alone")
     assert whole["metric/loss"] > 0.1
 

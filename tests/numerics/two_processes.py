@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from tiny_clip import OBJECTIVES, step
+from tiny_clip import OBJECTIVES, steps
 from torch import Tensor
 
 from clipkd import distributed
@@ -55,7 +55,7 @@ def main() -> None:
     tensors, facts = collectives(rank)
     for name in OBJECTIVES:
         for dtype in (torch.float32, torch.float64):
-            result = step(name, dtype, rank=rank, world_size=WORLD_SIZE)
+            result = steps(name, dtype, rank=rank, world_size=WORLD_SIZE)
             tensors |= {f"{name}/{dtype}/{key}": value for key, value in result.items()}
     distributed.barrier()
     dist.destroy_process_group()

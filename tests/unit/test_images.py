@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from samples import coordinates, encode, tokenize, view_spec, write_tar
 from clipkd.config import DataConfig
 from clipkd.data.images import decode, normalize, random_crop_box, render
 from clipkd.data.loader import AugmentedPairs, BatchOrder, Collate, training_batches
-from clipkd.data.sources import Pair, open_source
+from clipkd.data.sources import UNLABELLED, Pair, open_source
 from clipkd.views import Batch, ViewSpec
 
 WHITE = (255, 255, 255)
@@ -140,7 +140,7 @@ def test_pixels_are_normalised_per_channel_by_hand() -> None:
 
 
 class Ramps:
-    """Pairs whose colours say where a crop was taken, every one alike but for its captions."""
+    """Pairs whose colours say where a crop was taken, every one alike but for its captions and label."""
 
     def __init__(self, *, transparent: bool = False) -> None:
         image = coordinates()
@@ -152,13 +152,14 @@ class Ramps:
         return 12
 
     def read(self, index: int) -> Pair:
-        return Pair(f"ramp {index}", self.image, (f"a{index:02}", f"b{index:02}", f"c{index:02}"))
+        captions = (f"a{index:02}", f"b{index:02}", f"c{index:02}")
+        return Pair(f"ramp {index}", self.image, captions, label=100 - index if index % 3 else UNLABELLED)
 
 
 def batches(
     *,
     student: ViewSpec | None = None,
-    teacher: ViewSpec | None = None,
+    teachers: Sequence[ViewSpec] = (),
     seed: int = 0,
     num_workers: int = 0,
     background: str = "white",
@@ -172,7 +173,7 @@ def batches(
         Ramps(transparent=transparent),
         config,
         student=student or view_spec(8),
-        teacher=teacher,
+        teachers=teachers,
         order=order,
         pin_memory=False,
     )
@@ -181,11 +182,10 @@ def batches(
 
 def test_student_and_teacher_see_the_same_crop_at_their_own_resolutions() -> None:
     seen = []
-    for batch in batches(student=view_spec(8), teacher=view_spec(24, mean=0.5, std=0.25)):
-        assert batch.teacher is not None
+    for batch in batches(student=view_spec(8), teachers=[view_spec(24, mean=0.5, std=0.25)]):
         assert batch.student.images.shape == (4, 3, 8, 8)
-        assert batch.teacher.images.shape == (4, 3, 24, 24)
-        teacher = batch.teacher.images * 0.25 + 0.5
+        assert batch.teachers[0].images.shape == (4, 3, 24, 24)
+        teacher = batch.teachers[0].images * 0.25 + 0.5
         for ours, theirs in zip(batch.student.images, teacher, strict=True):
             middle = [image[channel].mean().item() for channel in (0, 1) for image in (ours, theirs)]
             spread = [(image[0, :, -1] - image[0, :, 0]).mean().item() for image in (ours, theirs)]
@@ -198,10 +198,9 @@ def test_student_and_teacher_see_the_same_crop_at_their_own_resolutions() -> Non
 
 
 def test_views_that_agree_share_their_tensors() -> None:
-    (batch,) = batches(student=view_spec(8), teacher=view_spec(8), stop=1)
-    assert batch.teacher is not None
-    assert batch.teacher.images is batch.student.images
-    assert batch.teacher.texts is batch.student.texts
+    (batch,) = batches(student=view_spec(8), teachers=[view_spec(8)], stop=1)
+    assert batch.teachers[0].images is batch.student.images
+    assert batch.teachers[0].texts is batch.student.texts
 
 
 @pytest.mark.parametrize(
@@ -214,26 +213,41 @@ def test_views_that_agree_share_their_tensors() -> None:
     ],
 )
 def test_views_that_differ_in_any_way_are_made_apart(other: ViewSpec) -> None:
-    assert len(Collate(view_spec(8), other).pixel_specs) == 2
-    (batch,) = batches(student=view_spec(8), teacher=other, stop=1)
-    assert batch.teacher is not None
-    assert batch.teacher.images.shape != batch.student.images.shape or not torch.equal(
-        batch.teacher.images, batch.student.images
+    assert len(Collate(view_spec(8), [other]).pixel_specs) == 2
+    (batch,) = batches(student=view_spec(8), teachers=[other], stop=1)
+    assert batch.teachers[0].images.shape != batch.student.images.shape or not torch.equal(
+        batch.teachers[0].images, batch.student.images
     )
-    assert batch.teacher.texts is batch.student.texts  # the same tokenizer all the same
+    assert batch.teachers[0].texts is batch.student.texts  # the same tokenizer all the same
 
 
 def test_another_tokenizer_makes_the_teachers_own_tokens_of_the_same_captions() -> None:
     teacher = replace(view_spec(8), tokenizer_name="shifted", tokenize=lambda texts: tokenize(texts) + 1000)
-    (batch,) = batches(teacher=teacher, stop=1)
-    assert batch.teacher is not None
-    assert torch.equal(batch.teacher.texts, batch.student.texts + 1000)
-    assert batch.teacher.images is batch.student.images
+    (batch,) = batches(teachers=[teacher], stop=1)
+    assert torch.equal(batch.teachers[0].texts, batch.student.texts + 1000)
+    assert batch.teachers[0].images is batch.student.images
+
+
+def test_of_two_teachers_the_one_that_agrees_shares_and_the_other_gets_its_own() -> None:
+    other = replace(view_spec(12), tokenizer_name="shifted", tokenize=lambda texts: tokenize(texts) + 1000)
+    (batch,) = batches(student=view_spec(8), teachers=[other, view_spec(8)], stop=1)
+    different, alike = batch.teachers
+    assert alike.images is batch.student.images
+    assert alike.texts is batch.student.texts
+    assert (different.images.shape, batch.student.images.shape) == ((4, 3, 12, 12), (4, 3, 8, 8))
+    assert torch.equal(different.texts, batch.student.texts + 1000)
+
+
+def test_two_teachers_that_agree_share_what_the_student_does_not() -> None:
+    (batch,) = batches(student=view_spec(8), teachers=[view_spec(12), view_spec(12)], stop=1)
+    assert batch.teachers[0].images is batch.teachers[1].images
+    assert batch.teachers[0].images.shape == (4, 3, 12, 12)
+    assert len(Collate(view_spec(8), [view_spec(12), view_spec(12)]).pixel_specs) == 2
 
 
 def test_without_a_teacher_there_is_no_second_view() -> None:
     (batch,) = batches(stop=1)
-    assert batch.teacher is None
+    assert batch.teachers == ()
     assert batch.student.images.dtype == torch.float32
 
 
@@ -247,12 +261,20 @@ def test_every_image_keeps_a_caption_of_its_own() -> None:
     assert letters == {"a", "b", "c"}
 
 
+def test_every_image_keeps_the_label_of_its_own() -> None:
+    seen = {}
+    for batch in batches():
+        assert batch.labels.dtype == torch.int64
+        seen |= dict(zip(batch.ids.tolist(), batch.labels.tolist(), strict=True))
+    assert seen == {0: -1, 1: 99, 2: 98, 3: -1, 4: 96, 5: 95, 6: -1, 7: 93, 8: 92, 9: -1, 10: 90, 11: 89}
+
+
 def test_augmentation_is_a_function_of_seed_epoch_and_index() -> None:
     spec = view_spec(8)
 
     def sample(seed: int, epoch: int, index: int) -> tuple[bytes, str]:
         pairs = AugmentedPairs(Ramps(), DataConfig(path="x", min_crop=0.3), [spec], seed)
-        pixels, caption, returned = pairs[epoch, index]
+        pixels, caption, returned, _ = pairs[epoch, index]
         assert returned == index
         return pixels[0].tobytes(), caption[0]
 
@@ -268,7 +290,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index() -> None:
 @pytest.mark.parametrize("background", ["white", "random"])
 def test_batches_are_the_same_with_any_number_of_loader_processes(background: str) -> None:
     alone, with_two = (
-        batches(teacher=view_spec(12), num_workers=workers, background=background, transparent=True)
+        batches(teachers=[view_spec(12)], num_workers=workers, background=background, transparent=True)
         for workers in (0, 2)
     )
     assert len(alone) == len(with_two) == 6
@@ -276,9 +298,7 @@ def test_batches_are_the_same_with_any_number_of_loader_processes(background: st
         assert a.ids.tolist() == b.ids.tolist()
         assert torch.equal(a.student.images, b.student.images)
         assert torch.equal(a.student.texts, b.student.texts)
-        assert a.teacher is not None
-        assert b.teacher is not None
-        assert torch.equal(a.teacher.images, b.teacher.images)
+        assert torch.equal(a.teachers[0].images, b.teachers[0].images)
 
 
 def test_a_run_started_at_a_step_sees_the_batches_of_the_whole_run() -> None:
@@ -294,9 +314,8 @@ def test_random_backgrounds_are_one_colour_per_sample_and_white_is_white() -> No
     }
     assert colours == {(1.0,) * (3 * 8)}
     seen = []
-    for batch in batches(transparent=True, background="random", teacher=view_spec(4)):
-        assert batch.teacher is not None
-        for ours, theirs in zip(batch.student.images, batch.teacher.images, strict=True):
+    for batch in batches(transparent=True, background="random", teachers=[view_spec(4)]):
+        for ours, theirs in zip(batch.student.images, batch.teachers[0].images, strict=True):
             colour = ours[:, 0, 0]
             assert torch.equal(ours, colour.view(3, 1, 1).expand(3, 8, 8))
             assert torch.equal(theirs, colour.view(3, 1, 1).expand(3, 4, 4))

@@ -9,7 +9,7 @@ import pytest
 from samples import plain_png, write_tar
 
 from clipkd.config import DataConfig
-from clipkd.data.sources import PairSource, WebdatasetPairs, open_source
+from clipkd.data.sources import UNLABELLED, PairSource, WebdatasetPairs, open_source
 
 
 def shard(path: Path, numbers: range, *, extension: str = "txt") -> Path:
@@ -21,8 +21,21 @@ def shard(path: Path, numbers: range, *, extension: str = "txt") -> Path:
     return write_tar(path, members)
 
 
-def webdataset(path: str | Path, caption_key: str = "txt") -> PairSource:
-    return open_source(DataConfig(path=str(path), caption_key=caption_key))
+def webdataset(path: str | Path, caption_key: str = "txt", label_key: str | None = None) -> PairSource:
+    return open_source(DataConfig(path=str(path), caption_key=caption_key, label_key=label_key))
+
+
+def labelled_shard(path: Path, extension: str, contents: list[bytes | None]) -> Path:
+    """Pairs with a third member that may hold the label; None for a pair without it."""
+    members = []
+    for number, content in enumerate(contents):
+        members += [(f"{number}.png", plain_png(number)), (f"{number}.txt", f"thing {number}".encode())]
+        members += [] if content is None else [(f"{number}.{extension}", content)]
+    return write_tar(path, members)
+
+
+def labels(source: PairSource) -> list[int]:
+    return [source.read(number).label for number in range(len(source))]
 
 
 def assert_things(source: PairSource, captions: Any = lambda number: (f"thing {number}",)) -> None:
@@ -141,6 +154,62 @@ def test_empty_captions_among_others_are_left_out(tmp_path: Path) -> None:
     assert webdataset(path, "all").read(0).captions == ("thing 0",)
 
 
+def test_labels_come_from_the_cls_member_of_the_pairs_that_have_one(tmp_path: Path) -> None:
+    path = labelled_shard(tmp_path / "a.tar", "cls", [None, b"7", b" 0\n", None, b"-1", b"999"])
+    source = webdataset(path, label_key="cls")
+    assert labels(source) == [-1, 7, 0, -1, -1, 999]
+    assert_things(source)
+
+
+def test_labels_come_from_a_key_of_the_json_where_null_is_none(tmp_path: Path) -> None:
+    contents = [b'{"class": 4}', b'{"class": null, "other": 5}', None, b'{"class": "12"}', b'{"class": -1}']
+    source = webdataset(labelled_shard(tmp_path / "a.tar", "json", contents), label_key="class")
+    assert labels(source) == [4, -1, -1, 12, -1]
+    assert_things(source)
+
+
+def test_caption_and_label_may_share_a_json(tmp_path: Path) -> None:
+    source = webdataset(shard(tmp_path / "a.tar", range(3), extension="json"), "caption", "n")
+    assert labels(source) == [3, 3, 3]
+    assert_things(source)
+
+
+def test_without_a_label_key_no_pair_has_a_label(tmp_path: Path) -> None:
+    source = webdataset(labelled_shard(tmp_path / "a.tar", "cls", [b"7", b"no number"]))
+    assert labels(source) == [UNLABELLED, UNLABELLED] == [-1, -1]
+
+
+@pytest.mark.parametrize(
+    ("label_key", "good", "wrong", "words"),
+    [
+        ("cls", b"7", b"cat", r"its label is 'cat'; .* see data\.label_key"),
+        ("cls", b"7", b"-2", r"its label is '-2'; .* see data\.label_key"),
+        ("cls", b"7", b"1.0", r"its label is '1\.0'; .* see data\.label_key"),
+        ("cls", b"7", b"", r"its label is ''; .* see data\.label_key"),
+        ("cls", b"7", b"\xff", "its label cannot be read"),
+        ("class", b'{"class": 7}', b'{"class": "cat"}', r"its label is 'cat'; .* see data\.label_key"),
+        ("class", b'{"class": 7}', b'{"class": -2}', r"its label is -2; .* see data\.label_key"),
+        ("class", b'{"class": 7}', b'{"class": 1.0}', r"its label is 1\.0; .* see data\.label_key"),
+        ("class", b'{"class": 7}', b'{"class": true}', r"its label is True; .* see data\.label_key"),
+        ("class", b'{"class": 7}', b'{"class": [1]}', r"its label is \[1\]; .* see data\.label_key"),
+        ("class", b'{"class": 7}', b'{"klass": 7}', r"its json has no key 'class'; see data\.label_key"),
+        ("class", b'{"class": 7}', b'{"class"', "its label cannot be read"),
+    ],
+)
+def test_a_wrong_label_names_its_sample(tmp_path: Path, label_key: str, good: bytes, wrong: bytes, words: str) -> None:
+    extension = "cls" if label_key == "cls" else "json"
+    source = webdataset(labelled_shard(tmp_path / "a.tar", extension, [good, wrong]), label_key=label_key)
+    assert source.read(0).label == 7
+    with pytest.raises(ValueError, match=rf"a\.tar at byte 3584: {words}"):  # the fourth of six members of two blocks
+        source.read(1)
+
+
+def test_a_label_key_that_the_first_sample_lacks_is_refused_at_once(tmp_path: Path) -> None:
+    path = shard(tmp_path / "a.tar", range(3), extension="json")
+    with pytest.raises(ValueError, match=r"a\.tar at byte 512: its json has no key 'class'; see data\.label_key"):
+        webdataset(path, "caption", "class")
+
+
 @pytest.fixture
 def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> datasets.Dataset:
     """Five images with one and with two captions."""
@@ -202,7 +271,24 @@ def test_images_stored_by_path_are_read_from_there(rows: datasets.Dataset, tmp_p
     assert_things(hugging_face(tmp_path / "saved", image_column="picture"))
 
 
-@pytest.mark.parametrize(("option", "column"), [("image_column", "picture"), ("caption_key", "text")])
+def test_labels_come_from_a_column_where_none_is_none(rows: datasets.Dataset, tmp_path: Path) -> None:
+    rows.add_column("class", [3, None, 0, 12, -1]).save_to_disk(tmp_path / "saved")
+    source = hugging_face(tmp_path / "saved", label_key="class")
+    assert labels(source) == [3, -1, 0, 12, -1]
+    assert_things(source)
+    assert labels(hugging_face(tmp_path / "saved")) == [-1] * 5
+
+
+@pytest.mark.parametrize("column", [[-2, 7], [1.5, 7.0], ["cat", "7"]], ids=["negative", "float", "text"])
+def test_a_wrong_label_names_its_row(rows: datasets.Dataset, tmp_path: Path, column: list[Any]) -> None:
+    rows.select(range(2)).add_column("class", column).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=rf"saved row 0: its label is {column[0]!r}; .* see data\.label_key"):
+        hugging_face(tmp_path / "saved", label_key="class")
+
+
+@pytest.mark.parametrize(
+    ("option", "column"), [("image_column", "picture"), ("caption_key", "text"), ("label_key", "class")]
+)
 def test_a_wrong_column_is_named_with_the_columns_there_are(
     rows: datasets.Dataset, tmp_path: Path, option: str, column: str
 ) -> None:

@@ -1,93 +1,36 @@
 """The only door to open_clip and transformers: a name or a folder → Encoder, with its own weights and preprocessing."""
 
 import difflib
-import hashlib
 import json
 import tempfile
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import open_clip
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
-from open_clip.transform import PreprocessCfg, image_transform_v2
-from torch import Tensor, nn
+from open_clip.transform import PreprocessCfg
+from torch import Tensor
 
 from clipkd import checkpoint, students
 from clipkd.config import StudentConfig
-from clipkd.views import Features, View, ViewSpec
+from clipkd.models.encoder import Encoder
 
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as transformers' image processors give them
 
 
-class Encoder(nn.Module):
-    """Any CLIP, seen alike: two towers into one space, a logit scale, and the preprocessing that belongs to its weights."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        name: str,
-        image_tower: Callable[[Any, Tensor], Tensor],
-        text_tower: Callable[[Any, Tensor], Tensor],
-        preprocess_config: dict[str, Any],
-        tokenize: Callable[[list[str]], Int[Tensor, "b t"]],
-        tokenizer_name: str,
-        dim: int,
-        model_config: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        self.model, self.name, self.dim = model, name, dim
-        self.image_tower, self.text_tower = image_tower, text_tower
-        self.preprocess_config, self.model_config = preprocess_config, model_config
-        """open_clip's preprocess_cfg, and its model_cfg where the model is one of open_clip's."""
-        size = preprocess_config["size"]
-        self.spec = ViewSpec(
-            size=(size, size) if isinstance(size, int) else tuple(size),
-            mean=tuple(preprocess_config["mean"]),
-            std=tuple(preprocess_config["std"]),
-            interpolation=preprocess_config["interpolation"],
-            tokenize=tokenize,
-            tokenizer_name=tokenizer_name,
-        )
-        transform = image_transform_v2(PreprocessCfg(**preprocess_config), is_train=False)
-        self.preprocess = cast("Callable[[Any], Tensor]", transform)
-        """PIL image → [3, h, w], the deterministic transform of evaluation."""
-
-    @property
-    def logit_scale(self) -> Float[Tensor, ""]:
-        """Multiplier of the cosines: 1 / temperature."""
-        return self.model.logit_scale.exp().float()  # type: ignore[union-attr, operator, return-value]
-
-    def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        return F.normalize(self.image_tower(self.model, images).float(), dim=-1)
-
-    def encode_text(self, texts: Int[Tensor, "b t"]) -> Float[Tensor, "b d"]:
-        return F.normalize(self.text_tower(self.model, texts).float(), dim=-1)
-
-    def features(self, view: View) -> Features:
-        return Features(self.encode_image(view.images), self.encode_text(view.texts), self.logit_scale)
-
-    def weights_sha256(self) -> str:
-        """What a result says of the weights it was measured with, and a checkpoint of its frozen teacher."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
-
-
-def create_student(config: StudentConfig) -> Encoder:
+def create_student(config: StudentConfig, *, logit_bias: float | None = None) -> Encoder:
     """A student by name, freshly initialised from torch's random state unless `pretrained` says otherwise.
 
+    logit_bias: the initial bias that a student gets if its architecture has none.
     Raises: ValueError for an unknown name or tag, or weights that want another activation.
     """
     name, model_config = find_architecture(config.model, option="student.model: ")
+    if logit_bias is not None and "init_logit_bias" not in model_config:
+        model_config = {**model_config, "init_logit_bias": logit_bias}
     return build_open_clip(name, model_config, pretrained=config.pretrained, option="student.pretrained")
 
 

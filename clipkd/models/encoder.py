@@ -1,0 +1,76 @@
+"""One interface to every CLIP: unit-norm features, a logit scale, and the preprocessing of its own."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor, nn
+
+from clipkd.views import Features, View, ViewSpec
+
+
+class Encoder(nn.Module):
+    """Any CLIP, seen alike: two towers into one space, a logit scale, and the preprocessing that belongs to its weights."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        image_tower: Callable[[Any, Tensor], Tensor],
+        text_tower: Callable[[Any, Tensor], Tensor],
+        preprocess_config: dict[str, Any],
+        tokenize: Callable[[list[str]], Int[Tensor, "b t"]],
+        tokenizer_name: str,
+        dim: int,
+        model_config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.name, self.dim = model, name, dim
+        self.image_tower, self.text_tower = image_tower, text_tower
+        self.preprocess_config, self.model_config = preprocess_config, model_config
+        """open_clip's preprocess_cfg, and its model_cfg where the model is one of open_clip's."""
+        size = preprocess_config["size"]
+        self.spec = ViewSpec(
+            size=(size, size) if isinstance(size, int) else tuple(size),
+            mean=tuple(preprocess_config["mean"]),
+            std=tuple(preprocess_config["std"]),
+            interpolation=preprocess_config["interpolation"],
+            tokenize=tokenize,
+            tokenizer_name=tokenizer_name,
+        )
+        transform = image_transform_v2(PreprocessCfg(**preprocess_config), is_train=False)
+        self.preprocess = cast("Callable[[Any], Tensor]", transform)
+        """PIL image → [3, h, w], the deterministic transform of evaluation."""
+
+    @property
+    def logit_bias(self) -> Float[Tensor, ""] | None:
+        """What a sigmoid model (SigLIP) adds to its logits; None for the others."""
+        bias = getattr(self.model, "logit_bias", None)
+        return None if bias is None else bias.float()
+
+    @property
+    def logit_scale(self) -> Float[Tensor, ""]:
+        """Multiplier of the cosines: 1 / temperature."""
+        return self.model.logit_scale.exp().float()  # type: ignore[union-attr, operator, return-value]
+
+    def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        return F.normalize(self.image_tower(self.model, images).float(), dim=-1)
+
+    def encode_text(self, texts: Int[Tensor, "b t"]) -> Float[Tensor, "b d"]:
+        return F.normalize(self.text_tower(self.model, texts).float(), dim=-1)
+
+    def features(self, view: View) -> Features:
+        return Features(self.encode_image(view.images), self.encode_text(view.texts), self.logit_scale, self.logit_bias)
+
+    def weights_sha256(self) -> str:
+        """What a result says of the weights it was measured with, and a checkpoint of its frozen teacher."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()

@@ -1,0 +1,137 @@
+"""The objective's options: every loss term under the name by which it is logged, logit scales and queue."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from clipkd.term_options import (
+    AffinityTerm,
+    ClosedSetTerm,
+    FeatureTerm,
+    GKLTerm,
+    GradientTerm,
+    InfoNCETerm,
+    InteractiveTerm,
+    MixedTargetTerm,
+    SigmoidTerm,
+    SoftBCETerm,
+    SoftTargetTerm,
+    Term,
+    require,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitScaleConfig:
+    """One policy for the multiplier of the cosines, on both sides."""
+
+    init: float | None = None
+    """The student's logit scale at the start; null keeps its model's (1/0.07 for a fresh one)."""
+    learned: bool = True
+    """Whether the student's logit scale is trained; false keeps it fixed."""
+    minimum: float = 1.0
+    """Smallest logit scale that training may reach."""
+    maximum: float = 100.0
+    """Largest logit scale that training may reach (CLIP: 100)."""
+    teacher: Literal["own", "student"] | float | tuple[float, ...] = "own"
+    """Of the teacher's logits: its own, the student's at each step, a fixed value, or a list with one value per teacher."""
+    mse_moves_scale: bool = True
+    """Whether the squared-error half of gkl may move the student's logit scale, or only its features."""
+    bias_init: float = -10.0
+    """Initial logit bias of a student without one, where a sigmoid term needs it (SigLIP: -10)."""
+
+    def check(self) -> None:
+        where = "objective.logit_scale"
+        require(
+            0 < self.minimum <= self.maximum,
+            f"{where}.minimum and maximum are {self.minimum} and {self.maximum}; both must be positive and in order",
+        )
+        require(
+            self.init is None or self.minimum <= self.init <= self.maximum,
+            f"{where}.init is {self.init}; it must lie between minimum and maximum, {self.minimum} and {self.maximum}",
+        )
+        values = () if isinstance(self.teacher, str) else self.teacher
+        values = values if isinstance(values, tuple) else (values,)
+        require(all(value > 0 for value in values), f"{where}.teacher is {self.teacher}; it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueConfig:
+    capacity: int = 0
+    """Slots for features of earlier batches, each with image, text and id; 0 keeps none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    info_nce: InfoNCETerm = field(default_factory=InfoNCETerm)
+    """Contrastive task loss (CLIP)."""
+    sigmoid: SigmoidTerm = field(default_factory=SigmoidTerm)
+    """Sigmoid task loss (SigLIP)."""
+    gkl: GKLTerm = field(default_factory=GKLTerm)
+    """Generalized Kullback-Leibler divergence (arXiv 2503.08038)."""
+    dkl: GKLTerm = field(default_factory=GKLTerm)
+    """GKL with the stop-gradients of DKL (arXiv 2305.13948): with a frozen teacher only its cross-entropy half pulls."""
+    kl: SoftTargetTerm = field(default_factory=SoftTargetTerm)
+    """KL divergence from the teacher's distribution, or from the mean of several teachers' (MobileCLIP)."""
+    soft_ce: SoftTargetTerm = field(default_factory=SoftTargetTerm)
+    """Cross-entropy against the same target: KL's gradient, another value."""
+    affinity: AffinityTerm = field(default_factory=AffinityTerm)
+    """Affinity mimicking: soft cross-entropy at one fixed logit scale (TinyCLIP)."""
+    soft_bce: SoftBCETerm = field(default_factory=SoftBCETerm)
+    """Binary cross-entropy against a sigmoid teacher's probabilities (SigLIP teachers)."""
+    itc: MixedTargetTerm = field(default_factory=MixedTargetTerm)
+    """Image-text contrastive loss with mixed targets: true pairs, momentum encoder, teacher (ALBEF)."""
+    closed_set: ClosedSetTerm = field(default_factory=ClosedSetTerm)
+    """GKL on the logits of class prompts, with class-wise global information."""
+    features: FeatureTerm = field(default_factory=FeatureTerm)
+    """Mean squared error of unit features (CLIP-KD's FD, there with weight 2000)."""
+    icl: InteractiveTerm = field(default_factory=InteractiveTerm)
+    """Interactive contrastive loss: student queries against teacher keys, with a learned scale (CLIP-KD)."""
+    gd: GradientTerm = field(default_factory=GradientTerm)
+    """Gradient distillation: mean squared error of the contrastive gradients (CLIP-KD)."""
+    afd: FeatureTerm = field(default_factory=FeatureTerm)
+    """Augmented feature distillation: InfoNCE of fused student and teacher features (CLIP-KD)."""
+    vrd: FeatureTerm = field(default_factory=FeatureTerm)
+    """Vertical relational distillation (CLIP-RD)."""
+    xrd: FeatureTerm = field(default_factory=FeatureTerm)
+    """Cross relational distillation (CLIP-RD)."""
+    projection: Literal["linear", "none"] = "linear"
+    """Where student and teacher widths differ: a learned linear map of the student's features, or none (then an error)."""
+    logit_scale: LogitScaleConfig = field(default_factory=LogitScaleConfig)
+    """Logit-scale policy."""
+    queue: QueueConfig = field(default_factory=QueueConfig)
+    """Queue of keys from earlier batches."""
+
+    def terms(self) -> dict[str, Term]:
+        """Every term by name."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Term)}
+
+    def active(self) -> dict[str, Term]:
+        """The terms that are switched on."""
+        return {name: term for name, term in self.terms().items() if term.weight}
+
+    @property
+    def queues(self) -> frozenset[str]:
+        """Whose features must be queued: momentum, teacher."""
+        return frozenset().union(*(term.queues for term in self.active().values()))
+
+    @property
+    def needs_bias(self) -> bool:
+        return bool(self.sigmoid.weight or self.soft_bce.weight)
+
+    def __post_init__(self) -> None:
+        for name, term in self.terms().items():
+            term.check(name)
+        self.logit_scale.check()
+        capacity = self.queue.capacity
+        require(capacity >= 0, f"objective.queue.capacity is {capacity}; it must be 0 or more")
+        queued = [name for name, term in self.active().items() if term.queues]
+        require(
+            not queued or capacity > 0,
+            f"objective.{queued[0] if queued else ''}.queue is on and objective.queue.capacity is 0; give it slots",
+        )
+        require(
+            bool(queued) or not capacity,
+            f"objective.queue.capacity is {capacity} but no term uses it; set queue: true for one, such as objective.gkl",
+        )

@@ -1,0 +1,82 @@
+"""Terms with true pairs as targets, alone or mixed with softened ones."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipkd import distributed, losses
+from clipkd.comparison import Comparison, Pair
+from clipkd.term_options import FeatureTerm, InfoNCETerm, InteractiveTerm, MixedTargetTerm, SigmoidTerm, SoftBCETerm
+
+Value = tuple[Tensor, dict[str, Tensor]]
+"""A term and the series that explain it."""
+
+
+def info_nce(term: InfoNCETerm, comparison: Comparison) -> Value:
+    return contrast(comparison.student_logits("student", queue=term.queue), comparison, queue=term.queue)
+
+
+def icl(term: InteractiveTerm, comparison: Comparison) -> Value:
+    """Student queries against teacher keys, true pairs as targets (CLIP-KD, arXiv 2307.12732), at a scale of its own.
+
+    The released code multiplies by the logarithm of the scale (2.66 at first, not 14.3) and neither synchronises nor
+    saves it; here it is a parameter like the others.
+    """
+    image, text = comparison.cosines("teacher", queue=term.queue)
+    scale = comparison.scales["cross"]
+    return contrast((scale * image, scale * text), comparison, queue=term.queue)
+
+
+def afd(_: FeatureTerm, comparison: Comparison) -> Value:
+    """CLIP-KD's augmented feature distillation: InfoNCE between fused features, at a scale of its own."""
+    assert comparison.fused is not None
+    (image, text), scale = comparison.fused, comparison.scales["fusion"]
+    logits = scale * image @ distributed.gather(text).T, scale * text @ distributed.gather(image).T
+    return contrast(logits, comparison, queue=False)
+
+
+def contrast(logits: Pair, comparison: Comparison, *, queue: bool) -> Value:
+    """InfoNCE, mean of both directions; with a queue an id may stand among the keys more than once."""
+    positives = comparison.positives(queue=True) if queue else comparison.own_columns
+    return torch.stack([losses.info_nce(way, positives) for way in logits]).mean(), {}
+
+
+def sigmoid(_: SigmoidTerm, comparison: Comparison) -> Value:
+    """One direction: the rows of all processes cover every pair once."""
+    bias = comparison.student.logit_bias
+    assert bias is not None
+    logits = comparison.student_logits("student", queue=False)[0] + bias
+    return losses.sigmoid_loss(logits, comparison.positives(queue=False)), {}
+
+
+def soft_bce(term: SoftBCETerm, comparison: Comparison) -> Value:
+    student_bias, teacher_bias = comparison.student.logit_bias, comparison.teacher.logit_bias
+    assert student_bias is not None
+    assert teacher_bias is not None
+    values = [
+        losses.soft_label_bce(way.student_logits + student_bias, way.teacher_logits[0] + teacher_bias)
+        for way in comparison.directions(term.keys, queue=term.queue, num_teachers=1)
+    ]
+    return torch.stack(values).mean(), {}
+
+
+def itc(term: MixedTargetTerm, comparison: Comparison) -> Value:
+    """ALBEF's image-text contrastive loss (arXiv 2107.07651), with a teacher as a third source of targets.
+
+    All logits are at the student's scale, the teacher's at the policy's. A step's order is ALBEF's: the average has been
+    updated with the last step's weights, its features are in `comparison`, and the batch is queued after the loss.
+    """
+    momentum_share, teacher_share = term.shares(comparison.step)
+    num_teachers = 1 if teacher_share else 0
+    positives = comparison.positives(queue=term.queue)
+    values = []
+    for number, way in enumerate(comparison.directions(term.keys, queue=term.queue, num_teachers=num_teachers)):
+        softened: list[tuple[float, Tensor]] = []
+        if momentum_share:
+            cosines = comparison.momentum_cosines(queue=term.queue)[number]
+            softened.append((momentum_share, comparison.student.logit_scale * cosines))
+        if teacher_share:
+            softened.append((teacher_share, way.teacher_logits[0]))
+        target = losses.mixed_target(positives, softened)
+        values.append(F.cross_entropy(way.student_logits, target.to(way.student_logits.dtype)))
+    return torch.stack(values).mean(), {}
