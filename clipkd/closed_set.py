@@ -1,5 +1,6 @@
 """Closed-set distillation: a bank of class prompts, and what is known of each class."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -44,6 +45,11 @@ def open_closed_set(term: ClosedSetTerm, *, student: Encoder, teacher: Encoder, 
     ]
     classifier = zeroshot.build_classifier(encode_texts, classnames, templates)
     return ClosedSet(prompts, classifier, class_prior=term.class_prior)
+
+
+def closed_set_fingerprint(term: ClosedSetTerm) -> str:
+    """What class names and templates hold, by which a resumed run knows its classes again."""
+    return hashlib.sha256(repr(read_classes(term)).encode()).hexdigest()
 
 
 def read_classes(term: ClosedSetTerm) -> tuple[list[str], list[str]]:

@@ -18,6 +18,9 @@ from clipkd.views import Features
 Pair = tuple[Tensor, Tensor]
 """The same thing for images and for texts; of logits: image→text and text→image."""
 
+Value = tuple[Tensor, dict[str, Tensor]]
+"""A term, and the series that explain it."""
+
 
 class Targets(NamedTuple):
     """What the student learns from on one process's share of a batch; all of it constant."""
@@ -29,18 +32,6 @@ class Targets(NamedTuple):
     """Equal ids are positives of each other; needed by a queue and by the terms that take a mask."""
     labels: Int[Tensor, "b"] | None = None
     """Class of each image, −1 where it has none."""
-
-
-@dataclass(frozen=True)
-class Direction:
-    """One retrieval direction: b queries of this process against N candidates."""
-
-    cosines: Float[Tensor, "b N"]
-    """Of the student's queries with the keys."""
-    student_logits: Float[Tensor, "b N"]
-    teacher_cosines: tuple[Float[Tensor, "b N"], ...]
-    """Each teacher's, among its own features of the same candidates."""
-    teacher_logits: tuple[Float[Tensor, "b N"], ...]
 
 
 @dataclass
@@ -82,12 +73,20 @@ class Comparison:
 
     def keys(self, kind: Keys, *, queue: bool, teacher: int = 0) -> Pair:
         """The batch's keys, followed by the queue's where a term wants it."""
-        image, text = self.batch_keys(kind, teacher)
-        if not queue or self.queue is None or not len(self.queue):
-            return image, text
+        batch = self.batch_keys(kind, teacher)
+        if not queue:
+            return batch
+        assert self.queue is not None
         ring = "teacher" if kind == "teacher" else "momentum"
-        old_image, old_text = self.queue.filled(f"{ring}_image"), self.queue.filled(f"{ring}_text")
-        return torch.cat([image, old_image.to(image.dtype)]), torch.cat([text, old_text.to(text.dtype)])
+        old = self.queue.filled(f"{ring}_image"), self.queue.filled(f"{ring}_text")
+        return self.once(
+            "keys", kind, teacher, make=lambda: tuple(torch.cat(pair) for pair in zip(batch, old, strict=True))
+        )
+
+    def projected_keys(self) -> Pair:
+        """The student's features in the teacher's space, of all processes, with their gradient."""
+        image, text = self.projected.image, self.projected.text
+        return self.once("projected keys", make=lambda: (distributed.gather(image), distributed.gather(text)))
 
     def cosines(self, kind: Keys, *, queue: bool) -> Pair:
         """Of the student's queries, in the teacher's space where the keys are the teacher's."""
@@ -129,18 +128,11 @@ class Comparison:
         assert not isinstance(self.policy.teacher, str)
         return self.policy.teacher[teacher] if isinstance(self.policy.teacher, tuple) else self.policy.teacher
 
-    def directions(self, kind: Keys, *, queue: bool, num_teachers: int | None = None) -> list[Direction]:
-        """Image→text and text→image, with the targets of the first or all teachers."""
-        numbers = range(len(self.targets.teachers) if num_teachers is None else num_teachers)
-        return [
-            Direction(
-                cosines=self.cosines(kind, queue=queue)[way],
-                student_logits=self.student_logits(kind, queue=queue)[way],
-                teacher_cosines=tuple(self.teacher_cosines(number, queue=queue)[way] for number in numbers),
-                teacher_logits=tuple(self.teacher_logits(number, queue=queue)[way] for number in numbers),
-            )
-            for way in (0, 1)
-        ]
+    def class_logits(self) -> Float[Tensor, "b k"]:
+        """The teacher's, of images against the closed set's classes."""
+        assert self.closed_set is not None
+        classes, image = self.closed_set.teacher_classes, self.teacher.image
+        return self.once("class logits", make=lambda: self.teacher_scale(0) * image @ classes.T)
 
     @property
     def all_ids(self) -> Int[Tensor, "B"]:
@@ -160,7 +152,8 @@ class Comparison:
         def make() -> Tensor:
             assert self.targets.ids is not None
             columns = self.all_ids
-            if queue and self.queue is not None:
+            if queue:
+                assert self.queue is not None
                 columns = torch.cat([columns, self.queue.filled_ids()])
             return self.targets.ids[:, None] == columns
 

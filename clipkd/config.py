@@ -226,6 +226,10 @@ def require_objective(config: TrainConfig) -> None:
         not (closed_set.weight and closed_set.class_prior) or config.data.label_key is not None,
         "objective.closed_set.class_prior needs labels: set data.label_key, or class_prior to false",
     )
+    require(
+        config.data.label_key is None or closed_set.weight > 0,
+        f"data.label_key is {config.data.label_key}, but objective.closed_set, which uses labels, has no weight",
+    )
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -13,9 +13,8 @@ from clipkd import distributed
 from clipkd.closed_set import ClosedSet
 from clipkd.comparison import Comparison, Pair, Targets
 from clipkd.models import Encoder
-from clipkd.momentum import FeatureQueue
+from clipkd.momentum import ClassPrior, FeatureQueue
 from clipkd.objective import ObjectiveConfig
-from clipkd.term_options import GKLOptions
 from clipkd.terms import OWN_SCALES, TERMS, Metrics
 from clipkd.views import Features, View
 
@@ -78,12 +77,14 @@ class Distiller(nn.Module):
         policy = self.objective.logit_scale
         if policy.init is not None:
             model.logit_scale.data.fill_(math.log(policy.init))
+        scale = model.logit_scale.detach().exp().item()
+        if not policy.minimum * (1 - 1e-3) <= scale <= policy.maximum * (1 + 1e-3):
+            raise ValueError(
+                f"the student's logit scale is {scale:.4g} at first, outside objective.logit_scale.minimum and maximum, "
+                f"{policy.minimum:g} and {policy.maximum:g}; widen them, or set objective.logit_scale.init"
+            )
         # DDP waits for the gradient of every parameter that asks for one; a softmax does not see the bias of SigLIP models.
-        reached = any(
-            term.trains_logit_scale
-            or (isinstance(term, GKLOptions) and name != "dkl" and policy.mse_moves_scale and term.mse_weight > 0)
-            for name, term in self.active.items()
-        )
+        reached = any(term.trains_logit_scale(mse_moves_scale=policy.mse_moves_scale) for term in self.active.values())
         model.logit_scale.requires_grad_(policy.learned and reached)
         if getattr(model, "logit_bias", None) is not None:
             model.logit_bias.requires_grad_(self.objective.needs_bias)
@@ -130,7 +131,7 @@ class Distiller(nn.Module):
         for name, term in self.active.items():
             value, parts = TERMS[name](term, comparison)
             total.append(term.factor(step) * value)
-            metrics |= {name: value, **{f"{name}_{part}": number for part, number in parts.items() if part != name}}
+            metrics |= {name: value, **{f"{name}_{part}": number for part, number in parts.items()}}
         self.remember(comparison)
         loss = torch.stack(total).sum()
         return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in metrics.items()}}
@@ -156,24 +157,21 @@ class Distiller(nn.Module):
         self.pending = {}
         if self.queue is not None:
             self.pending["ids"] = comparison.all_ids
-            for whose in self.objective.queues:
+            for whose in sorted(self.objective.queues):  # this may be the first to gather: the same order everywhere
                 image, text = comparison.batch_keys("teacher" if whose == "teacher" else "momentum")
                 self.pending |= {f"{whose}_image": image, f"{whose}_text": text}
         if self.closed_set is not None and self.closed_set.prior is not None:
             assert comparison.targets.labels is not None
-            term = self.objective.closed_set
-            logits = comparison.teacher_scale(0) * comparison.teacher.image @ self.closed_set.teacher_classes.T
+            probabilities = (comparison.class_logits() / self.objective.closed_set.weight_temperature).softmax(dim=-1)
             self.pending["labels"] = distributed.gather_constant(comparison.targets.labels)
-            self.pending["class_probabilities"] = distributed.gather_constant(
-                (logits / term.weight_temperature).softmax(dim=-1)
-            )
+            self.pending["class_probabilities"] = distributed.gather_constant(probabilities)
 
     @torch.no_grad()
     def finish_step(self) -> None:
         """After the optimizer's step: keep the scales in bounds, and let the queue and the class prior take up the batch."""
         policy = self.objective.logit_scale
         for scale in (self.student.model.logit_scale, *self.scales.values()):
-            # A fixed scale too is within these bounds; the terms' own scales know no other policy.
+            # A fixed scale is within these bounds from the start; the terms' own scales know no other policy.
             scale.clamp_(math.log(policy.minimum), math.log(policy.maximum))  # type: ignore[operator]
         # Push after the loss: pushed first, every pair of this batch would stand twice among its own candidates.
         if self.queue is not None:
@@ -184,21 +182,20 @@ class Distiller(nn.Module):
 
     def memory(self) -> dict[str, Tensor]:
         """State beyond weights, for a checkpoint."""
-        parts = {"queue": self.queue, "class_prior": None if self.closed_set is None else self.closed_set.prior}
         return {
             f"{part}/{name}": tensor
-            for part, state in parts.items()
-            if state is not None
+            for part, state in self.memories().items()
             for name, tensor in state.tensors().items()
         }
 
     def load_memory(self, tensors: Mapping[str, Tensor]) -> None:
         """Raises: ValueError if the stored state is of another objective."""
-        parts = {"queue": self.queue, "class_prior": None if self.closed_set is None else self.closed_set.prior}
-        for part, state in parts.items():
-            if state is not None:
-                own = {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")}
-                state.load(own)
+        for part, state in self.memories().items():
+            state.load({name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")})
+
+    def memories(self) -> dict[str, FeatureQueue | ClassPrior]:
+        prior = None if self.closed_set is None else self.closed_set.prior
+        return {name: state for name, state in (("queue", self.queue), ("class_prior", prior)) if state is not None}
 
 
 def detach(targets: Targets) -> Targets:
@@ -208,16 +205,17 @@ def detach(targets: Targets) -> Targets:
 
 def require_fitting_teachers(objective: ObjectiveConfig, teachers: Sequence[Encoder]) -> None:
     """Raises: ValueError if a term wants another kind of teacher: one trained with a softmax, or with a sigmoid (SigLIP)."""
-    for teacher in teachers:
+    for number, teacher in enumerate(teachers):
+        option = f"ensemble[{number - 1}]" if number else "teacher.model"
         sigmoid = teacher.logit_bias is not None
         for name, term in objective.active().items():
             if sigmoid and term.softens_teacher:
                 raise ValueError(
-                    f"objective.{name} takes a softmax of the teacher's logits, but teacher.model {teacher.name} was trained "
+                    f"objective.{name} takes a softmax of the teacher's logits, but {option} {teacher.name} was trained "
                     "with a sigmoid (it has a logit_bias); use objective.soft_bce, or feature terms (features, icl, afd)"
                 )
             if name == "soft_bce" and not sigmoid:
                 raise ValueError(
-                    f"objective.soft_bce needs a sigmoid teacher (SigLIP), but teacher.model {teacher.name} has no logit_bias; "
+                    f"objective.soft_bce needs a sigmoid teacher (SigLIP), but {option} {teacher.name} has no logit_bias; "
                     "use objective.kl or gkl"
                 )

@@ -1,5 +1,6 @@
 """The only calls to torch.distributed. On one process every collective is the identity."""
 
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
@@ -78,6 +79,13 @@ def gather_objects(value: T) -> list[T]:
     values: list = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def copy_from_main(tensors: Iterable[Tensor]) -> None:
+    """Overwrite each tensor with the main process's."""
+    if is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def mean(values: Float[Tensor, "n"]) -> Float[Tensor, "n"]:

@@ -7,6 +7,7 @@ from typing import Literal
 from clipkd.term_options import (
     AffinityTerm,
     ClosedSetTerm,
+    DKLTerm,
     FeatureTerm,
     GKLTerm,
     GradientTerm,
@@ -69,7 +70,7 @@ class ObjectiveConfig:
     """Sigmoid task loss (SigLIP)."""
     gkl: GKLTerm = field(default_factory=GKLTerm)
     """Generalized Kullback-Leibler divergence (arXiv 2503.08038)."""
-    dkl: GKLTerm = field(default_factory=GKLTerm)
+    dkl: DKLTerm = field(default_factory=DKLTerm)
     """GKL with the stop-gradients of DKL (arXiv 2305.13948): with a frozen teacher only its cross-entropy half pulls."""
     kl: SoftTargetTerm = field(default_factory=SoftTargetTerm)
     """KL divergence from the teacher's distribution, or from the mean of several teachers' (MobileCLIP)."""
@@ -124,6 +125,10 @@ class ObjectiveConfig:
         for name, term in self.terms().items():
             term.check(name)
         self.logit_scale.check()
+        self.check_queue()
+        self.check_policy()
+
+    def check_queue(self) -> None:
         capacity = self.queue.capacity
         require(capacity >= 0, f"objective.queue.capacity is {capacity}; it must be 0 or more")
         queued = [name for name, term in self.active().items() if term.queues]
@@ -133,5 +138,27 @@ class ObjectiveConfig:
         )
         require(
             bool(queued) or not capacity,
-            f"objective.queue.capacity is {capacity} but no term uses it; set queue: true for one, such as objective.gkl",
+            f"objective.queue.capacity is {capacity} but no term uses it; set queue: true for one that has a weight",
+        )
+
+    def check_policy(self) -> None:
+        """Combinations that would do nothing, or something else than they say."""
+        active, policy = self.active(), self.logit_scale
+        require(
+            policy.teacher == "own" or any(term.softens_teacher for name, term in active.items() if name != "affinity"),
+            f"objective.logit_scale.teacher is {policy.teacher}, but no term takes a softmax of the teacher's logits at it",
+        )
+        require(
+            policy.teacher == "own" or not self.soft_bce.weight,
+            f"objective.logit_scale.teacher is {policy.teacher}; objective.soft_bce needs own: a sigmoid teacher's bias "
+            "fits its own scale only",
+        )
+        require(
+            policy.mse_moves_scale or bool(self.gkl.weight or self.closed_set.weight),
+            "objective.logit_scale.mse_moves_scale is false, but neither objective.gkl nor closed_set has a weight",
+        )
+        require(
+            not self.xrd.weight or self.icl.weight > 0,
+            "objective.xrd alone would shrink its logit scale to nothing; it shares that of objective.icl, which trains it "
+            "on true pairs: set objective.icl.weight",
         )

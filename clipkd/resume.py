@@ -11,7 +11,7 @@ from clipkd.config import TrainConfig
 RESUME_MAY_DIFFER = (
     *("output", "resume", "threads", "checkpoint.", "evaluation.", "log.", "data.num_workers"),
     # Compared by what they hold, not by where it lies.
-    *("data.path", "teacher.model", "teacher.pretrained", "ensemble"),
+    *("data.path", "teacher.model", "teacher.pretrained", "ensemble", "objective.closed_set.classes"),
 )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clipkd import checkpoint, data, distributed, metrics_log, models, momentum, optim, progress
 from clipkd import config as configuration
-from clipkd.closed_set import open_closed_set
+from clipkd.closed_set import closed_set_fingerprint, open_closed_set
 from clipkd.config import TrainConfig
 from clipkd.distill import Distiller, require_fitting_teachers
 from clipkd.evaluate import Task, evaluate, load_task, open_task
@@ -73,6 +73,12 @@ def open_run(config: TrainConfig) -> Run:
             "preprocess_cfg": student.preprocess_config,
         },
         "teacher_sha256": teachers[0].weights_sha256() if teachers else None,
+        **({"further_teachers_sha256": [teacher.weights_sha256() for teacher in teachers[1:]]} if teachers[1:] else {}),
+        **(
+            {"classes": closed_set_fingerprint(config.objective.closed_set)}
+            if config.objective.closed_set.weight
+            else {}
+        ),
         "pairs": f"{len(source)} {source.fingerprint()}",
         "mixed_precision": accelerator.mixed_precision,
     }

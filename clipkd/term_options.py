@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 Keys = Literal["student", "momentum", "teacher"]
-RowWeight = Literal["reference", "uniform"]
 
 
 def require(condition: bool, message: str) -> None:
@@ -35,8 +34,7 @@ class Term:
         """Whether it takes a softmax of the teacher's logits, which those of a sigmoid teacher are not meant for."""
         return False
 
-    @property
-    def trains_logit_scale(self) -> bool:
+    def trains_logit_scale(self, *, mse_moves_scale: bool) -> bool:
         """Whether its gradient reaches the student's own logit scale."""
         return True
 
@@ -115,9 +113,8 @@ class LogitTerm(Term):
 
     @property
     def queues(self) -> frozenset[str]:
-        if not self.queue:
-            return frozenset()
-        return frozenset({"teacher"} if self.keys == "teacher" else {"teacher", "momentum"})
+        whose = {"teacher"} if self.keys == "teacher" else {"teacher", "momentum"}
+        return frozenset(whose if self.queue else ())
 
     @property
     def needs_momentum(self) -> bool:
@@ -139,13 +136,12 @@ class AffinityTerm(LogitTerm):
     scale: float = 50.0
     """Fixed logit scale of both sides (TinyCLIP: 50)."""
 
-    @property
-    def trains_logit_scale(self) -> bool:
+    def trains_logit_scale(self, *, mse_moves_scale: bool) -> bool:
         return False
 
 
 @dataclass(frozen=True, kw_only=True)
-class GKLOptions:
+class GKLOptions(Term):
     """What GKL is made of, on any logits."""
 
     ce_weight: float = 1.0
@@ -158,17 +154,16 @@ class GKLOptions:
     """Softens both sides of the cross-entropy half; multiplies on top of the logit scales."""
     weight_temperature: float = 1.0
     """Softens the teacher's probabilities used as pair weights."""
-    row_weight: RowWeight = "reference"
+    row_weight: Literal["reference", "uniform"] = "reference"
     """How queries share the squared-error half: by the mass of their pair weights (published code) or equally."""
     scale_by_temperature_squared: bool = False
     """Multiply the cross-entropy half by temperature² (the published code does not)."""
 
-    @property
-    def trains_logit_scale(self) -> bool:
-        """By the cross-entropy half; the squared error may be kept from it (logit_scale.mse_moves_scale)."""
-        return self.ce_weight > 0
+    def trains_logit_scale(self, *, mse_moves_scale: bool) -> bool:
+        return self.ce_weight > 0 or (mse_moves_scale and self.mse_weight > 0)
 
-    def check_gkl(self, name: str) -> None:
+    def check(self, name: str) -> None:
+        super().check(name)
         require(
             min(self.ce_weight, self.mse_weight) >= 0 < max(self.ce_weight, self.mse_weight),
             f"objective.{name}.ce_weight and mse_weight are {self.ce_weight} and {self.mse_weight}; one must be positive, "
@@ -179,17 +174,26 @@ class GKLOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GKLTerm(GKLOptions, LogitTerm):
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DKLTerm(GKLTerm):
+    """GKL's options; its squared error reaches no student."""
+
+    def trains_logit_scale(self, *, mse_moves_scale: bool) -> bool:
+        return True
+
     def check(self, name: str) -> None:
         super().check(name)
-        self.check_gkl(name)
         require(
-            name != "dkl" or self.ce_weight > 0,
-            "objective.dkl.ce_weight is 0; the other half reaches the teacher only, so nothing would train the student",
+            self.ce_weight > 0,
+            f"objective.{name}.ce_weight is 0; the other half reaches the teacher only, so nothing would train the student",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClosedSetTerm(GKLOptions, Term):
+class ClosedSetTerm(GKLOptions):
     classes: str = ""
     """A text file with one class name per line, or imagenet for its 1,000 names."""
     templates: tuple[str, ...] = ()
@@ -207,7 +211,6 @@ class ClosedSetTerm(GKLOptions, Term):
 
     def check(self, name: str) -> None:
         super().check(name)
-        self.check_gkl(name)
         require(
             not self.weight or bool(self.classes),
             f"objective.{name}.classes is empty; name a file with one class per line, or imagenet",
@@ -247,11 +250,9 @@ class MixedTargetTerm(LogitTerm):
 
     @property
     def queues(self) -> frozenset[str]:
-        if not self.queue:
-            return frozenset()
         from_teacher = {"teacher"} if self.needs_teacher else set()
         from_momentum = {"momentum"} if self.keys != "teacher" or self.momentum_share > 0 else set()
-        return frozenset(from_teacher | from_momentum)
+        return frozenset(from_teacher | from_momentum if self.queue else ())
 
     @property
     def needs_momentum(self) -> bool:
@@ -264,9 +265,10 @@ class MixedTargetTerm(LogitTerm):
 
     def check(self, name: str) -> None:
         super().check(name)
-        shares = f"objective.{name}.momentum_share and teacher_share are {self.momentum_share} and {self.teacher_share}"
-        allowed = min(self.momentum_share, self.teacher_share) >= 0 and self.momentum_share + self.teacher_share <= 1
-        require(allowed, f"{shares}; both must be 0 or more, their sum 1 at most")
+        shares = (self.momentum_share, self.teacher_share)
+        allowed = min(shares) >= 0 and sum(shares) <= 1
+        where = f"objective.{name}.momentum_share and teacher_share"
+        require(allowed, f"{where} are {shares[0]} and {shares[1]}; both must be 0 or more, their sum 1 at most")
         require(self.ramp_steps >= 0, f"objective.{name}.ramp_steps is {self.ramp_steps}; it must be 0 or more")
 
 
@@ -274,8 +276,7 @@ class MixedTargetTerm(LogitTerm):
 class FeatureTerm(Term):
     """A term on features beside the teacher's; it may have a logit scale of its own."""
 
-    @property
-    def trains_logit_scale(self) -> bool:
+    def trains_logit_scale(self, *, mse_moves_scale: bool) -> bool:
         return False
 
 

@@ -11,14 +11,14 @@ from clipkd import checkpoint, distributed, momentum, optim, progress
 from clipkd.comparison import Targets
 from clipkd.config import TrainConfig
 from clipkd.run import Run, evaluate_tasks, is_evaluated, log, open_run, save
-from clipkd.views import Batch
+from clipkd.views import Batch, View
 
 
 def train(config: TrainConfig) -> Path:
     """Train as configured, on every process that was launched; returns the run folder.
 
-    Raises: ValueError or FileNotFoundError before anything is written if the configuration cannot work (only a student
-        with parts that the loss does not reach shows at the first step);
+    Raises: ValueError or FileNotFoundError before anything is written if the configuration cannot work (later only for
+        a student with parts that the loss does not reach, at the first step, and for a sample that cannot be used);
         FloatingPointError if the loss or gradient stops being finite, before it reaches the weights.
     """
     run = open_run(config)
@@ -56,7 +56,8 @@ def training_step(run: Run, batch: Batch, step: int) -> dict[str, Tensor]:
     # Dropout as a function of seed, step and process: a resumed run needs no random state.
     torch.manual_seed(int(np.random.SeedSequence((run.config.seed, step, distributed.rank())).generate_state(1)[0]))
 
-    view, targets = batch.student.to(accelerator.device), find_targets(run, batch)
+    view = batch.student.to(accelerator.device)
+    targets = find_targets(run, batch, view)
     loss, metrics = run.model(view, targets, step)
     accelerator.backward(loss)
     if step == run.order.start:
@@ -68,23 +69,25 @@ def training_step(run: Run, batch: Batch, step: int) -> dict[str, Tensor]:
     optimizer.zero_grad()
     run.distiller.finish_step()
     if run.ema is not None:
+        # DDP gives every process the main one's buffers at the next forward only; the averages must not part before.
+        distributed.copy_from_main(run.distiller.student.buffers())
         momentum.update_average(run.ema, run.distiller.student, options.ema_momentum)
     return {**metrics, "grad_norm": norm, "lr": torch.tensor(rate)}
 
 
 @torch.no_grad()
-def find_targets(run: Run, batch: Batch) -> Targets:
-    """What the frozen teachers and the student's moving average say of the batch."""
+def find_targets(run: Run, batch: Batch, view: View) -> Targets:
+    """What the frozen teachers say of the batch, and the moving average of the student's view (on the device already)."""
     device = run.accelerator.device
     require_known_labels(run, batch)
     with run.accelerator.autocast():
         teachers = tuple(
-            teacher.features(view.to(device)) for teacher, view in zip(run.teachers, batch.teachers, strict=True)
+            teacher.features(own.to(device)) for teacher, own in zip(run.teachers, batch.teachers, strict=True)
         )
         momentum_features = None
         if run.distiller.needs_momentum:
             assert run.ema is not None
-            momentum_features = run.ema.features(batch.student.to(device))
+            momentum_features = run.ema.features(view)
     return Targets(teachers, momentum_features, batch.ids.to(device), batch.labels.to(device))
 
 

@@ -29,9 +29,12 @@ def create_student(config: StudentConfig, *, logit_bias: float | None = None) ->
     Raises: ValueError for an unknown name or tag, or weights that want another activation.
     """
     name, model_config = find_architecture(config.model, option="student.model: ")
-    if logit_bias is not None and "init_logit_bias" not in model_config:
-        model_config = {**model_config, "init_logit_bias": logit_bias}
-    return build_open_clip(name, model_config, pretrained=config.pretrained, option="student.pretrained")
+    student = build_open_clip(name, model_config, pretrained=config.pretrained, option="student.pretrained")
+    if logit_bias is not None and student.logit_bias is None:
+        # Added after the weights are loaded: open_clip would start a bias that they lack at 0, whatever the config says.
+        student.model.logit_bias = torch.nn.Parameter(torch.tensor(logit_bias))
+        student.model_config = {**model_config, "init_logit_bias": logit_bias}
+    return student
 
 
 def load(model: str, *, pretrained: str | None = None, ema: bool = False) -> Encoder:
@@ -113,7 +116,7 @@ def build_open_clip(
                 require_pretrained=pretrained is not None,
             )
             tokenizer = open_clip.get_tokenizer(model_name=registered)
-        except (RuntimeError, OSError, TypeError, KeyError, AssertionError) as error:
+        except (RuntimeError, OSError, TypeError, KeyError, AssertionError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300] or "the weights are of another architecture"
             raise ValueError(f"open_clip cannot make {name!r} with weights {pretrained!r}: {reason}") from error
     return wrap_open_clip(model, tokenizer, name=name, model_config=model_config)

@@ -2,14 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from clipkd import distributed, losses
-from clipkd.comparison import Comparison, Pair
+from clipkd.comparison import Comparison, Pair, Value
 from clipkd.term_options import FeatureTerm, InfoNCETerm, InteractiveTerm, MixedTargetTerm, SigmoidTerm, SoftBCETerm
-
-Value = tuple[Tensor, dict[str, Tensor]]
-"""A term and the series that explain it."""
 
 
 def info_nce(term: InfoNCETerm, comparison: Comparison) -> Value:
@@ -53,10 +49,9 @@ def soft_bce(term: SoftBCETerm, comparison: Comparison) -> Value:
     student_bias, teacher_bias = comparison.student.logit_bias, comparison.teacher.logit_bias
     assert student_bias is not None
     assert teacher_bias is not None
-    values = [
-        losses.soft_label_bce(way.student_logits + student_bias, way.teacher_logits[0] + teacher_bias)
-        for way in comparison.directions(term.keys, queue=term.queue, num_teachers=1)
-    ]
+    student = comparison.student_logits(term.keys, queue=term.queue)
+    teacher = comparison.teacher_logits(0, queue=term.queue)
+    values = [losses.soft_label_bce(s + student_bias, t + teacher_bias) for s, t in zip(student, teacher, strict=True)]
     return torch.stack(values).mean(), {}
 
 
@@ -67,16 +62,16 @@ def itc(term: MixedTargetTerm, comparison: Comparison) -> Value:
     updated with the last step's weights, its features are in `comparison`, and the batch is queued after the loss.
     """
     momentum_share, teacher_share = term.shares(comparison.step)
-    num_teachers = 1 if teacher_share else 0
+    softened: list[tuple[float, Pair]] = []
+    if momentum_share:
+        image, text = comparison.momentum_cosines(queue=term.queue)
+        scale = comparison.student.logit_scale
+        softened.append((momentum_share, (scale * image, scale * text)))
+    if teacher_share:
+        softened.append((teacher_share, comparison.teacher_logits(0, queue=term.queue)))
     positives = comparison.positives(queue=term.queue)
     values = []
-    for number, way in enumerate(comparison.directions(term.keys, queue=term.queue, num_teachers=num_teachers)):
-        softened: list[tuple[float, Tensor]] = []
-        if momentum_share:
-            cosines = comparison.momentum_cosines(queue=term.queue)[number]
-            softened.append((momentum_share, comparison.student.logit_scale * cosines))
-        if teacher_share:
-            softened.append((teacher_share, way.teacher_logits[0]))
-        target = losses.mixed_target(positives, softened)
-        values.append(F.cross_entropy(way.student_logits, target.to(way.student_logits.dtype)))
+    for way, logits in enumerate(comparison.student_logits(term.keys, queue=term.queue)):
+        target = losses.mixed_target(positives, [(share, pair[way]) for share, pair in softened])
+        values.append(F.cross_entropy(logits, target.to(logits.dtype)))
     return torch.stack(values).mean(), {}

@@ -2,14 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from clipkd import distributed, losses
-from clipkd.comparison import Comparison, products
+from clipkd.comparison import Comparison, Value, products
 from clipkd.term_options import FeatureTerm, GradientTerm
-
-Value = tuple[Tensor, dict[str, Tensor]]
-"""A term and the series that explain it."""
 
 
 def features(_: FeatureTerm, comparison: Comparison) -> Value:
@@ -24,8 +20,7 @@ def gd(_: GradientTerm, comparison: Comparison) -> Value:
     The student's features are those in the teacher's space, its scale the model's own.
     """
     positives = comparison.positives(queue=False)
-    image_keys = distributed.gather(comparison.projected.image)
-    text_keys = distributed.gather(comparison.projected.text)
+    image_keys, text_keys = comparison.projected_keys()
     per_image, per_text = products(comparison.projected, (image_keys, text_keys))
     scale = comparison.student.logit_scale
     student_gradients = losses.info_nce_gradients(
@@ -63,7 +58,7 @@ def vrd(_: FeatureTerm, comparison: Comparison) -> Value:
     the scales. As in CLIP-KD's, the released scales lack their exponential.
     """
     student, teacher = comparison.projected, comparison.teacher
-    student_keys = distributed.gather(student.image), distributed.gather(student.text)
+    student_keys = comparison.projected_keys()
     teacher_keys = comparison.batch_keys("teacher")
     scales = comparison.scales["image"], comparison.scales["text"]
     by_teacher = [s * q @ k.T for s, q, k in zip(scales, (teacher.image, teacher.text), student_keys, strict=True)]
@@ -78,8 +73,8 @@ def xrd(_: FeatureTerm, comparison: Comparison) -> Value:
     """CLIP-RD's cross relational distillation: teacher image with student text should be distributed as teacher text with
     student image, and the reverse; each divergence pulls one side. Its scale is ICL's, which trains it on true pairs.
     """
-    student, teacher, scale = comparison.projected, comparison.teacher, comparison.scales["cross"]
-    student_keys = distributed.gather(student.image), distributed.gather(student.text)
+    teacher, scale = comparison.teacher, comparison.scales["cross"]
+    student_keys = comparison.projected_keys()
     by_teacher = [scale * way for way in products(teacher, student_keys)]
     by_student = [scale * way for way in comparison.cosines("teacher", queue=False)]
     pairs = [(a, b) for one in (by_teacher, by_student) for a, b in (one, one[::-1])]

@@ -7,42 +7,45 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clipkd import distributed, losses
-from clipkd.comparison import Comparison, Direction
+from clipkd.comparison import Comparison, Pair, Value
 from clipkd.losses import RowStatistics, SoftTargetStatistics
-from clipkd.term_options import AffinityTerm, ClosedSetTerm, GKLOptions, GKLTerm, SoftTargetTerm
-
-Value = tuple[Tensor, dict[str, Tensor]]
-"""A term and the series that explain it."""
+from clipkd.term_options import AffinityTerm, ClosedSetTerm, DKLTerm, GKLOptions, GKLTerm, SoftTargetTerm
 
 
 def gkl(term: GKLTerm, comparison: Comparison) -> Value:
     """Mean of both directions; the series tell the halves apart, and KL from the teacher's entropy."""
-    scale = comparison.student.logit_scale.detach()
-    return mean_of(
-        gkl_rows(term, way, way.student_logits if comparison.policy.mse_moves_scale else scale * way.cosines)
-        for way in comparison.directions(term.keys, queue=term.queue, num_teachers=1)
-    )
+    logits = comparison.student_logits(term.keys, queue=term.queue)
+    movable = logits
+    if not comparison.policy.mse_moves_scale:
+        image, text = comparison.cosines(term.keys, queue=term.queue)
+        scale = comparison.student.logit_scale.detach()
+        movable = scale * image, scale * text
+    return both_directions(term, comparison, logits, movable)
 
 
-def dkl(term: GKLTerm, comparison: Comparison) -> Value:
+def dkl(term: DKLTerm, comparison: Comparison) -> Value:
     """GKL whose squared error does not reach the student: kept for comparison, its curve shows what GKL adds."""
+    image, text = comparison.student_logits(term.keys, queue=term.queue)
+    return both_directions(term, comparison, (image, text), (image.detach(), text.detach()))
+
+
+def both_directions(term: GKLTerm, comparison: Comparison, logits: Pair, movable: Pair) -> Value:
+    """movable: the student's logits once more, as the squared error may move them."""
+    teacher_logits = comparison.teacher_logits(0, queue=term.queue)
     return mean_of(
-        gkl_rows(term, way, way.student_logits.detach())
-        for way in comparison.directions(term.keys, queue=term.queue, num_teachers=1)
+        weigh_halves(
+            term,
+            losses.row_statistics(
+                student,
+                teacher,
+                temperature=term.temperature,
+                weight_temperature=term.weight_temperature,
+                gamma=term.gamma,
+                squared_error_logits=squared,
+            ),
+        )
+        for student, teacher, squared in zip(logits, teacher_logits, movable, strict=True)
     )
-
-
-def gkl_rows(term: GKLTerm, way: Direction, squared_error_logits: Tensor) -> Value:
-    """One direction; the student's logits once more as the squared error may move them."""
-    rows = losses.row_statistics(
-        way.student_logits,
-        way.teacher_logits[0],
-        temperature=term.temperature,
-        weight_temperature=term.weight_temperature,
-        gamma=term.gamma,
-        squared_error_logits=squared_error_logits,
-    )
-    return weigh_halves(term, rows)
 
 
 def weigh_halves(term: GKLOptions, rows: RowStatistics) -> Value:
@@ -68,57 +71,60 @@ def kl(term: SoftTargetTerm, comparison: Comparison) -> Value:
 
 
 def soft_ce(term: SoftTargetTerm, comparison: Comparison) -> Value:
-    return soft_target(term, comparison, "ce")
+    return soft_target(term, comparison, "soft_ce")
 
 
 def soft_target(term: SoftTargetTerm, comparison: Comparison, which: str) -> Value:
     """Against the mean of all teachers' softmaxes, which of one teacher is its softmax."""
-    factor = term.temperature**2 if term.scale_by_temperature_squared else 1.0
-
-    def value(way: Direction) -> Value:
-        target = losses.log_mean_softmax(way.teacher_logits, temperature=term.temperature)
-        rows = losses.soft_target_statistics(way.student_logits, target, temperature=term.temperature)
-        return factor * getattr(rows, which).mean(), series(rows)
-
-    return mean_of(value(way) for way in comparison.directions(term.keys, queue=term.queue))
+    numbers = range(len(comparison.targets.teachers))
+    teachers = [comparison.teacher_logits(number, queue=term.queue) for number in numbers]
+    parts: list[Value] = []
+    for way, logits in enumerate(comparison.student_logits(term.keys, queue=term.queue)):
+        target = losses.log_mean_softmax([pair[way] for pair in teachers], temperature=term.temperature)
+        found = series(losses.soft_target_statistics(logits, target, temperature=term.temperature))
+        parts.append((found[which], found))
+    value, curves = mean_of(parts)
+    if not term.scale_by_temperature_squared:
+        del curves[which]  # the term itself
+        return value, curves
+    return term.temperature**2 * value, curves
 
 
 def affinity(term: AffinityTerm, comparison: Comparison) -> Value:
     """Soft cross-entropy of both models' affinities at one fixed scale (TinyCLIP, arXiv 2309.12314)."""
-
-    def value(way: Direction) -> Value:
-        target = (term.scale * way.teacher_cosines[0]).log_softmax(dim=-1)
-        rows = losses.soft_target_statistics(term.scale * way.cosines, target)
-        return rows.ce.mean(), series(rows)
-
-    return mean_of(value(way) for way in comparison.directions(term.keys, queue=term.queue, num_teachers=1))
+    student = comparison.cosines(term.keys, queue=term.queue)
+    teacher = comparison.teacher_cosines(0, queue=term.queue)
+    parts: list[Value] = []
+    for s, t in zip(student, teacher, strict=True):
+        rows = losses.soft_target_statistics(term.scale * s, (term.scale * t).log_softmax(dim=-1))
+        parts.append((rows.ce.mean(), series(rows)))
+    return mean_of(parts)
 
 
 def closed_set(term: ClosedSetTerm, comparison: Comparison) -> Value:
-    """GKL of images against class prompts; a labelled image's pairs weigh by its class's prior (arXiv 2503.08038 §4)."""
-    bank, student = comparison.closed_set, comparison.student
-    assert bank is not None
+    """GKL of images against class prompts; a labelled image's pairs weigh by its class's prior (arXiv 2503.08038)."""
+    student = comparison.student
     assert comparison.class_features is not None
     cosines = student.image @ comparison.class_features.T
-    teacher_logits = comparison.teacher_scale(0) * comparison.teacher.image @ bank.teacher_classes.T
+    logits, still = student.logit_scale * cosines, student.logit_scale.detach() * cosines
     rows = losses.row_statistics(
-        student.logit_scale * cosines,
-        teacher_logits,
+        logits,
+        comparison.class_logits(),
         temperature=term.temperature,
         weight_temperature=term.weight_temperature,
         gamma=term.gamma,
-        pair_prior=pair_prior(term, comparison, teacher_logits),
-        squared_error_logits=None if comparison.policy.mse_moves_scale else student.logit_scale.detach() * cosines,
+        pair_prior=pair_prior(term, comparison),
+        squared_error_logits=logits if comparison.policy.mse_moves_scale else still,
     )
     return weigh_halves(term, rows)
 
 
-def pair_prior(term: ClosedSetTerm, comparison: Comparison, teacher_logits: Tensor) -> Tensor | None:
+def pair_prior(term: ClosedSetTerm, comparison: Comparison) -> Tensor | None:
     """Log-probabilities that weigh the pairs: the class's prior where an image is labelled, else its own."""
     labels, bank = comparison.targets.labels, comparison.closed_set
     if bank is None or bank.prior is None or labels is None:
         return None
-    own = (teacher_logits / term.weight_temperature).log_softmax(dim=-1)
+    own = (comparison.class_logits() / term.weight_temperature).log_softmax(dim=-1)
     # A probability that underflowed has weight 0 at any gamma but 0; its logarithm must stay a number.
     prior = bank.prior.rows(labels).to(own.dtype).clamp(min=torch.finfo(torch.float32).tiny)
     return torch.where((labels >= 0)[:, None], prior.log(), own)

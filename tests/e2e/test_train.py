@@ -1,6 +1,7 @@
 """`clipkd train`: the same numbers on one and two processes, after a kill, and with any teacher."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,11 @@ import pytest
 from safetensors.torch import load_file
 
 from clipkd import models
+from clipkd.arguments import parse
+from clipkd.closed_set import closed_set_fingerprint
 from clipkd.config import DataConfig, StudentConfig
 from clipkd.data import BatchOrder, open_source, training_batches
+from clipkd.resume import require_same_run
 from tests.e2e.conftest import SMALL, Run
 
 ALL_TERMS = tuple(
@@ -150,6 +154,30 @@ def test_a_run_is_not_overwritten_and_resumes_only_as_itself(clipkd: Run, data: 
     assert other.returncode == 2
     assert "optim.learning_rate = 0.001, now it is 0.0001" in other.stderr
     assert len(read_metrics(tmp_path / "run")) == 2
+
+
+def test_a_resumed_run_keeps_its_teachers_and_its_classes(
+    clipkd: Run, data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """By what they hold: another path is no other run, another content is."""
+    shutil.copytree(teacher, tmp_path / "moved")
+    shutil.copy(data / "noto" / "classnames.txt", tmp_path / "classes.txt")
+    arguments = [*SMALL, "--data.path", data / "pairs", "--output", tmp_path / "run", "--data.label_key", "label"]
+    arguments += ["--teacher.model", teacher, "--objective.closed_set.weight", 1]
+    classes = ["--objective.closed_set.classes", data / "noto" / "classnames.txt"]
+    clipkd("train", *arguments, *classes, "--steps", 1)
+    moved = ["--teacher.model", tmp_path / "moved", "--objective.closed_set.classes", tmp_path / "classes.txt"]
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step_000001" / "state.json").read_text())
+    config = parse([*map(str, arguments), *map(str, moved), "--steps", "1", "--resume", "latest"])
+    identity = {**state["identity"], "classes": closed_set_fingerprint(config.objective.closed_set)}
+    require_same_run(tmp_path, state, config, identity)
+    names = (tmp_path / "classes.txt").read_text().splitlines()
+    (tmp_path / "classes.txt").write_text("\n".join([names[1], names[0], *names[2:]]))
+    identity["classes"] = closed_set_fingerprint(config.objective.closed_set)
+    with pytest.raises(ValueError, match="was made with classes = "):
+        require_same_run(tmp_path, state, config, identity)
+    with pytest.raises(ValueError, match="was made with further_teachers_sha256 = None"):
+        require_same_run(tmp_path, state, config, {**state["identity"], "further_teachers_sha256": ["x"]})
 
 
 def test_checkpoints_are_pruned_and_evaluation_runs_on_the_way(clipkd: Run, data: Path, tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_feature_term_is_the_sum_over_both_modalities_of_the_error_in_the_teache
     assert terms["features"].item() == pytest.approx(expected, rel=1e-11)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", OBJECTIVES.keys() - {"ramped"})
 def test_gradient_of_the_students_features_and_scale_is_that_of_finite_differences(name: str) -> None:
     """Queries and keys both: student keys without a gradient would pass every comparison of values.
 
@@ -229,6 +229,7 @@ GKL_SERIES = {"gkl", "gkl_kl", "gkl_soft_ce", "gkl_wmse", "gkl_teacher_entropy"}
         (
             "every term",
             {"info_nce", "kl", "kl_soft_ce", "kl_teacher_entropy", "soft_ce", "soft_ce_kl", "soft_ce_teacher_entropy"}
+            | {"soft_ce_soft_ce"}  # the term itself is multiplied by T²
             | {"features"}
             | GKL_SERIES,
         ),

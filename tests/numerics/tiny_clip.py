@@ -14,6 +14,7 @@ from clipkd.objective import LogitScaleConfig, ObjectiveConfig, QueueConfig
 from clipkd.term_options import (
     AffinityTerm,
     ClosedSetTerm,
+    DKLTerm,
     FeatureTerm,
     GKLTerm,
     GradientTerm,
@@ -54,11 +55,19 @@ OBJECTIVES = {
     "queued": ObjectiveConfig(
         info_nce=InfoNCETerm(weight=0.5, queue=True),
         gkl=GKLTerm(weight=1.0, keys="teacher", queue=True, mse_weight=0.3),
-        dkl=GKLTerm(weight=0.4, keys="momentum", queue=True, gamma=0.5),
+        dkl=DKLTerm(weight=0.4, keys="momentum", queue=True, gamma=0.5),
         kl=SoftTargetTerm(weight=0.6, keys="student", queue=True, temperature=2.0),
         affinity=AffinityTerm(weight=0.2, keys="student", queue=True, scale=20.0),
         itc=MixedTargetTerm(weight=1.1, queue=True, momentum_share=0.3, teacher_share=0.2, ramp_steps=4),
         icl=InteractiveTerm(weight=0.7, queue=True),
+        queue=QueueConfig(capacity=19),
+    ),
+    # Both shares are 0 at first: the queue is then the only one to ask for the keys of teacher and average.
+    "ramped": ObjectiveConfig(
+        info_nce=OFF,
+        itc=MixedTargetTerm(
+            weight=1.0, keys="student", queue=True, momentum_share=0.3, teacher_share=0.2, ramp_steps=2
+        ),
         queue=QueueConfig(capacity=19),
     ),
     "sigmoid": ObjectiveConfig(

@@ -38,6 +38,9 @@ def collectives(rank: int) -> tuple[dict[str, Tensor], dict]:
         "gathered cube": distributed.gather_constant(torch.full((1, 2, 3), float(rank))),
         "mean": distributed.mean(torch.tensor([1.0, 10.0]) * (1 + 2 * rank)),
     }
+    buffers = [torch.tensor([1.5 + rank]), torch.tensor(7 + rank), torch.tensor([rank == 0])]
+    distributed.copy_from_main(buffers)
+    tensors |= {f"buffer {number}": buffer for number, buffer in enumerate(buffers)}
     constant = distributed.gather_constant(rows)
     facts = {
         "world_size": distributed.world_size(),

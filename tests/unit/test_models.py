@@ -271,3 +271,21 @@ def test_another_kind_of_transformers_model_is_refused(clip_folder: Path, tmp_pa
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
     with pytest.raises(ValueError, match=r"bert holds a 'bert' model"):
         load(str(folder))
+
+
+def test_a_student_gets_a_logit_bias_beside_its_pretrained_weights(tmp_path: Path) -> None:
+    """open_clip starts a bias that the weights lack at 0, which would call every pair a match to begin with."""
+    plain = create_student(StudentConfig(model="demo-student"))
+    torch.save(plain.model.state_dict(), tmp_path / "weights.pt")
+    config = StudentConfig(model="demo-student", pretrained=str(tmp_path / "weights.pt"))
+    student = create_student(config, logit_bias=-10.0)
+    assert student.logit_bias is not None
+    assert student.logit_bias.item() == -10.0
+    assert "logit_bias" in dict(student.model.named_parameters())
+    assert torch.equal(student.model.token_embedding.weight, plain.model.token_embedding.weight)
+    assert student.model_config is not None
+    assert student.model_config["init_logit_bias"] == -10.0
+    assert "init_logit_bias" not in (plain.model_config or {})
+    torch.save(student.model.state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="open_clip cannot make 'demo-student' with weights"):
+        create_student(config)
