@@ -146,7 +146,7 @@ class GKLOptions(Term):
 
     ce_weight: float = 1.0
     """Weight of the soft cross-entropy half (the reference code's alpha)."""
-    mse_weight: float = 1.0
+    mse_weight: float = 0.1
     """Weight of the weighted squared-error half (the reference code's beta)."""
     gamma: float = 0.3
     """Smoothing power on the pair weights: 1 plain, 0 uniform."""

@@ -1,8 +1,11 @@
 """The README says what files and commands say."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
+
+import pytest
 
 from clipkd.config import TrainConfig, to_dict
 
@@ -10,15 +13,26 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_demos_table_is_made_from_the_committed_results() -> None:
-    spec = importlib.util.spec_from_file_location("results_table", ROOT / "scripts" / "results_table.py")
+@pytest.mark.parametrize(
+    ("script", "results", "least"), [("results_table", "demo.jsonl", 7), ("compare_losses", "losses.jsonl", 40)]
+)
+def test_a_table_is_made_from_the_committed_results(script: str, results: str, least: int) -> None:
+    spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    table = module.table(ROOT / "eval" / "results" / "demo.jsonl")
-    assert len(table.splitlines()) == 7
+    table = module.table(ROOT / "eval" / "results" / results)
+    assert len(table.splitlines()) >= least
     assert table in README
+
+
+def test_every_loss_was_compared_with_three_seeds() -> None:
+    lines = (ROOT / "eval" / "results" / "losses.jsonl").read_text(encoding="utf-8").splitlines()
+    for row in map(json.loads, lines):
+        assert row["seeds"] == [0, 1, 2], row["loss"]
+        assert all(len(row[f"{style}_acc5"]) == 3 for style in ("fluent", "noto"))
+        assert (row["n"], row["step"]) == (1337, 400)
 
 
 def test_every_file_and_option_that_the_readme_names_exists() -> None:
