@@ -128,6 +128,11 @@ class Comparison:
         assert not isinstance(self.policy.teacher, str)
         return self.policy.teacher[teacher] if isinstance(self.policy.teacher, tuple) else self.policy.teacher
 
+    @property
+    def uses_teacher_logits(self) -> bool:
+        """Whether a term has asked for a teacher's logits, so that its scale means something."""
+        return any(key[0] in ("teacher logits", "class logits") for key in self.made)
+
     def class_logits(self) -> Float[Tensor, "b k"]:
         """The teacher's, of images against the closed set's classes."""
         assert self.closed_set is not None

@@ -122,8 +122,6 @@ class Distiller(nn.Module):
             step=step,
         )
         metrics: Metrics = {"logit_scale": student.logit_scale}
-        if targets.teachers:
-            metrics["teacher_logit_scale"] = torch.as_tensor(comparison.teacher_scale(0), device=student.image.device)
         if self.objective.needs_bias and student.logit_bias is not None:
             metrics["logit_bias"] = student.logit_bias
         metrics |= {f"{name}_logit_scale": scale for name, scale in comparison.scales.items()}
@@ -132,6 +130,8 @@ class Distiller(nn.Module):
             value, parts = TERMS[name](term, comparison)
             total.append(term.factor(step) * value)
             metrics |= {name: value, **{f"{name}_{part}": number for part, number in parts.items()}}
+        if comparison.uses_teacher_logits:
+            metrics["teacher_logit_scale"] = torch.as_tensor(comparison.teacher_scale(0), device=student.image.device)
         self.remember(comparison)
         loss = torch.stack(total).sum()
         return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in metrics.items()}}

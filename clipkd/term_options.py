@@ -18,7 +18,7 @@ class Term:
     weight: float = 0.0
     """Weight of this term in the loss; 0 leaves it out and costs nothing."""
     warmup_steps: int = 0
-    """Steps over which the weight rises linearly to its value."""
+    """Steps over which the weight rises linearly to its value; it shows in the loss, not in the term's own series."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -132,7 +132,7 @@ class SoftTargetTerm(LogitTerm):
 @dataclass(frozen=True, kw_only=True)
 class AffinityTerm(LogitTerm):
     keys: Keys = "student"
-    """As for the other logit terms; TinyCLIP's are the student's own."""
+    """What the student's queries are compared with; TinyCLIP's are the student's own."""
     scale: float = 50.0
     """Fixed logit scale of both sides (TinyCLIP: 50)."""
 
@@ -222,7 +222,7 @@ class ClosedSetTerm(GKLOptions):
 @dataclass(frozen=True, kw_only=True)
 class SoftBCETerm(LogitTerm):
     keys: Keys = "student"
-    """As for the other logit terms."""
+    """What the student's queries are compared with; SigLIP's are the student's own."""
 
     @property
     def softens_teacher(self) -> bool:

@@ -98,7 +98,7 @@ def require_known_labels(run: Run, batch: Batch) -> None:
         index = batch.ids[batch.labels.argmax()].item()
         raise ValueError(
             f"sample {index} has class {largest} by data.label_key, but objective.closed_set.classes names "
-            f"{len(closed_set.teacher_classes)} classes, numbered from 0"
+            f"{len(closed_set.teacher_classes)}, numbered from 0; name them all, or leave that image out"
         )
 
 

@@ -70,8 +70,10 @@ def itc(term: MixedTargetTerm, comparison: Comparison) -> Value:
     if teacher_share:
         softened.append((teacher_share, comparison.teacher_logits(0, queue=term.queue)))
     positives = comparison.positives(queue=term.queue)
-    values = []
+    values, entropies = [], []
     for way, logits in enumerate(comparison.student_logits(term.keys, queue=term.queue)):
-        target = losses.mixed_target(positives, [(share, pair[way]) for share, pair in softened])
-        values.append(F.cross_entropy(logits, target.to(logits.dtype)))
-    return torch.stack(values).mean(), {}
+        target = losses.mixed_target(positives, [(share, pair[way]) for share, pair in softened]).to(logits.dtype)
+        values.append(F.cross_entropy(logits, target))
+        entropies.append(torch.special.entr(target).sum(dim=-1).mean())
+    value, entropy = torch.stack(values).mean(), torch.stack(entropies).mean()
+    return value, {"kl": value - entropy, "target_entropy": entropy}

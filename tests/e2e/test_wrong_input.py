@@ -189,7 +189,7 @@ def test_a_label_beyond_the_classes_is_named(here: Run, data: Path, teacher: Pat
     done = here(*arguments, *options, "--data.label_key", "label", check=False)
     assert done.returncode == 2
     assert "data.label_key" in done.stderr
-    assert "names 2 classes" in done.stderr
+    assert "names 2, numbered from 0" in done.stderr
     shutil.rmtree(output)
     assert_refused(here(*arguments, *options, check=False), output, "class_prior", "data.label_key")
     missing = here(*arguments, *options, "--data.label_key", "cls", check=False)

@@ -151,7 +151,7 @@ def test_mixed_targets_of_true_pairs_average_and_teacher_on_teacher_keys() -> No
     names = ("teacher_image", "teacher_text", "momentum_image", "momentum_text")
     rows = (old_teacher.image, old_teacher.text, old.momentum.image, old.momentum.text)
     distiller.queue.push(old.ids, dict(zip(names, rows, strict=True)))
-    loss, _ = distiller.loss(student, targets, step=2)  # half-way up the ramp
+    loss, series = distiller.loss(student, targets, step=2)  # half-way up the ramp
 
     image, text = project(distiller, student)
     keys = [torch.cat([a, b]) for a, b in ((t.text, old_teacher.text), (t.image, old_teacher.image))]
@@ -161,7 +161,7 @@ def test_mixed_targets_of_true_pairs_average_and_teacher_on_teacher_keys() -> No
     ids = [*targets.ids.tolist(), *old.ids.tolist()]
     total = torch.zeros((), dtype=DOUBLE)
     queries = ((image, t.image, targets.momentum.image), (text, t.text, targets.momentum.text))
-    several = 0
+    entropy, several = 0.0, 0
     for way, (query, teacher, momentum) in enumerate(queries):
         for i in range(len(query)):
             positives = [j for j in range(len(ids)) if ids[j] == ids[i]]
@@ -173,7 +173,10 @@ def test_mixed_targets_of_true_pairs_average_and_teacher_on_teacher_keys() -> No
                 hard = (j in positives) / len(positives)
                 target = 0.15 * soft_momentum[j] + 0.125 * soft_teacher[j] + 0.725 * hard
                 total = total - target * log_prediction[j] / len(query) / 2
+                entropy -= (target * target.log()).item() / len(query) / 2
     assert several > 0
+    assert series["itc_target_entropy"].item() == pytest.approx(entropy, rel=1e-10)
+    assert series["itc_kl"].item() == pytest.approx(total.item() - entropy, rel=1e-10)
     assert_equal(loss, total, student, distiller)
 
 
