@@ -1,6 +1,6 @@
 """Every loss on the demo's data, several seeds each → eval/results/losses.jsonl, one line per loss.
 
-python scripts/compare_losses.py --output runs/compare       all of them, about an hour on 2 cores; goes on where it stopped
+python scripts/compare_losses.py --output runs/compare       all of them, 1 to 1½ hours on 2 cores; goes on where it stopped
 python scripts/compare_losses.py --output runs/compare --only gkl   those whose name contains the text
 python scripts/compare_losses.py --table eval/results/losses.jsonl  the table of the README
 

@@ -99,6 +99,7 @@ def gkl(
     weight_temperature: float = 1.0,
     row_weight: Literal["reference", "uniform"] = "reference",
     scale_by_temperature_squared: bool = False,
+    squared_error_logits: Float[Tensor, "b c"] | None = None,
 ) -> Float[Tensor, ""]:
     """Generalized Kullback-Leibler divergence (arXiv 2503.08038), sample-wise weights, in closed form.
 
@@ -109,10 +110,17 @@ def gkl(
     soft target and w carry no gradient; the squared error reaches both sides, so detach a frozen teacher. The published
     code has no T² on the cross-entropy half; `scale_by_temperature_squared` puts it there.
 
+    squared_error_logits as in `row_statistics`.
+
     Raises: ValueError as `row_statistics`, or for an unknown row_weight.
     """
     rows = row_statistics(
-        student_logits, teacher_logits, temperature=temperature, weight_temperature=weight_temperature, gamma=gamma
+        student_logits,
+        teacher_logits,
+        temperature=temperature,
+        weight_temperature=weight_temperature,
+        gamma=gamma,
+        squared_error_logits=squared_error_logits,
     )
     factor = temperature**2 if scale_by_temperature_squared else 1.0
     weighted_mse = weighted_squared_error(rows, row_weights(rows.log_weight_mass, row_weight))
@@ -139,14 +147,15 @@ def dkl(
 
     Raises: ValueError as `gkl`.
     """
-    rows = row_statistics(
+    return gkl(
         student_logits,
         teacher_logits,
+        ce_weight=ce_weight,
+        mse_weight=mse_weight,
+        gamma=gamma,
         temperature=temperature,
         weight_temperature=weight_temperature,
-        gamma=gamma,
+        row_weight=row_weight,
+        scale_by_temperature_squared=scale_by_temperature_squared,
         squared_error_logits=student_logits.detach(),
     )
-    factor = temperature**2 if scale_by_temperature_squared else 1.0
-    weighted_mse = weighted_squared_error(rows, row_weights(rows.log_weight_mass, row_weight))
-    return ce_weight * factor * rows.ce.mean() + mse_weight * weighted_mse
