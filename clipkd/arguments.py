@@ -5,8 +5,9 @@ import difflib
 import functools
 import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jsonargparse
 import yaml
@@ -103,6 +104,21 @@ def check_yaml(path: Path, parser: Parser) -> None:
         parser.error(f"{path} is not YAML: {error}")
     if not isinstance(content, dict):
         parser.error(f"{path} holds no options; write lines such as 'steps: 1000'")
+    options = {option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")}
+    unknown = [name for name in option_names(content) if not any(f"{o}.".startswith(f"{name}.") for o in options)]
+    if unknown:
+        hints = ((name, nearest_option(name, options)) for name in unknown)
+        named = [f"{name!r}" + (f" (did you mean {near!r}?)" if near else "") for name, near in hints]
+        parser.error(f"{path}: there is no option {', '.join(named)}")
+
+
+def option_names(content: dict[Any, Any], prefix: str = "") -> Iterator[str]:
+    """{a: {b: 1}} → a.b"""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from option_names(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def recipe(name: str) -> Path:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -45,7 +45,8 @@ def save(
     write_tensors(temporary / "optimizer.safetensors", optimizer_tensors(model, optimizer))
     if memory:
         write_tensors(temporary / "memory.safetensors", memory)
-    text = json.dumps({"format_version": FORMAT_VERSION, "step": step, **state}, indent=1)
+    sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+    text = json.dumps({"format_version": FORMAT_VERSION, "step": step, "files": sizes, **state}, indent=1)
     (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
     for path in (*temporary.iterdir(), temporary):
         sync(path)
@@ -69,7 +70,16 @@ def prune(run: Path, keep: int) -> None:
 def whole_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     folders = [path for path in (run / "checkpoints").glob("step_*") if path.name[5:].isdecimal()]
-    return sorted((path for path in folders if (path / "state.json").is_file()), key=lambda path: int(path.name[5:]))
+    return sorted((path for path in folders if is_whole(path)), key=lambda path: int(path.name[5:]))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file of a checkpoint is there in its length; one that a disk or a copy cut short is not."""
+    try:
+        files = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("files", {})
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def is_run(path: Path) -> bool:

@@ -7,13 +7,16 @@ from collections.abc import Callable
 
 from clipkd import __version__
 from clipkd.arguments import parse, parse_into
+from clipkd.stops import Interrupted, RunStopped
 
 HELP = """usage: clipkd COMMAND [--help] …
 
 Distill a large CLIP into a small one.
 
 commands:
+  check    say what a training config will run, and all that is wrong with it: clipkd check configs/demo.yaml --data.path shards
   train    train a student from a config: clipkd train --config configs/demo.yaml --data.path shards
+  report   draw a run's curves, throughput, skipped samples and evaluations as one HTML page
   eval     classify a labelled data set zero-shot with any model
   export   turn a training checkpoint into a folder that open_clip loads
   demo     all of it on a small real data set, in minutes on a CPU
@@ -44,14 +47,18 @@ def run_command(name: str, command: Callable[[list[str]], None], arguments: list
     process = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     try:
         command(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, RunStopped) as error:
         message = str(error).strip()
         if "Original Traceback" in message:  # raised in a loader process; its last line is what happened
             message = message.splitlines()[-1].split(": ", 1)[-1]
         print(f"clipkd {name}{process}: error: {' '.join(message.split())}", file=sys.stderr)
         if os.environ.get("CLIPKD_TRACEBACK"):
             raise
-        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
+        raise SystemExit(1 if isinstance(error, FloatingPointError | RunStopped) else 2) from None
+    except Interrupted as stop:
+        if is_main_process():
+            print(f"clipkd {name}: stopped by {stop}", file=sys.stderr)
+        raise SystemExit(128 + stop.number) from None
     except KeyboardInterrupt:
         print(f"clipkd {name}{process}: interrupted; finished checkpoints are kept", file=sys.stderr)
         raise SystemExit(130) from None
@@ -64,6 +71,26 @@ def train_command(arguments: list[str]) -> None:
     folder = train(config)
     if is_main_process():
         print(f"trained {config.steps} steps: {folder}")
+
+
+def check_command(arguments: list[str]) -> None:
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
+    from clipkd.check import check
+
+    problems = check(arguments)
+    if problems:
+        if is_main_process():
+            print("\n".join(f"clipkd check: problem: {problem}" for problem in problems), file=sys.stderr)
+        raise SystemExit(2)
+
+
+def report_command(arguments: list[str]) -> None:
+    from clipkd import report
+
+    positional = {"run": "A run folder of clipkd train, finished or not."}
+    config = parse_into(report.ReportConfig, arguments, "report", "Draw a run as one HTML page.", positional=positional)
+    print(f"report: {report.write_report(config)}")
 
 
 def eval_command(arguments: list[str]) -> None:
@@ -100,4 +127,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-COMMANDS = {"train": train_command, "eval": eval_command, "export": export_command, "demo": demo_command}
+COMMANDS = {
+    "check": check_command,
+    "train": train_command,
+    "report": report_command,
+    "eval": eval_command,
+    "export": export_command,
+    "demo": demo_command,
+}

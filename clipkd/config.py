@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from clipkd.objective import ObjectiveConfig
-from clipkd.term_options import require
+from clipkd.requirements import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,25 +24,52 @@ class StudentConfig:
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     model: str | None = None
-    """An open_clip name, local-dir:FOLDER, hf-hub:REPO, a transformers CLIPModel folder, or a clipkd run; null trains without a teacher."""
+    """An open_clip name, local-dir:FOLDER, hf-hub:REPO, a transformers CLIPModel or SiglipModel folder, or a clipkd run; null trains alone."""
     pretrained: str | None = None
     """Weights of an open_clip name: a tag or a file. The other kinds of teacher carry their own."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the teacher's weights are held in: bf16 or fp16 halve its memory. Its logit scale stays fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    format: Literal["webdataset", "huggingface"] = "webdataset"
-    """webdataset: local tar shards; huggingface: a hub name, a save_to_disk folder, or a folder of parquet, arrow or image files."""
-    path: str = ""
-    """webdataset: a folder of tars, one tar, or a brace pattern such as shards/{00000..00331}.tar; huggingface: name or folder."""
+class SourceConfig:
+    format: Literal["webdataset", "huggingface", "csv"] = "webdataset"
+    """webdataset: tar shards; huggingface: a hub name, a save_to_disk folder, or a folder of parquet, arrow or image files; csv: a table of image paths and captions."""
+    path: tuple[str, ...] | str = ""
+    """webdataset: folders, tars, brace patterns such as shards/{00000..00331}.tar, URLs or pipes, one or a list; huggingface: name or folder; csv: .csv or .tsv files."""
     split: str = "train"
-    """Split of a Hugging Face data set; webdataset ignores it."""
+    """Split of a Hugging Face data set; the others ignore it."""
     image_column: str = "image"
-    """Image column of a Hugging Face data set; webdataset takes the member with an image suffix."""
+    """Image column of a Hugging Face data set or table (there: paths, relative to it); webdataset takes the member with an image suffix."""
     caption_key: str = "txt"
-    """webdataset: txt for the .txt member, else a key of the .json member; huggingface: the column. A list holds several captions, one is drawn."""
+    """webdataset: txt for the .txt member, else a key of the .json member; else the column. A list holds several captions, one is drawn."""
     label_key: str | None = None
-    """Class number of an image, for objective.closed_set: webdataset: cls for the .cls member, else a key of the .json; huggingface: the column."""
+    """Class number of an image, for objective.closed_set: webdataset: cls for the .cls member, else a key of the .json; else the column."""
+    weight: float = 1.0
+    """How often an epoch passes through this source: 2 takes every sample twice, 0.5 one half in one epoch and the other in the next."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(filter(None, (self.path,) if isinstance(self.path, str) else self.path))
+
+    def __post_init__(self) -> None:
+        self.check("data.mix[…]")
+
+    def check(self, where: str) -> None:
+        require(self.label_key != "", f"{where}.label_key is empty; name a key or column, or leave it out")
+        require(self.weight > 0, f"{where}.weight is {self.weight}; it must be positive")
+        require(
+            self.format != "huggingface" or len(self.paths) <= 1,
+            f"{where}.path lists {len(self.paths)} Hugging Face data sets; name one, and the others in data.mix",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(SourceConfig):
+    mix: tuple[SourceConfig, ...] = ()
+    """Further sources, each with path, format, columns and weight of its own."""
+    max_skipped: float = 0.01
+    """Largest share of samples (and of shards) that may be damaged and are skipped; above it the run stops. 0 stops at the first."""
     num_workers: int = 2
     """Loader processes per training process; 0 loads in the training process."""
     min_crop: float = 0.9
@@ -51,9 +78,14 @@ class DataConfig:
     """What shows through transparent pixels: white, or a random colour per view (an augmentation for drawings)."""
 
     def __post_init__(self) -> None:
+        self.check("data")
         require(0 < self.min_crop <= 1, f"data.min_crop is {self.min_crop}; it is a share of the area in (0, 1]")
-        require(self.label_key != "", "data.label_key is empty; name a key or column, or leave it out")
         require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}; it must be 0 or more")
+        require(0 <= self.max_skipped <= 1, f"data.max_skipped is {self.max_skipped}; it is a share in [0, 1]")
+        labelled = {source.label_key is not None for source in (self, *self.mix)}
+        require(
+            len(labelled) == 1, "some sources have a label_key and others none; name one for data and each of data.mix"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +126,14 @@ class OptimConfig:
 class CheckpointConfig:
     every_steps: int = 1000
     """Steps between checkpoints; the last step is always saved."""
+    every_minutes: float = 0.0
+    """Minutes between checkpoints, beside those by steps; 0 saves by steps only."""
     keep: int = 3
     """How many of the newest checkpoints stay on disk."""
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, f"checkpoint.every_steps is {self.every_steps}; it must be 1 or more")
+        require(self.every_minutes >= 0, f"checkpoint.every_minutes is {self.every_minutes}; it must be 0 or more")
         require(self.keep >= 1, f"checkpoint.keep is {self.keep}; it must be 1 or more")
 
 

@@ -94,3 +94,12 @@ def mean(values: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
     if is_initialized():
         dist.all_reduce(values)
     return values / world_size()
+
+
+def maximum(values: list[int], device: torch.device) -> list[int]:
+    """Elementwise maximum over processes."""
+    if world_size() == 1:
+        return values
+    tensor = torch.tensor(values, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()

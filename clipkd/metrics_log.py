@@ -19,6 +19,11 @@ def append(path: Path, row: dict[str, Any]) -> None:
         file.write(line.encode())
 
 
+def write(path: Path, record: dict[str, Any]) -> None:
+    """One record as a file of its own."""
+    path.write_text(json.dumps(replace_non_finite(record), allow_nan=False, indent=1) + "\n", encoding="utf-8")
+
+
 def replace_non_finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: replace_non_finite(item) for key, item in value.items()}

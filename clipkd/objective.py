@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from clipkd.requirements import require
 from clipkd.term_options import (
     AffinityTerm,
     ClosedSetTerm,
@@ -18,7 +19,6 @@ from clipkd.term_options import (
     SoftBCETerm,
     SoftTargetTerm,
     Term,
-    require,
 )
 
 

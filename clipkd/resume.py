@@ -9,9 +9,9 @@ from clipkd import config as configuration
 from clipkd.config import TrainConfig
 
 RESUME_MAY_DIFFER = (
-    *("output", "resume", "threads", "checkpoint.", "evaluation.", "log.", "data.num_workers"),
+    *("output", "resume", "threads", "checkpoint.", "evaluation.", "log.", "data.num_workers", "data.max_skipped"),
     # Compared by what they hold, not by where it lies.
-    *("data.path", "teacher.model", "teacher.pretrained", "ensemble", "objective.closed_set.classes"),
+    *("data.path", "data.mix", "teacher.model", "teacher.pretrained", "ensemble", "objective.closed_set.classes"),
 )
 
 

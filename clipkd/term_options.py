@@ -3,12 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from clipkd.requirements import require
+
 Keys = Literal["student", "momentum", "teacher"]
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,18 @@
 """The training loop: Accelerate for devices and processes, everything else in plain sight."""
 
 import math
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clipkd import checkpoint, distributed, momentum, optim, progress
+from clipkd import checkpoint, data, distributed, metrics_log, momentum, optim, progress, stops
 from clipkd.comparison import Targets
 from clipkd.config import TrainConfig
-from clipkd.run import Run, evaluate_tasks, is_evaluated, log, open_run, save
+from clipkd.run import Run, evaluate_tasks, is_evaluated, log, open_run, save, skipped_too_many
 from clipkd.views import Batch, View
 
 
@@ -18,24 +20,32 @@ def train(config: TrainConfig) -> Path:
     """Train as configured, on every process that was launched; returns the run folder.
 
     Raises: ValueError or FileNotFoundError before anything is written if the configuration cannot work (later only for
-        a student with parts that the loss does not reach, at the first step, and for a sample that cannot be used);
-        FloatingPointError if the loss or gradient stops being finite, before it reaches the weights.
+        a student with parts that the loss does not reach, at the first step, and for a label beyond the classes);
+        FloatingPointError if the loss or gradient stops being finite, before it reaches the weights; RunStopped if too
+        much of the data is damaged or a loader process dies; Interrupted after SIGINT or SIGTERM, when the step at
+        hand is saved.
     """
     run = open_run(config)
     watch = progress.Stopwatch(run.seconds)
-    start = run.order.start
-    with progress.Bar(run.folder.name, config.steps, done=start, visible=run.accelerator.is_main_process) as bar:
-        for step in range(start, config.steps):
+    with (
+        run.feed,
+        stops.deferred_signals() as interruption,
+        progress.Bar(run.folder.name, config.steps, done=run.start, visible=run.accelerator.is_main_process) as bar,
+    ):
+        for step in range(run.start, config.steps):
             with watch.waiting():
-                batch = next(run.batches)
+                batch = next(run.feed)
             metrics = training_step(run, batch, step)
             watch.count(config.batch_size)
             done, last = step + 1, step + 1 == config.steps
             if done == 1 or last or done % config.log.every_steps == 0:
                 bar.note = log(run, done, metrics, watch)
-            if last or done % config.checkpoint.every_steps == 0:
+            ending, save_now = agree(run, interruption, done)
+            if last or ending or save_now or done % config.checkpoint.every_steps == 0:
                 with watch.paused():
                     save(run, done, watch.seconds)
+            if ending and not last:
+                raise ending
             if not last and config.evaluation.every_steps and done % config.evaluation.every_steps == 0:
                 with watch.paused():
                     evaluate_tasks(run, done)
@@ -46,9 +56,29 @@ def train(config: TrainConfig) -> Path:
     return run.folder
 
 
+def agree(run: Run, interruption: stops.Interruption, done: int) -> tuple[BaseException | None, bool]:
+    """What ends the run after this step, if anything, and whether it is time for a checkpoint: the same everywhere."""
+    minutes = run.config.checkpoint.every_minutes
+    due = bool(minutes) and time.monotonic() - run.saved_at >= 60 * minutes
+    number, save_now = distributed.maximum([interruption.number, int(due)], run.accelerator.device)
+    saved = f"saved {checkpoint.checkpoint_folder(run.folder, done)}"
+    if number:
+        ending = f"{signal.Signals(number).name} after step {done}; {saved}, go on with --resume latest"
+        return stops.Interrupted(number, ending), True
+    if skipped_too_many(run, done):
+        share = run.num_skipped / (done * run.config.batch_size)
+        return stops.RunStopped(
+            f"{run.num_skipped} samples ({share:.1%}) could not be used, more than data.max_skipped allows "
+            f"({run.config.data.max_skipped:.1%}); {run.folder / 'skipped.jsonl'} names some. Mend the data, or raise "
+            f"data.max_skipped and go on with --resume latest ({saved})"
+        ), True
+    return None, bool(save_now)
+
+
 def training_step(run: Run, batch: Batch, step: int) -> dict[str, Tensor]:
     """One optimizer step on this process's share of the global batch."""
     optimizer, accelerator, options = run.optimizer, run.accelerator, run.config.optim
+    run.skips.add(data.Skip(*skip) for skip in batch.skipped)
     rate = optim.learning_rate(
         step, peak=options.learning_rate, warmup_steps=options.warmup_steps, steps=run.config.steps
     )
@@ -56,15 +86,15 @@ def training_step(run: Run, batch: Batch, step: int) -> dict[str, Tensor]:
     # Dropout as a function of seed, step and process: a resumed run needs no random state.
     torch.manual_seed(int(np.random.SeedSequence((run.config.seed, step, distributed.rank())).generate_state(1)[0]))
 
-    view = batch.student.to(accelerator.device)
-    targets = find_targets(run, batch, view)
-    loss, metrics = run.model(view, targets, step)
+    student_view, *teacher_views = run.views.of(batch, accelerator.device)
+    targets = find_targets(run, batch, student_view, teacher_views)
+    loss, metrics = run.model(student_view, targets, step)
     accelerator.backward(loss)
-    if step == run.order.start:
+    if step == run.start:
         require_all_trained(run)
     norm = accelerator.clip_grad_norm_(run.distiller.parameters(), options.clip_norm or math.inf)
     assert norm is not None
-    require_finite(run, step, loss, norm, targets)
+    require_finite(run, step, loss, norm, targets, batch)
     optimizer.step()
     optimizer.zero_grad()
     run.distiller.finish_step()
@@ -76,14 +106,12 @@ def training_step(run: Run, batch: Batch, step: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def find_targets(run: Run, batch: Batch, view: View) -> Targets:
-    """What the frozen teachers say of the batch, and the moving average of the student's view (on the device already)."""
+def find_targets(run: Run, batch: Batch, view: View, teacher_views: list[View]) -> Targets:
+    """What the frozen teachers say of the batch, and the moving average of the student's view."""
     device = run.accelerator.device
     require_known_labels(run, batch)
     with run.accelerator.autocast():
-        teachers = tuple(
-            teacher.features(own.to(device)) for teacher, own in zip(run.teachers, batch.teachers, strict=True)
-        )
+        teachers = tuple(teacher.features(own) for teacher, own in zip(run.teachers, teacher_views, strict=True))
         momentum_features = None
         if run.distiller.needs_momentum:
             assert run.ema is not None
@@ -95,9 +123,9 @@ def require_known_labels(run: Run, batch: Batch) -> None:
     """Raises: ValueError if a label is none of the closed set's classes."""
     closed_set = run.distiller.closed_set
     if closed_set is not None and (largest := int(batch.labels.max())) >= len(closed_set.teacher_classes):
-        index = batch.ids[batch.labels.argmax()].item()
+        key = batch.keys[int(batch.labels.argmax())]
         raise ValueError(
-            f"sample {index} has class {largest} by data.label_key, but objective.closed_set.classes names "
+            f"{key} has class {largest} by data.label_key, but objective.closed_set.classes names "
             f"{len(closed_set.teacher_classes)}, numbered from 0; name them all, or leave that image out"
         )
 
@@ -111,7 +139,8 @@ def require_all_trained(run: Run) -> None:
         )
 
 
-def require_finite(run: Run, step: int, loss: Tensor, norm: Tensor, targets: Targets) -> None:
+def require_finite(run: Run, step: int, loss: Tensor, norm: Tensor, targets: Targets, batch: Batch) -> None:
+    """Raises: FloatingPointError on every process; the batch's keys are in RUN/nonfinite_step_N.json by then."""
     # After DDP's reduction one process's NaN is in every gradient norm, so all processes stop together. Under fp16 an
     # infinite norm is how the loss scaler finds its scale; there the averaged loss is looked at instead.
     scaler = run.accelerator.scaler
@@ -122,9 +151,14 @@ def require_finite(run: Run, step: int, loss: Tensor, norm: Tensor, targets: Tar
         if broken:
             advice = f"{broken[0]} features are not finite: its weights are damaged or overflow at this precision"
         saved = checkpoint.whole_checkpoints(run.folder)
+        record = run.folder / f"nonfinite_step_{step + 1:06d}.json"
+        keys = [key for part in distributed.gather_objects(batch.keys) for key in part]
+        losses = distributed.gather_objects(loss.item())
+        if run.accelerator.is_main_process:
+            metrics_log.write(record, {"step": step + 1, "loss": losses, "grad_norm": norm.item(), "keys": keys})
         raise FloatingPointError(
             f"step {step + 1}: the loss is {loss.item()}, the gradient norm {norm.item()}; stopped before the weights were "
-            f"touched. Last good checkpoint: {saved[-1] if saved else 'none'}. {advice}"
+            f"touched. Last good checkpoint: {saved[-1] if saved else 'none'}; the batch's keys: {record}. {advice}"
         )
 
 

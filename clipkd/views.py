@@ -1,10 +1,11 @@
 """What a model wants to see: its own resolution, normalisation and tokens. Shared by the data and the models."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 
@@ -23,13 +24,19 @@ class ViewSpec:
     tokenizer_name: str
     """Equal names mean equal tokens, so that they are made once."""
 
-    def same_pixels(self, other: "ViewSpec") -> bool:
-        return (self.size, self.mean, self.std, self.interpolation) == (
-            other.size,
-            other.mean,
-            other.std,
-            other.interpolation,
-        )
+    @property
+    def pixels(self) -> tuple[object, ...]:
+        """Equal for models that see the same pixels before normalisation."""
+        return self.size, self.interpolation
+
+    @property
+    def images(self) -> tuple[object, ...]:
+        """Equal for models that see the same images."""
+        return *self.pixels, self.mean, self.std
+
+    def normalize(self, pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
+        return pixels.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
 class View(NamedTuple):
@@ -38,19 +45,48 @@ class View(NamedTuple):
     images: Float[Tensor, "b 3 h w"]
     texts: Int[Tensor, "b t"]
 
-    def to(self, device) -> "View":
-        return View(*(tensor.to(device, non_blocking=True) for tensor in self))
-
 
 class Batch(NamedTuple):
-    """One process's share of a global batch."""
+    """One process's share of a global batch, everything that several models see alike made once."""
 
-    student: View
-    teachers: tuple[View, ...]
+    pixels: tuple[UInt8[Tensor, "b 3 h w"], ...]
+    """Not normalised, 8 bits per value: a quarter of what floats would send between processes and to a GPU."""
+    texts: tuple[Int[Tensor, "b t"], ...]
     ids: Int[Tensor, "b"]
-    """Index of each sample in its source."""
+    """Equal ids are the same sample."""
     labels: Int[Tensor, "b"]
     """Class of each sample; −1 where it has none."""
+    keys: tuple[str, ...]
+    """Where each sample came from."""
+    skipped: tuple[tuple[str, str, str], ...] = ()
+    """Key, cause and message of every sample that could not be used, and had another in its place."""
+    place: tuple[int, int] | None = None
+    """Of streamed shards: which reader made this batch, and the first shard it has not given whole."""
+
+
+class Views:
+    """What of a batch each model sees: the student first, then the teachers."""
+
+    def __init__(self, specs: Sequence[ViewSpec]) -> None:
+        self.specs = specs
+        self.pixel_specs = list({spec.pixels: spec for spec in specs}.values())
+        """One of each kind of pixels, the student's first."""
+        self.token_specs = list({spec.tokenizer_name: spec for spec in specs}.values())
+        """One of each tokenizer."""
+
+    def of(self, batch: Batch, device: torch.device | str) -> list[View]:
+        """One view per model, on the device; tensors are shared where models agree."""
+        pixels = [part.to(device, non_blocking=True) for part in batch.pixels]
+        texts = [part.to(device, non_blocking=True) for part in batch.texts]
+        tokenizers = [spec.tokenizer_name for spec in self.token_specs]
+        kinds = [spec.pixels for spec in self.pixel_specs]
+        images: dict[tuple[object, ...], Tensor] = {}
+        views: list[View] = []
+        for spec in self.specs:
+            if spec.images not in images:
+                images[spec.images] = spec.normalize(pixels[kinds.index(spec.pixels)])
+            views.append(View(images[spec.images], texts[tokenizers.index(spec.tokenizer_name)]))
+        return views
 
 
 class Features(NamedTuple):

@@ -143,9 +143,9 @@ def train_side_by_side(output: Path, table: dict[str, str], seed: int) -> None:
     leader = next(run for run in runs if run.teachers or run is runs[-1])
     start, metrics = time.perf_counter(), {}
     for step in range(leader.config.steps):
-        batch = next(leader.batches)
+        batch = next(leader.feed)  # the student's view comes first in it, and all students are alike
         for number, run in enumerate(runs):
-            metrics[number] = training_step(run, batch if run.teachers else batch._replace(teachers=()), step)
+            metrics[number] = training_step(run, batch, step)
         if step % 20 == 19:
             print(f"seed {seed}: step {step + 1}, {time.perf_counter() - start:.0f} s", flush=True)
     for number, run in enumerate(runs):

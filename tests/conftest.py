@@ -49,3 +49,29 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}, image_mean=[0.1, 0.2, 0.3], resample=2
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def siglip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small SiglipModel with a tokenizer of words trained here and a resolution of its own."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessor, SiglipModel
+
+    folder = tmp_path_factory.mktemp("transformers") / "siglip"
+    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    words.normalizer, words.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(special_tokens=["<pad>", "<unk>", "</s>"], vocab_size=100)
+    words.train_from_iterator(["a drawing of a cat", "an emoji of two dogs", "one grinning face , smile"], trainer)
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": 100, "max_position_embeddings": 10, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 2}
+    config = SiglipConfig(text_config={**tower, **text}, vision_config={**tower, "image_size": 40, "patch_size": 8})
+    torch.manual_seed(1)
+    model = SiglipModel(config)
+    model.logit_scale.data.fill_(2.3)
+    model.logit_bias.data.fill_(-9.0)
+    model.save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    SiglipImageProcessor(size={"height": 40, "width": 40}).save_pretrained(folder)
+    return folder

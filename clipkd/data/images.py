@@ -1,39 +1,92 @@
 """Image bytes → pixels: decode, one geometric augmentation per sample, then one tensor per view."""
 
 import io
+import warnings
+from collections.abc import Sequence
 
 import numpy as np
-import torch
-from jaxtyping import Float
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
+from clipkd.data.skips import BadSample
 from clipkd.views import ViewSpec
 
 Box = tuple[float, float, float, float]
 """left, upper, right, lower in pixels of the source."""
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What may be in a data set. Not all that Pillow knows: its EPS reader would start Ghostscript on the bytes."""
+
+MAX_PIXELS = 1 << 26
+"""Of an image, 67 million: a few kilobytes can claim to be gigabytes of pixels."""
+
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 MAX_STRETCH = 4 / 3
 
 
-def decode(data: bytes, key: str, *, background: tuple[int, int, int]) -> Image.Image:
-    """Encoded image → RGB, transparent pixels showing the background colour.
+def open_image(data: bytes, key: str) -> Image.Image:
+    """An image whose size is known and whose pixels are not decoded yet.
 
-    Raises: ValueError naming the sample if it cannot be decoded.
+    Raises: BadSample if the bytes are no image of these formats or claim too many pixels.
     """
+    if not data:
+        raise BadSample(key, "empty image", "the image has no bytes")
     try:
-        image = Image.open(io.BytesIO(data))
-        if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 instead of scaling them
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image).convert("RGB")
-        return image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes, which are looked at here, and of metadata, which nobody reads
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise ValueError(f"{key}: the image cannot be decoded (no format that Pillow knows)") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{key}: the image cannot be decoded ({error})") from error
+        known = ", ".join(FORMATS)
+        raise BadSample(key, "undecodable image", f"the image cannot be decoded (it is none of {known})") from None
+    except Image.DecompressionBombError as error:
+        raise BadSample(key, "too many pixels", f"the image is too large ({error})") from None
+    except Exception as error:  # whatever a reader stumbles over, it is in these bytes
+        raise undecodable(key, error) from error
+    if image.width * image.height > MAX_PIXELS:
+        size = f"{image.width} × {image.height}"
+        raise BadSample(key, "too many pixels", f"the image has {size} pixels, more than {MAX_PIXELS}")
+    return image
+
+
+def decode(image: Image.Image, key: str, *, background: tuple[int, int, int]) -> Image.Image:
+    """An opened image → RGB, transparent pixels showing the background colour. Raises: BadSample."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return to_rgb(image, background)
+    except Exception as error:  # as above
+        raise undecodable(key, error) from error
+
+
+def undecodable(key: str, error: Exception) -> BadSample:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return BadSample(key, "undecodable image", f"the image cannot be decoded ({reason})")
+
+
+def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 instead of scaling them
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits per pixel, of which nobody says what is white")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def reduce_scale(image: Image.Image, box: Box, specs: Sequence[ViewSpec]) -> Box:
+    """Have a JPEG decoded at 1/2, 1/4 or 1/8 where the crop still has every view's pixels; returns the box in its new size.
+
+    Decoding is most of the work on an image, and what it leaves out here would be averaged away.
+    """
+    if image.format != "JPEG":
+        return box
+    height = max(spec.size[0] for spec in specs)
+    width = max(spec.size[1] for spec in specs)
+    scale = next((s for s in (8, 4, 2) if box[2] - box[0] >= s * width and box[3] - box[1] >= s * height), 1)
+    if scale > 1:
+        image.draft(None, (image.width // scale, image.height // scale))
+    left, upper, right, lower = box  # an odd last column becomes one that is only partly there: sizes are rounded up
+    return (left / scale, upper / scale, right / scale, lower / scale)
 
 
 def random_crop_box(width: int, height: int, min_area: float, rng: np.random.Generator) -> Box:
@@ -54,9 +107,3 @@ def render(image: Image.Image, box: Box, spec: ViewSpec) -> np.ndarray:
     """The crop at the view's resolution, uint8 [h, w, 3]."""
     height, width = spec.size
     return np.asarray(image.resize((width, height), INTERPOLATIONS[spec.interpolation], box=box))
-
-
-def normalize(pixels: list[np.ndarray], spec: ViewSpec) -> Float[Tensor, "b 3 h w"]:
-    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous().float()
-    mean, std = torch.tensor(spec.mean).view(3, 1, 1), torch.tensor(spec.std).view(3, 1, 1)
-    return images.mul_(1 / (255 * std)).sub_(mean / std)

@@ -1,9 +1,14 @@
-"""Pairs → batches, in an order and with an augmentation that depend on nothing but the seed and the epoch.
+"""Pairs → batches, in an order and with an augmentation that depend on nothing but the seed and the position.
 
 The same global batches come for any number of processes and loader processes, and a run can start at any step.
 """
 
-from collections.abc import Iterator, Sequence
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.process import BaseProcess
+from types import MappingProxyType, TracebackType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,118 +16,183 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipkd.config import DataConfig
-from clipkd.data.images import decode, normalize, random_crop_box, render
-from clipkd.data.sources import PairSource
-from clipkd.views import Batch, View, ViewSpec
-
-Sample = tuple[list[np.ndarray], str, int, int]
-"""Pixels per view, caption, index, label."""
+from clipkd.data.images import decode, open_image, random_crop_box, reduce_scale, render
+from clipkd.data.order import BatchOrder, Position, Purpose, generator
+from clipkd.data.skips import BadSample, Skip
+from clipkd.data.sources import Pair, PairSet
+from clipkd.stops import RunStopped
+from clipkd.views import Batch, Views
 
 WHITE = (255, 255, 255)
+MOST_TRIES = 100
+"""Samples in a row that may be unusable."""
+
+SECONDS_FOR_A_BATCH = 900
+"""A loader process that takes longer hangs, and is reported."""
 
 
-def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    """Order of all samples in one epoch: a pure function of seed and epoch."""
-    return np.random.default_rng((seed, epoch)).permutation(num_samples)
+class Sample(NamedTuple):
+    pixels: list[np.ndarray]
+    """One per kind of view, uint8 [h, w, 3]."""
+    caption: str
+    id: int
+    label: int
+    key: str
+    skipped: tuple[Skip, ...] = ()
 
 
-class BatchOrder:
-    """For each step, this process's (epoch, sample) pairs: a contiguous share of the global batch.
+class Augment:
+    """Pair → pixels of every view and one caption. Randomness: seed, view index and id alone."""
 
-    The remainder of an epoch that does not fill a global batch is left out; another remainder falls to each epoch.
-    """
+    def __init__(self, config: DataConfig, views: Views, seed: int) -> None:
+        self.config, self.specs, self.seed = config, views.pixel_specs, seed
 
-    def __init__(
-        self, num_samples: int, *, batch_size: int, seed: int, start: int, stop: int, rank: int, world_size: int
-    ) -> None:
-        if batch_size % world_size:
-            raise ValueError(f"batch_size {batch_size} cannot be shared equally by {world_size} processes")
-        if num_samples < batch_size:
-            raise ValueError(f"batch_size is {batch_size} but data.path holds only {num_samples} pairs; lower it")
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
-        self.steps_per_epoch = num_samples // batch_size
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order, order_epoch = np.empty(0, np.int64), -1
-        share = self.batch_size // self.world_size
-        for step in range(self.start, self.stop):
-            epoch, position = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order, order_epoch = epoch_order(self.seed, epoch, self.num_samples), epoch
-            first = position * self.batch_size + self.rank * share
-            yield [(epoch, index) for index in order[first : first + share].tolist()]
+    def __call__(self, pair: Pair, view: int, id: int) -> Sample:
+        """Raises: BadSample."""
+        rng = generator(Purpose.AUGMENTATION, self.seed, view, id)
+        red, green, blue = rng.integers(0, 256, 3).tolist() if self.config.background == "random" else WHITE
+        image = open_image(pair.image, pair.key)
+        box = random_crop_box(*image.size, self.config.min_crop, rng)
+        caption = pair.captions[rng.integers(len(pair.captions))]
+        box = reduce_scale(image, box, self.specs)
+        image = decode(image, pair.key, background=(red, green, blue))
+        return Sample([render(image, box, spec) for spec in self.specs], caption, id, pair.label, pair.key)
 
 
 class AugmentedPairs(Dataset):
-    """(epoch, index) → one sample's pixels per view and its caption. Randomness: (seed, epoch, index) alone."""
+    """(view index, id) → sample; in place of one that cannot be used another, which depends on the position alone."""
 
-    def __init__(self, source: PairSource, config: DataConfig, specs: list[ViewSpec], seed: int) -> None:
-        self.source, self.config, self.specs, self.seed = source, config, specs, seed
+    def __init__(self, pairs: PairSet, augment: Augment) -> None:
+        self.pairs, self.augment = pairs, augment
 
-    def __getitem__(self, position: tuple[int, int]) -> Sample:
-        epoch, index = position
-        rng = np.random.default_rng((self.seed, epoch, index))
-        pair = self.source.read(index)
-        red, green, blue = rng.integers(0, 256, 3).tolist() if self.config.background == "random" else WHITE
-        image = decode(pair.image, pair.key, background=(red, green, blue))
-        box = random_crop_box(*image.size, self.config.min_crop, rng)
-        caption = pair.captions[rng.integers(len(pair.captions))]
-        return [render(image, box, spec) for spec in self.specs], caption, index, pair.label
+    def __getitem__(self, position: Position) -> Sample:
+        view, id = position
+        substitutes: np.random.Generator | None = None
+        skipped: list[Skip] = []
+        while len(skipped) < MOST_TRIES:
+            try:
+                return self.augment(self.pairs.read(id), view, id)._replace(skipped=tuple(skipped))
+            except BadSample as bad:
+                skipped.append(bad.skip)
+            substitutes = substitutes or generator(Purpose.SUBSTITUTE, self.augment.seed, *position)
+            id = int(substitutes.integers(len(self.pairs)))
+        key, _, message = skipped[-1]
+        raise RunStopped(f"{MOST_TRIES} samples in a row cannot be used, the last of them {key}: {message}")
 
 
 class Collate:
-    """Samples → Batch, making pixels and tokens once where student and teachers agree."""
+    """Samples → Batch, making pixels and tokens once where models agree."""
 
-    def __init__(self, student: ViewSpec, teachers: Sequence[ViewSpec]) -> None:
-        self.specs = [student, *teachers]
-        self.pixel_specs: list[ViewSpec] = []
-        """The distinct ones among them."""
-        for spec in self.specs:
-            if not any(spec.same_pixels(other) for other in self.pixel_specs):
-                self.pixel_specs.append(spec)
+    def __init__(self, views: Views) -> None:
+        self.views = views
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        pixels, captions, ids, labels = zip(*samples, strict=True)
-        images = [
-            normalize(list(view), spec) for view, spec in zip(zip(*pixels, strict=True), self.pixel_specs, strict=True)
-        ]
-        texts: dict[str, Tensor] = {}
-        views: list[View] = []
-        for spec in self.specs:
-            if spec.tokenizer_name not in texts:
-                texts[spec.tokenizer_name] = spec.tokenize(list(captions))
-            number = next(i for i, other in enumerate(self.pixel_specs) if spec.same_pixels(other))
-            views.append(View(images[number], texts[spec.tokenizer_name]))
-        return Batch(views[0], tuple(views[1:]), torch.tensor(ids), torch.tensor(labels))
+        pixels, captions, ids, labels, keys, skipped = zip(*samples, strict=True)
+        return Batch(
+            pixels=tuple(stack(list(kind)) for kind in zip(*pixels, strict=True)),
+            texts=tuple(spec.tokenize(list(captions)) for spec in self.views.token_specs),
+            ids=torch.tensor(ids),
+            labels=torch.tensor(labels),
+            keys=keys,
+            skipped=tuple(skip for part in skipped for skip in part),
+        )
 
 
-def training_batches(
-    source: PairSource,
-    config: DataConfig,
-    *,
-    student: ViewSpec,
-    teachers: Sequence[ViewSpec],
-    order: BatchOrder,
-    pin_memory: bool,
-) -> Iterator[Batch]:
-    """One batch per step of `order`. Never wrap or `prepare` it: it is already this process's share."""
-    collate = Collate(student, teachers)
-    loader = DataLoader(
-        AugmentedPairs(source, config, collate.pixel_specs, order.seed),
-        batch_sampler=order,
-        collate_fn=collate,
-        num_workers=config.num_workers,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if config.num_workers else None,
-        worker_init_fn=single_thread,
+def stack(images: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def is_death(error: BaseException | None) -> bool:
+    """Whether torch says that a loader process is gone; what was raised in one it words otherwise."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader")
+
+
+def died(error: RuntimeError) -> RunStopped:
+    return RunStopped(
+        f"a loader process died or hangs ({' '.join(str(error).split())[:200]}); often memory ran out: lower "
+        "data.num_workers. The run goes on from its last checkpoint with --resume latest"
     )
-    return iter(loader)
 
 
-def single_thread(_: int) -> None:
+class Feed:
+    """One process's batches, one per step. Never `prepare` it: it is already this process's share."""
+
+    def __init__(
+        self,
+        loader: DataLoader,
+        *,
+        epoch: Callable[[int, Mapping[int, int]], float],
+        places: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
+        """epoch: (steps done, places of this process's readers) → passes through the data so far."""
+        self.loader = loader
+        self.batches: Iterator[Batch] | None = None
+        self.processes: list[BaseProcess] = []
+        self.places = dict(places)
+        """Of streamed shards: reader → the first shard that it has not given whole."""
+        self.epoch_of = epoch
+
+    def __next__(self) -> Batch:
+        if self.batches is None:  # not before somebody is there to close it
+            before = multiprocessing.active_children()
+            self.batches = iter(self.loader)
+            self.processes = [child for child in multiprocessing.active_children() if child not in before]
+        try:
+            batch = next(self.batches)
+        except RuntimeError as error:
+            if not is_death(error):
+                raise
+            raise died(error) from error
+        if batch.place is not None:
+            self.places[batch.place[0]] = batch.place[1]
+        return batch
+
+    def epoch(self, step: int) -> float:
+        return self.epoch_of(step, self.places)
+
+    def __enter__(self) -> "Feed":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+        if isinstance(value, RuntimeError) and is_death(value):  # torch's handler raises wherever this process was
+            raise died(value) from value
+
+    def close(self) -> None:
+        """End the loader processes: they ignore the signals that a terminal or a scheduler sends to everyone."""
+        batches, self.batches = self.batches, iter(())
+        if shut_down := getattr(batches, "_shutdown_workers", None):
+            shut_down()  # an error's traceback may keep the iterator, and torch would take what follows for a failure
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def indexed_batches(pairs: PairSet, config: DataConfig, views: Views, order: BatchOrder, *, pin_memory: bool) -> Feed:
+    """The batches of `order`."""
+    augment = Augment(config, views, order.mixture.seed)
+    loader = DataLoader(
+        AugmentedPairs(pairs, augment), batch_sampler=order, collate_fn=Collate(views), **options(config, pin_memory)
+    )
+    return Feed(loader, epoch=lambda step, _: step * order.batch_size / order.mixture.epoch_size)
+
+
+def options(config: DataConfig, pin_memory: bool) -> dict[str, Any]:
+    """What every DataLoader here is given."""
+    parallel = {"prefetch_factor": 4, "timeout": SECONDS_FOR_A_BATCH} if config.num_workers else {}
+    return {
+        "num_workers": config.num_workers,
+        "pin_memory": pin_memory,
+        "worker_init_fn": start_worker,
+        **parallel,
+    }
+
+
+def start_worker(_: int) -> None:
     # Loader processes that each use every core take them from the training step.
     torch.set_num_threads(1)
+    # Ctrl-C and a scheduler's SIGTERM reach every process; the training process has to finish its step first.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which the programs behind pipes would inherit

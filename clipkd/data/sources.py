@@ -1,22 +1,24 @@
-"""Sources of image-text pairs: one interface over webdataset shards and Hugging Face data sets."""
+"""Image-text pairs behind one interface: what a sample is, and how several sources make one data set."""
 
-import hashlib
 import json
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from webdataset.shardlists import expand_urls
 
-from clipkd.config import DataConfig
-from clipkd.data.tar_index import index_tar
+from clipkd.config import DataConfig, SourceConfig
+from clipkd.data.order import pairs_per_epoch
+from clipkd.data.skips import BadSample, Skip, Skips, exceeds
 
 UNLABELLED = -1
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+NUM_PROBES = 8
+"""Samples that are looked at before a run: an option is wrong if not one of them can be read."""
+
+Track = Callable[[Iterable[Any], str, int], Iterator[Any]]
+"""Shows progress: (items, title, their number) → the items."""
 
 
 @dataclass(frozen=True)
@@ -24,60 +26,143 @@ class Pair:
     """One sample, still encoded."""
 
     key: str
-    """Where it came from, for error messages."""
+    """Where it came from: shard and key, file or row."""
     image: bytes
     captions: tuple[str, ...]
     label: int = UNLABELLED
 
 
 class PairSource(Protocol):
-    num_incomplete: int
-    """Samples left out because they lack an image or a caption."""
-
-    def __len__(self) -> int: ...
+    shard_sizes: np.ndarray
+    """Samples per shard; samples are numbered through the shards in order."""
+    num_shards: int
+    """Those that hold no usable sample included."""
+    left_out: Skips
+    """Samples that were found unusable without reading them."""
+    damaged: list[Skip]
+    """Shards that cannot be read to their end."""
 
     def fingerprint(self) -> str:
         """Changes when samples are added, removed or put in another order."""
         ...
 
-    def read(self, index: int) -> Pair: ...
+    def read(self, index: int) -> Pair:
+        """Raises: BadSample."""
+        ...
 
 
-def open_source(config: DataConfig) -> PairSource:
-    """Raises: FileNotFoundError or ValueError that name what is missing, before anything is read in earnest."""
-    if not config.path:
-        raise ValueError("data.path is empty; set it to a folder of shards or a Hugging Face data set")
-    source = HuggingFacePairs(config) if config.format == "huggingface" else WebdatasetPairs(config)
-    source.read(0)  # a wrong caption key shows here, not in a loader process after the run has begun
-    return source
+class PairSet:
+    """All configured sources as one; ids count through them one after another."""
+
+    def __init__(self, sources: Sequence[PairSource], configs: Sequence[SourceConfig]) -> None:
+        self.sources, self.configs = list(sources), list(configs)
+        counts = [int(source.shard_sizes.sum()) for source in sources]
+        self.ends = np.cumsum(counts)
+        self.left_out = Skips()
+        for source in sources:
+            self.left_out.merge(source.left_out)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, index: int) -> Pair:
+        """Raises: BadSample."""
+        number = int(np.searchsorted(self.ends, index, "right"))
+        return self.sources[number].read(index - (int(self.ends[number - 1]) if number else 0))
+
+    def identity(self) -> list[dict[str, Any]]:
+        """What a resumed run must find again, wherever it lies now."""
+        return [
+            {"pairs": int(s.shard_sizes.sum()), "fingerprint": s.fingerprint(), **about(c)}
+            for s, c in zip(self.sources, self.configs, strict=True)
+        ]
+
+    def epoch_size(self) -> int:
+        """Pairs per epoch, each source as often as its weight says."""
+        counts = [int(source.shard_sizes.sum()) for source in self.sources]
+        return sum(pairs_per_epoch(count, options.weight) for count, options in zip(counts, self.configs, strict=True))
+
+    def unusable(self) -> Skips:
+        """What was found without reading samples: those left out, and damaged shards."""
+        found = Skips(skip for source in self.sources for skip in source.damaged)
+        found.merge(self.left_out)
+        return found
+
+    def describe(self) -> str:
+        left_out = f"; left out: {unusable}" if (unusable := self.unusable()) else ""
+        return f"{len(self)} pairs{left_out}"
+
+    def require_usable(self, max_share: float) -> None:
+        """Raises: ValueError if more is damaged than may be skipped, or not one of the first samples can be read."""
+        damaged = [skip for source in self.sources for skip in source.damaged]
+        num_shards = sum(source.num_shards for source in self.sources)
+        if len(damaged) > max_share * num_shards:
+            raise ValueError(
+                f"{damaged[0].key} {damaged[0].message}; {len(damaged)} of {num_shards} shards are damaged: copy or write "
+                "them again, or raise data.max_skipped to train on what is left"
+            )
+        num_left_out = self.left_out.counts.total()
+        if exceeds(num_left_out, len(self) + num_left_out, max_share):
+            first = self.left_out.examples[0]
+            raise ValueError(
+                f"{num_left_out} of {len(self) + num_left_out} samples cannot be used ({self.left_out}), such as "
+                f"{first.key}: {first.message}; raise data.max_skipped to train on the others"
+            )
+        for source in self.sources:
+            probe(source)
 
 
-def find_shards(path: str) -> list[Path]:
-    """Local tars of a folder, a single tar or a brace pattern, sorted.
+def about(config: SourceConfig) -> dict[str, Any]:
+    """What a source's options say beyond where it lies."""
+    names = ("format", "image_column", "caption_key", "label_key", "weight")
+    return {name: getattr(config, name) for name in names}
 
-    Raises: FileNotFoundError if there is none or one of them is missing.
-    """
-    if "://" in path or path.startswith("pipe:"):
-        raise ValueError(f"{path!r} is not local; clipkd reads local shards by offset, so copy or mount it first")
-    if Path(path).is_dir():
-        shards = sorted(Path(path).glob("*.tar"))
-        if not shards:
-            raise FileNotFoundError(f"no .tar in the folder {path}")
-        return shards
-    shards = sorted(Path(shard) for shard in expand_urls(path))
-    missing = [shard for shard in shards if not shard.is_file()]
-    if missing:
-        raise FileNotFoundError(f"no shard {missing[0]} ({len(missing)} of {len(shards)} missing)")
-    return shards
+
+def probe(source: PairSource) -> None:
+    """Raises: BadSample, a wrong key or column in all likelihood, if not one of the first samples can be read."""
+    first: BadSample | None = None
+    for index in range(min(NUM_PROBES, int(source.shard_sizes.sum()))):
+        try:
+            source.read(index)
+            return
+        except BadSample as bad:
+            first = first or bad
+    assert first is not None
+    raise first
+
+
+def make_pair(key: str, image: bytes, caption: bytes, label: bytes | None, config: SourceConfig) -> Pair:
+    """Members of a webdataset sample → Pair. Raises: BadSample."""
+    captions = as_captions(read_member(caption, config.caption_key, "txt", key, "data.caption_key"), key)
+    if label is None or config.label_key is None:
+        return Pair(key, image, captions)
+    value = read_member(label, config.label_key, "cls", key, "data.label_key")
+    return Pair(key, image, captions, as_label(value, key))
+
+
+def read_member(content: bytes, name: str, extension: str, where: str, option: str) -> Any:
+    """The text of a member, if the name is its extension, else that key of its json. `option` set the name."""
+    kind = option.split(".")[1].removesuffix("_key")
+    try:
+        return content.decode("utf-8") if name == extension else json.loads(content)[name]
+    except (KeyError, TypeError, IndexError):
+        raise BadSample(where, f"no {kind}", f"its json has no key {name!r}; see {option}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadSample(where, f"unreadable {kind}", f"its {kind} cannot be read ({error})") from error
 
 
 def as_captions(value: Any, where: str) -> tuple[str, ...]:
     captions = (value,) if isinstance(value, str) else value
     if not isinstance(captions, list | tuple) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"{where}: expected a caption or a list of captions, got {type(value).__name__}")
+        message = f"expected a caption or a list of captions, got {type(value).__name__}"
+        raise BadSample(where, "no caption", message)
     captions = tuple(caption.strip() for caption in captions if caption.strip())
+    try:
+        "".join(captions).encode()
+    except UnicodeEncodeError as error:  # half of an emoji, such as a json that was cut by characters can hold
+        raise BadSample(where, "unreadable caption", f"its caption cannot be read ({error})") from error
     if not captions:
-        raise ValueError(f"{where}: every caption is empty")
+        raise BadSample(where, "empty caption", "every caption is empty")
     return captions
 
 
@@ -85,123 +170,24 @@ def as_label(value: Any, where: str) -> int:
     """A class number; −1 for a sample without one."""
     if value is None:
         return UNLABELLED
-    if isinstance(value, str | int) and re.fullmatch(r"-1|\d+", str(value).strip()):
+    if isinstance(value, str | int) and re.fullmatch(r"-1|\d{1,18}", str(value).strip()):
         return int(value)
-    raise ValueError(
-        f"{where}: its label is {value!r}; it must be a class number from 0 on, or null; see data.label_key"
+    raise BadSample(
+        where,
+        "wrong label",
+        f"its label is {value!r}; it must be a class number from 0 on, or null; see data.label_key",
     )
 
 
-class WebdatasetPairs:
-    """Tar shards in the img2dataset layout: KEY.jpg (png, webp) with KEY.txt or a key of KEY.json, maybe KEY.cls.
-
-    Samples that lack either are left out when the shards are indexed, and counted in `num_incomplete`.
-    """
-
-    def __init__(self, config: DataConfig) -> None:
-        self.caption_key, self.label_key = config.caption_key, config.label_key
-        self.shards = find_shards(config.path)
-        caption_extension = "txt" if config.caption_key == "txt" else "json"
-        label_extension = "cls" if config.label_key == "cls" else "json"
-        columns: list[tuple[np.ndarray, ...]] = []
-        self.num_incomplete = 0
-        for number, shard in enumerate(self.shards):
-            index = index_tar(shard)
-            members = [index.select(IMAGE_EXTENSIONS), index.select((caption_extension,))]
-            whole = (members[0][1] >= 0) & (members[1][1] >= 0)
-            if config.label_key:
-                members.append(index.select((label_extension,)))
-            self.num_incomplete += int((~whole).sum())
-            arrays = [array[whole] for member in members for array in member]
-            columns.append((np.full(whole.sum(), number), *arrays))
-        self.locations = np.stack([np.concatenate(column) for column in zip(*columns, strict=True)], axis=1)
-        if config.label_key and len(self) and not (self.locations[:, -1] >= 0).any():
-            raise ValueError(f"{config.path}: no sample has a .{label_extension} for its label; see data.label_key")
-        if not len(self):
-            raise ValueError(
-                f"{config.path}: none of {self.num_incomplete} samples has both an image "
-                f"({', '.join(IMAGE_EXTENSIONS)}) and a .{caption_extension}; see data.caption_key"
-            )
-
-    def __len__(self) -> int:
-        return len(self.locations)
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self.locations.tobytes()).hexdigest()
-
-    def read(self, index: int) -> Pair:
-        shard, image_offset, image_size, caption_offset, caption_size, *label_place = self.locations[index].tolist()
-        key = f"{self.shards[shard]} at byte {image_offset}"
-        # Opened anew each time: a shuffled epoch visits every shard, and there may be more of them than open files allowed.
-        with self.shards[shard].open("rb", buffering=0) as file:
-            image = os.pread(file.fileno(), image_size, image_offset)
-            caption = os.pread(file.fileno(), caption_size, caption_offset)
-            labelled = bool(label_place) and label_place[1] >= 0
-            label = os.pread(file.fileno(), label_place[1], label_place[0]) if labelled else b""
-        captions = as_captions(read_member(caption, self.caption_key, "txt", key, "data.caption_key"), key)
-        if not (labelled and self.label_key):
-            return Pair(key, image, captions)
-        value = read_member(label, self.label_key, "cls", key, "data.label_key")
-        return Pair(key, image, captions, as_label(value, key))
+def is_remote(path: str) -> bool:
+    return "://" in path or path.startswith("pipe:")
 
 
-def read_member(content: bytes, key: str, extension: str, where: str, option: str) -> Any:
-    """The text of a member, if the key is its extension, else that key of its json. `option` set the key."""
-    try:
-        return content.decode("utf-8") if key == extension else json.loads(content)[key]
-    except (KeyError, TypeError, IndexError):
-        raise ValueError(f"{where}: its json has no key {key!r}; see {option}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{where}: its {option.split('.')[1][:-4]} cannot be read ({error})") from error
-
-
-class HuggingFacePairs:
-    """A Hugging Face data set with an image column, a caption column (a string or a list of strings), maybe a label's."""
-
-    num_incomplete = 0
-
-    def __init__(self, config: DataConfig) -> None:
-        import datasets
-
-        self.path, self.image_column, self.caption_column = config.path, config.image_column, config.caption_key
-        self.label_column = config.label_key
-        self.rows = load_rows(config.path, config.split)
-        columns = {"data.image_column": self.image_column, "data.caption_key": self.caption_column}
-        if self.label_column:
-            columns["data.label_key"] = self.label_column
-        for option, column in columns.items():
-            if column not in self.rows.column_names:
-                raise ValueError(f"{config.path} has no column {column!r}, only {self.rows.column_names}; set {option}")
-        self.rows = self.rows.select_columns(list(columns.values()))
-        self.rows = self.rows.cast_column(self.image_column, datasets.Image(decode=False))
-        if not len(self.rows):
-            raise ValueError(f"{config.path} holds no rows in split {config.split!r}")
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def fingerprint(self) -> str:
-        return self.rows._fingerprint
-
-    def read(self, index: int) -> Pair:
-        row = self.rows[index]
-        key = f"{self.path} row {index}"
-        image: Mapping[str, Any] | None = row[self.image_column]
-        if image is None:
-            raise ValueError(f"{key} has no image in column {self.image_column!r}")
-        data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-        label = as_label(row[self.label_column], key) if self.label_column else UNLABELLED
-        return Pair(key, data, as_captions(row[self.caption_column], key), label)
-
-
-def load_rows(path: str, split: str) -> Any:
-    """A map-style split of a hub data set, of a save_to_disk folder, or of a folder of parquet, arrow or image files."""
-    import datasets
-
-    try:
-        if Path(path).is_dir() and any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            stored = datasets.load_from_disk(path)
-            return stored[split] if isinstance(stored, datasets.DatasetDict) else stored
-        return datasets.load_dataset(path, split=split)
-    except (KeyError, ValueError, IndexError, FileNotFoundError, ConnectionError) as error:
-        raise ValueError(f"cannot open the Hugging Face data set {path!r}, split {split!r}: {error}") from error
+def configured_sources(config: DataConfig) -> list[SourceConfig]:
+    """`data` itself and what `data.mix` adds. Raises: ValueError if one names no path."""
+    sources = [config, *config.mix]
+    for number, source in enumerate(sources):
+        if not source.paths:
+            name = "data.path" if number == 0 else f"data.mix[{number - 1}].path"
+            raise ValueError(f"{name} is empty; set it to a folder of shards, a table or a Hugging Face data set")
+    return sources

@@ -1,26 +1,27 @@
 """Index of a webdataset shard: where each member lies, so that any sample is one read at an offset.
 
 Our own because webdataset 1.x no longer ships `wids`, and streaming a tar can neither be resumed nor shuffled exactly.
-The index is cached beside the shard as NAME.tar.clipkd-index.npz where the folder can be written.
+The index is cached beside the shard as NAME.tar.clipkd-index.npz, or in ~/.cache/clipkd where that folder is read-only.
 """
 
 import contextlib
+import hashlib
 import os
 import tarfile
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from webdataset.tariterators import base_plus_ext
 
-INDEX_VERSION = 1
+from clipkd.data.tar_members import StrictMember, group_members, walk
+
+INDEX_VERSION = 2
 
 
 @dataclass(frozen=True)
 class TarIndex:
-    """Members of one shard in file order, as flat arrays (a data set of 10⁷ samples must fit in memory)."""
+    """Members of one shard in file order, as flat arrays."""
 
     keys: np.ndarray
     """[samples] bytes: member name without its extensions."""
@@ -32,6 +33,10 @@ class TarIndex:
     """[members] int64: first byte of the content in the tar."""
     size: np.ndarray
     """[members] int64: bytes."""
+    duplicates: np.ndarray
+    """[any] bytes: keys that stood in the shard before; only the first sample of a key is indexed."""
+    damage: np.ndarray
+    """Text: why the shard could not be read to its end; empty for a whole one."""
 
     def select(self, extensions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Offset and size [samples] of each sample's member with one of these extensions; size −1 where it has none."""
@@ -43,61 +48,91 @@ class TarIndex:
         return offset, size
 
 
+def as_text(key: bytes) -> str:
+    return key.decode("utf-8", "replace")
+
+
+def cache_paths(path: Path) -> tuple[Path, Path]:
+    """Where a shard's index may lie: beside it, or in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
+    return path.with_name(path.name + ".clipkd-index.npz"), cache / "clipkd" / "shards" / f"{name}.npz"
+
+
+def is_indexed(path: Path) -> bool:
+    return any(cache.is_file() for cache in cache_paths(path))
+
+
 def index_tar(path: Path) -> TarIndex:
     """Read a shard's index from its cache, or scan the shard's headers once and cache what they say.
 
-    Raises: FileNotFoundError; ValueError if the tar is empty, truncated or not a tar.
+    Raises: OSError if the shard cannot be read at all; damage inside is in the index.
     """
     stat = path.stat()
     stamp = np.array([INDEX_VERSION, stat.st_size, stat.st_mtime_ns], np.int64)
-    cache = path.with_name(path.name + ".clipkd-index.npz")
-    damaged = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile)
-    with contextlib.suppress(*damaged), cache.open("rb") as file, np.load(file) as stored:
-        if np.array_equal(stored["stamp"], stamp):
-            return TarIndex(**{name: stored[name] for name in TarIndex.__dataclass_fields__})
+    caches = cache_paths(path)
+    for cache in caches:
+        # Whatever is wrong with a cache, it is made again.
+        with contextlib.suppress(Exception), cache.open("rb") as file, np.load(file) as stored:
+            if np.array_equal(stored["stamp"], stamp):
+                return TarIndex(**{name: stored[name] for name in TarIndex.__dataclass_fields__})
     index = scan_tar(path)
-    with contextlib.suppress(OSError):  # a read-only data set is indexed on every start
+    for cache in caches:
         temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, stamp=stamp, **vars(index))
-        os.replace(temporary, cache)
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                np.savez(file, stamp=stamp, **vars(index))
+            os.replace(temporary, cache)
+            break
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+    return index
+
+
+def index_whole_tar(path: Path) -> TarIndex:
+    """Raises: ValueError if anything is wrong with the shard, as no part of a benchmark may be missing."""
+    index = index_tar(path)
+    if problem := str(index.damage):
+        raise ValueError(f"{path} {problem}; copy or write it again")
+    if len(index.duplicates):
+        raise ValueError(f"{path} holds {as_text(index.duplicates[0])!r} more than once; write it again")
     return index
 
 
 def scan_tar(path: Path) -> TarIndex:
-    keys: list[str] = []
+    damage: list[str] = []
+    keys: dict[str, int] = {}
+    duplicates: list[str] = []
     members: list[tuple[int, str, int, int]] = []
-    length = path.stat().st_size
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                key, extension = base_plus_ext(member.name)
-                if key is None or extension is None:
-                    continue
-                if member.offset_data + member.size > length:
-                    raise tarfile.ReadError("unexpected end of data")
-                if not keys or key != keys[-1]:
-                    keys.append(key)
-                members.append((len(keys) - 1, extension.lower(), member.offset_data, member.size))
-            # tarfile takes a cut or damaged header for the end; the true end is a block of zeros.
-            with path.open("rb") as file:
-                file.seek(tar.offset)
-                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError(f"no end of archive at byte {tar.offset}")
-    except tarfile.TarError as error:
-        raise ValueError(
-            f"{path} is not a whole uncompressed tar ({error}, after {len(keys)} samples of {length} bytes); "
-            "copy or write it again"
-        ) from error
-    if not keys:
-        raise ValueError(f"{path} holds no samples; remove it or write it again")
-    sample, extension, offset, size = zip(*members, strict=True)
+    for key, parts in group_members(list_members(path, damage)):
+        if key in keys:
+            duplicates.append(key)
+            continue
+        keys[key] = len(keys)
+        members += [(keys[key], extension, offset, size) for extension, (offset, size) in parts.items()]
+    if not damage and not keys:
+        damage = ["holds no samples"]
+    sample, extension, offset, size = zip(*members, strict=True) if members else ((), (), (), ())
     return TarIndex(
-        keys=np.array([key.encode() for key in keys]),
+        keys=np.array([os.fsencode(key) for key in keys], "S"),
         sample=np.array(sample, np.int32),
-        extension=np.array([name.encode() for name in extension]),
+        extension=np.array([os.fsencode(name) for name in extension], "S"),
         offset=np.array(offset, np.int64),
         size=np.array(size, np.int64),
+        duplicates=np.array([os.fsencode(key) for key in duplicates], "S"),
+        damage=np.array("".join(damage)),
     )
+
+
+def list_members(path: Path, damage: list[str]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Name and (offset, size) of every file in a tar."""
+    length = path.stat().st_size
+
+    def place(_: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[int, int]:
+        if member.offset_data + member.size > length:
+            raise tarfile.ReadError(f"{member.name} is cut short at byte {length}")
+        return member.offset_data, member.size
+
+    return walk(lambda: tarfile.open(path, "r:", tarinfo=StrictMember), place, damage)

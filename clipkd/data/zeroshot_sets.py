@@ -1,6 +1,5 @@
 """Labelled images for zero-shot classification: CLIP_benchmark's webdataset layout and ImageNet as folders."""
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,9 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from clipkd.data.images import open_image
 from clipkd.data.sources import IMAGE_EXTENSIONS
-from clipkd.data.tar_index import index_tar
+from clipkd.data.tar_index import as_text, index_whole_tar
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ZeroShotSet(Dataset):
     def __getitem__(self, position: int) -> tuple[Any, int, int]:
         location = self.locations[position]
         try:
-            image = self.preprocess(Image.open(io.BytesIO(location.read())))
+            image = self.preprocess(open_image(location.read(), location.key))
         except (OSError, ValueError, SyntaxError) as error:
             raise ValueError(f"{location.path}, sample {location.key}: cannot be decoded ({error})") from error
         return image, self.labels[position], position
@@ -94,8 +94,8 @@ def open_webdataset_layout(root: Path, split: str, preprocess: Callable[[Image.I
     locations: list[Location] = []
     labels: list[int] = []
     for shard in shards:
-        index = index_tar(shard)
-        keys = np.char.decode(index.keys, "utf-8").tolist()
+        index = index_whole_tar(shard)
+        keys = [as_text(key) for key in index.keys]
         image_offset, image_size = index.select(IMAGE_EXTENSIONS)
         label_offset, label_size = index.select(("cls",))
         if (incomplete := np.flatnonzero((image_size < 0) | (label_size < 0))).size:

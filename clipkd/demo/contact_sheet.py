@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from clipkd.config import DataConfig
-from clipkd.data import open_source, open_zeroshot_set
+from clipkd.data import PairSet, open_pairs, open_zeroshot_set
 
 COLUMNS = 6
 TILE, TEXT_WIDTH, LINE, MARGIN = 72, 200, 16, 16
@@ -20,7 +20,8 @@ def draw_contact_sheet(path: Path, pairs: Path, held_out: Path, guesses: Mapping
 
     guesses: model name → predicted class name of every held-out image, in the set's order.
     """
-    source = open_source(DataConfig(path=str(pairs), caption_key="captions"))
+    source = open_pairs(DataConfig(path=str(pairs), caption_key="captions"))
+    assert isinstance(source, PairSet)
     images = open_zeroshot_set("webdataset", held_out, "test", lambda image: image.convert("RGB"))
     assert images.classnames is not None
     cell = (TILE + TEXT_WIDTH, max(TILE, LINE * (2 + len(guesses))) + MARGIN)

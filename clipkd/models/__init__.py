@@ -4,22 +4,17 @@ import difflib
 import json
 import tempfile
 from copy import deepcopy
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from jaxtyping import Int
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
-from open_clip.transform import PreprocessCfg
-from torch import Tensor
 
 from clipkd import checkpoint, students
 from clipkd.config import StudentConfig
 from clipkd.models.encoder import Encoder
-
-RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as transformers' image processors give them
+from clipkd.models.hugging_face import load_transformers
 
 
 def create_student(config: StudentConfig, *, logit_bias: float | None = None) -> Encoder:
@@ -40,8 +35,9 @@ def create_student(config: StudentConfig, *, logit_bias: float | None = None) ->
 def load(model: str, *, pretrained: str | None = None, ema: bool = False) -> Encoder:
     """A model with its trained weights, on the CPU, in eval mode.
 
-    model: an open_clip name with `pretrained` (tag or file), local-dir:FOLDER, hf-hub:REPO, a transformers CLIPModel
-    folder, an open_clip folder (such as clipkd exports), a run folder or a checkpoint of one (`ema` picks its average).
+    model: an open_clip name with `pretrained` (tag or file), local-dir:FOLDER, hf-hub:REPO, a transformers CLIPModel or
+    SiglipModel folder, an open_clip folder (such as clipkd exports), a run folder or a checkpoint of one (`ema` picks
+    its average).
     Raises: ValueError if it is unknown, lacks weights, tokenizer or preprocessing, or would run with another activation.
     """
     folder = Path(model.removeprefix("local-dir:"))
@@ -137,14 +133,23 @@ def load_open_clip(model: str) -> Encoder:
 
 
 def wrap_open_clip(model: Any, tokenizer: Any, *, name: str, model_config: dict[str, Any] | None) -> Encoder:
-    with torch.no_grad():
-        dim = model.encode_text(tokenizer(["a"])).shape[-1]
+    preprocess_config = deepcopy(open_clip.get_model_preprocess_cfg(model))
+    size = preprocess_config["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    try:
+        with torch.no_grad():
+            dim = model.eval().encode_text(tokenizer(["a"])).shape[-1]
+            image_dim = model.encode_image(torch.zeros(1, 3, height, width)).shape[-1]
+    except RuntimeError as error:  # a config whose parts do not fit shows here, not after the data has been opened
+        raise ValueError(f"{name}: its towers do not run: {' '.join(str(error).split())[:300]}") from error
+    if image_dim != dim:
+        raise ValueError(f"{name}: its image features have width {image_dim}, its text features {dim}")
     return Encoder(
         model,
         name=name,
         image_tower=lambda clip, images: clip.encode_image(images),
         text_tower=lambda clip, texts: clip.encode_text(texts),
-        preprocess_config=deepcopy(open_clip.get_model_preprocess_cfg(model)),
+        preprocess_config=preprocess_config,
         tokenize=tokenizer,
         tokenizer_name=tokenizer_name(tokenizer),
         dim=dim,
@@ -156,57 +161,6 @@ def tokenizer_name(tokenizer: Any) -> str:
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
         return f"CLIP BPE, {tokenizer.context_length} tokens"
     return f"{type(tokenizer).__name__} {id(tokenizer)}"  # never taken for another's
-
-
-class TransformersTokenize:
-    """A transformers tokenizer called like open_clip's; a class, so that loader processes can be sent it."""
-
-    def __init__(self, tokenizer: Any, context_length: int) -> None:
-        self.tokenizer, self.context_length = tokenizer, context_length
-
-    def __call__(self, texts: list[str]) -> Int[Tensor, "b t"]:
-        length = {"padding": "max_length", "truncation": True, "max_length": self.context_length}
-        return self.tokenizer(texts, **length, return_tensors="pt")["input_ids"]
-
-
-def load_transformers(folder: Path) -> Encoder:
-    """A transformers CLIPModel folder with its tokenizer and image processor (save_pretrained of all three)."""
-    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") != "clip":
-        raise ValueError(f"{folder} holds a {config.get('model_type')!r} model; clipkd reads transformers' CLIPModel")
-    try:
-        loaded: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        processor = CLIPImageProcessor.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
-    model, report = loaded
-    if report["missing_keys"]:
-        raise ValueError(f"{folder}: its weight file lacks {sorted(report['missing_keys'])[:3]} and others")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise ValueError(f"{folder} has no tokenizer (tokenizer.json or vocab.json); transformers would invent one")
-    if int(processor.resample) not in RESAMPLING:
-        raise ValueError(f"{folder}: its image processor resizes by method {processor.resample}; known: {RESAMPLING}")
-    return Encoder(
-        model,
-        name=str(folder),
-        image_tower=lambda clip, images: clip.get_image_features(pixel_values=images).pooler_output,
-        # No attention mask: attention is causal, and the pooled token stands before the padding.
-        text_tower=lambda clip, texts: clip.get_text_features(input_ids=texts).pooler_output,
-        preprocess_config=asdict(
-            PreprocessCfg(
-                size=model.config.vision_config.image_size,
-                mean=tuple(processor.image_mean),
-                std=tuple(processor.image_std),
-                interpolation=RESAMPLING[int(processor.resample)],
-            )
-        ),
-        tokenize=TransformersTokenize(tokenizer, model.config.text_config.max_position_embeddings),
-        tokenizer_name=f"transformers {folder.resolve()}",
-        dim=model.config.projection_dim,
-    )
 
 
 def check_weights(name: str, model_config: dict[str, Any], pretrained: str, option: str) -> None:

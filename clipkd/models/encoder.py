@@ -31,6 +31,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.name, self.dim = model, name, dim
+        self.dtype = torch.float32
         self.image_tower, self.text_tower = image_tower, text_tower
         self.preprocess_config, self.model_config = preprocess_config, model_config
         """open_clip's preprocess_cfg, and its model_cfg where the model is one of open_clip's."""
@@ -51,18 +52,29 @@ class Encoder(nn.Module):
     def logit_bias(self) -> Float[Tensor, ""] | None:
         """What a sigmoid model (SigLIP) adds to its logits; None for the others."""
         bias = getattr(self.model, "logit_bias", None)
-        return None if bias is None else bias.float()
+        return None if bias is None else bias.float().reshape(())
 
     @property
     def logit_scale(self) -> Float[Tensor, ""]:
         """Multiplier of the cosines: 1 / temperature."""
-        return self.model.logit_scale.exp().float()  # type: ignore[union-attr, operator, return-value]
+        return self.model.logit_scale.exp().float().reshape(())  # type: ignore[union-attr, operator, return-value]
 
     def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        return F.normalize(self.image_tower(self.model, images).float(), dim=-1)
+        return F.normalize(self.image_tower(self.model, images.to(self.dtype)).float(), dim=-1)
 
     def encode_text(self, texts: Int[Tensor, "b t"]) -> Float[Tensor, "b d"]:
         return F.normalize(self.text_tower(self.model, texts).float(), dim=-1)
+
+    def hold_in(self, dtype: torch.dtype) -> "Encoder":
+        """Weights in another dtype, to save memory; for inference. Features stay float32.
+
+        The logit scale is left alone: bfloat16 would round exp(4.605) = 100 to 98.9.
+        """
+        self.dtype = dtype
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            if tensor.is_floating_point() and not name.endswith(("logit_scale", "logit_bias")):
+                tensor.data = tensor.data.to(dtype)
+        return self
 
     def features(self, view: View) -> Features:
         return Features(self.encode_image(view.images), self.encode_text(view.texts), self.logit_scale, self.logit_bias)

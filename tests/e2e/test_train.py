@@ -2,10 +2,8 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,9 +12,12 @@ from safetensors.torch import load_file
 from clipkd import models
 from clipkd.arguments import parse
 from clipkd.closed_set import closed_set_fingerprint
-from clipkd.config import DataConfig, StudentConfig
-from clipkd.data import BatchOrder, open_source, training_batches
+from clipkd.config import DataConfig, StudentConfig, TrainConfig
+from clipkd.data import open_feed, open_pairs
+from clipkd.objective import ObjectiveConfig
 from clipkd.resume import require_same_run
+from clipkd.term_options import InfoNCETerm
+from clipkd.views import Views
 from tests.e2e.conftest import SMALL, Run
 
 ALL_TERMS = tuple(
@@ -91,59 +92,6 @@ def test_two_processes_log_the_losses_of_one(clipkd: Run, data: Path, teacher: P
     assert any((tmp_path / "two").rglob("events.out.tfevents*"))
 
 
-@pytest.mark.parametrize(("workers", "processes"), [(0, 1), (2, 1), (0, 2)])
-def test_killed_and_resumed_run_is_bitwise_the_uninterrupted_run(
-    clipkd: Run, environment: dict[str, str], data: Path, teacher: Path, tmp_path: Path, workers: int, processes: int
-) -> None:
-    arguments = [
-        *(
-            *SMALL,
-            *with_all_terms(data),
-            "--steps",
-            "6",
-            "--teacher.model",
-            f"local-dir:{teacher}",
-            "--data.path",
-            str(data / "pairs"),
-        ),
-        *("--checkpoint.every_steps", "3", "--data.num_workers", str(workers)),
-    ]
-    clipkd("train", *arguments, "--output", tmp_path / "whole", processes=processes)
-
-    killed = tmp_path / "killed"
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*launcher, "-m", "clipkd", "train", *arguments, "--output", str(killed)]
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (killed / "checkpoints" / "step_000003").is_dir():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.01)
-    if processes == 1:
-        process.send_signal(signal.SIGKILL)
-    else:
-        subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=True)  # torchrun and all its children
-    process.wait()
-    # Whatever the race between the kill and step 6: make sure that steps 4 to 6 are done again.
-    for later in (killed / "checkpoints").glob("step_000006*"):
-        later.rename(tmp_path / later.name)
-
-    done = clipkd("train", *arguments, "--output", killed, "--resume", "latest", processes=processes)
-    assert "trained 6 steps" in done.stdout
-    for file in ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "memory.safetensors"):
-        paths = [run / "checkpoints" / "step_000006" / file for run in (tmp_path / "whole", killed)]
-        whole, resumed = map(load_file, paths)
-        assert whole.keys() == resumed.keys()
-        assert [name for name in whole if not whole[name].equal(resumed[name])] == []
-    rows = [
-        [{k: v for k, v in row.items() if k not in VARYING} for row in read_metrics(run)]
-        for run in (tmp_path / "whole", killed)
-    ]
-    assert rows[0] == rows[1]
-
-
 def test_a_run_is_not_overwritten_and_resumes_only_as_itself(clipkd: Run, data: Path, tmp_path: Path) -> None:
     arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 2, "--output", tmp_path / "run")
     clipkd("train", *arguments)
@@ -215,14 +163,12 @@ def test_a_transformers_teacher_sees_its_own_resolution_and_tokens(
     encoder = models.load(str(clip_folder))
     student = models.create_student(StudentConfig(model="demo-student"))
     assert (encoder.spec.size, student.spec.size) == ((48, 48), (32, 32))
-    config = DataConfig(path=str(data / "pairs"), caption_key="captions", num_workers=0)
-    order = BatchOrder(64, batch_size=4, seed=0, start=0, stop=1, rank=0, world_size=1)
-    source = open_source(config)
-    batch = next(
-        training_batches(source, config, student=student.spec, teachers=[encoder.spec], order=order, pin_memory=False)
-    )
-    assert (batch.student.images.shape, batch.teachers[0].images.shape) == ((4, 3, 32, 32), (4, 3, 48, 48))
-    assert (batch.student.texts.shape, batch.teachers[0].texts.shape) == ((4, 12), (4, 16))
+    pairs = DataConfig(path=str(data / "pairs"), caption_key="captions", num_workers=0)
+    config = TrainConfig(data=pairs, batch_size=4, objective=ObjectiveConfig(info_nce=InfoNCETerm(weight=1)))
+    feed = open_feed(open_pairs(config.data), config, Views([student.spec, encoder.spec]))
+    views = Views([student.spec, encoder.spec]).of(next(feed), "cpu")
+    assert [view.images.shape for view in views] == [(4, 3, 32, 32), (4, 3, 48, 48)]
+    assert [view.texts.shape for view in views] == [(4, 12), (4, 16)]
 
 
 def test_accelerate_launch_runs_the_module(environment: dict[str, str], data: Path, tmp_path: Path) -> None:
@@ -241,3 +187,91 @@ def test_accelerate_launch_runs_the_module(environment: dict[str, str], data: Pa
     done = subprocess.run([*launch, *options, *paths], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert len(read_metrics(tmp_path / "run")) == 1
+
+
+def test_a_siglip_teacher_with_its_own_words_and_resolution_trains(
+    clipkd: Run, data: Path, siglip_folder: Path, tmp_path: Path
+) -> None:
+    arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 2, "--output", tmp_path / "run")
+    terms = ("sigmoid.weight=1", "soft_bce.weight=1", "features.weight=10", "info_nce.weight=0", "logit_scale.init=10")
+    options = [f"--objective.{term}" for term in terms]
+    clipkd("train", *arguments, *options, "--teacher.model", siglip_folder, "--teacher.dtype", "bf16")
+    rows = read_metrics(tmp_path / "run")
+    assert [row["teacher_logit_scale"] for row in rows] == pytest.approx([9.974] * 2, rel=1e-3)
+    assert all(row["soft_bce"] > 0 and row["features"] > 0 for row in rows)
+    weights = load_file(tmp_path / "run" / "checkpoints" / "step_000002" / "model.safetensors")
+    assert weights["image_projection.weight"].shape == (16, 128)
+
+
+def test_several_teachers_of_other_resolutions_train_one_student(
+    clipkd: Run, data: Path, clip_folder: Path, teacher: Path, tmp_path: Path
+) -> None:
+    arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 2, "--output", tmp_path / "run")
+    options = ("--teacher.model", clip_folder, "--ensemble", f"[{{model: {teacher}, dtype: bf16}}]")
+    clipkd("train", *arguments, *options, "--objective.kl.weight", 1, "--objective.kl.keys", "student")
+    assert all(0 < row["kl"] < 10 for row in read_metrics(tmp_path / "run"))
+
+
+def test_a_timm_tower_is_a_student(clipkd: Run, data: Path, tmp_path: Path) -> None:
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {"timm_model_name": "resnet10t", "timm_model_pretrained": False, "image_size": 32},
+        "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    (tmp_path / "mobile.json").write_text(json.dumps(config))
+    arguments = (*SMALL, "--student.model", tmp_path / "mobile.json", "--data.path", data / "pairs", "--steps", 2)
+    clipkd("train", *arguments, "--output", tmp_path / "run", "--optim.ema_momentum", 0.5)
+    (tmp_path / "other.json").write_text(json.dumps(config).replace("resnet10t", "mobilenetv3_small_050"))
+    refused = clipkd("train", *arguments, "--student.model", tmp_path / "other.json", check=False)
+    assert (refused.returncode, "other: its towers do not run" in refused.stderr) == (2, True)
+    clipkd("export", tmp_path / "run", "--output", tmp_path / "student")
+    assert models.load(str(tmp_path / "student")).dim == 32
+
+
+def test_damaged_samples_are_skipped_counted_and_above_a_share_end_the_run(
+    clipkd: Run, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "pairs").mkdir()
+    for shard in (data / "pairs").glob("*.tar"):
+        content = bytearray(shard.read_bytes())
+        places = [place for place in range(0, len(content), 512) if content[place : place + 8] == b"\x89PNG\r\n\x1a\n"]
+        for place in places[::8]:
+            content[place : place + 8] = b"no image"
+        (tmp_path / "pairs" / shard.name).write_bytes(content)
+    arguments = (*SMALL, "--data.path", tmp_path / "pairs", "--output", tmp_path / "run", "--steps", 8)
+    clipkd("train", *arguments, "--data.max_skipped", 0.05, processes=2)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert {cause for row in rows for cause in row["counts"]} == {"undecodable image"}
+    # Two epochs of 64 pairs of which 8 are damaged; a substitute may be damaged too.
+    assert (
+        16
+        <= sum(row["counts"]["undecodable image"] for row in rows)
+        == read_metrics(tmp_path / "run")[-1]["skipped"]
+        <= 24
+    )
+    assert all("tar/" in example["key"] for row in rows for example in row["examples"])
+
+    stopped = clipkd("train", *arguments, "--output", tmp_path / "strict", "--data.max_skipped", 0, check=False)
+    assert stopped.returncode == 1
+    assert "could not be used, more than data.max_skipped allows (0.0%)" in stopped.stderr
+    assert "skipped.jsonl names some" in stopped.stderr
+    (saved,) = (tmp_path / "strict" / "checkpoints").iterdir()
+    assert f"({'saved ' + str(saved)})" in stopped.stderr
+    again = clipkd(
+        "train", *arguments, "--output", tmp_path / "strict", "--data.max_skipped", 0.05, "--resume", "latest"
+    )
+    assert "trained 8 steps" in again.stdout
+
+
+def test_a_non_finite_loss_names_the_samples_of_its_batch(clipkd: Run, data: Path, tmp_path: Path) -> None:
+    arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 5, "--output", tmp_path / "run")
+    done = clipkd(
+        "train", *arguments, "--optim.learning_rate", "1e30", "--optim.clip_norm", 0, check=False, processes=2
+    )
+    assert done.returncode == 1
+    (record,) = (tmp_path / "run").glob("nonfinite_step_*.json")
+    assert str(record) in done.stderr
+    stop = json.loads(record.read_text())
+    assert len(set(stop["keys"])) == 16
+    assert len(stop["loss"]) == 2
+    assert all(".tar/" in key for key in stop["keys"])

@@ -119,7 +119,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 def test_leftovers_and_half_folders_are_no_checkpoints(tmp_path: Path) -> None:
     whole = save(tmp_path, 2)
     (tmp_path / "checkpoints" / "step_000009.tmp").mkdir()
-    (tmp_path / "checkpoints" / "step_000009.tmp" / "state.json").write_text('{"format_version": 1}')
+    (tmp_path / "checkpoints" / "step_000009.tmp" / "state.json").write_text('{"format_version": 2}')
     (tmp_path / "checkpoints" / "step_000008").mkdir()
     assert checkpoint.whole_checkpoints(tmp_path) == [whole]
     assert checkpoint.resolve(tmp_path) == whole
@@ -182,12 +182,12 @@ def test_a_damaged_state_is_named(tmp_path: Path, text: str) -> None:
         restore(folder)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, "2", None])
 def test_another_format_version_is_refused_with_both_versions(tmp_path: Path, version: object) -> None:
     folder = save(tmp_path, 1)
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, "format_version": version}))
-    with pytest.raises(ValueError, match=rf"format {version}, this clipkd reads 1"):
+    with pytest.raises(ValueError, match=rf"format {version}, this clipkd reads 2"):
         restore(folder)
 
 

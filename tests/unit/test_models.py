@@ -1,6 +1,7 @@
 """A name or a folder → an encoder, and an error wherever another library would go on with the wrong weights."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -11,13 +12,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from samples import encode
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from clipkd import checkpoint
-from clipkd.config import StudentConfig
+from clipkd.config import DataConfig, StudentConfig
+from clipkd.data.loader import Augment, Collate
+from clipkd.data.sources import Pair
 from clipkd.models import Encoder, check_weights, create_student, load
 from clipkd.students import MODEL_CONFIGS
+from clipkd.views import View, Views
 
 CAPTIONS = [
     "a photo of a cat",
@@ -289,3 +294,74 @@ def test_a_student_gets_a_logit_bias_beside_its_pretrained_weights(tmp_path: Pat
     torch.save(student.model.state_dict(), tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="open_clip cannot make 'demo-student' with weights"):
         create_student(config)
+
+
+def test_a_siglip_folder_gives_the_features_of_its_own_library(siglip_folder: Path) -> None:
+    from transformers import AutoTokenizer, SiglipImageProcessor, SiglipModel
+
+    encoder = load(str(siglip_folder))
+    assert (encoder.spec.size, encoder.spec.mean, encoder.spec.std) == ((40, 40), (0.5,) * 3, (0.5,) * 3)
+    assert encoder.logit_scale.shape == ()
+    assert encoder.logit_scale.item() == pytest.approx(math.exp(2.3))
+    assert encoder.logit_bias is not None
+    assert encoder.logit_bias.item() == pytest.approx(-9)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    captions = ["a drawing of a cat", "an unknown word", "two dogs , one face , a smile , a cat and two dogs"]
+    own = SiglipModel.from_pretrained(siglip_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(siglip_folder)
+    processor = SiglipImageProcessor.from_pretrained(siglip_folder)
+    tokens = tokenizer(captions, padding="max_length", truncation=True, max_length=10, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = own(input_ids=tokens, **processor(picture, return_tensors="pt"))
+        # What training makes of a whole image, and what evaluation does.
+        views = Views([encoder.spec])
+        pixels = Augment(DataConfig(path="x", min_crop=1.0), views, 0)(Pair("", encode(picture, "PNG"), ("a",)), 0, 0)
+        (view,) = views.of(Collate(views)([pixels]), "cpu")
+        for images in (view.images, encoder.preprocess(picture)[None]):
+            torch.testing.assert_close(encoder.encode_image(images), expected.image_embeds, rtol=0, atol=1e-5)
+        assert torch.equal(encoder.spec.tokenize(captions), tokens)
+        torch.testing.assert_close(encoder.encode_text(tokens), expected.text_embeds, rtol=0, atol=1e-5)
+        logits = encoder.logit_scale * expected.text_embeds @ expected.image_embeds.T + encoder.logit_bias
+    torch.testing.assert_close(logits, expected.logits_per_text, rtol=1e-5, atol=1e-5)
+
+
+def test_a_siglip_image_of_another_shape_is_squashed_as_its_processor_does(siglip_folder: Path) -> None:
+    from transformers import SiglipImageProcessor
+
+    ramp = np.linspace(0, 255, 90 * 61 * 3).reshape(61, 90, 3).astype(np.uint8)
+    expected = SiglipImageProcessor.from_pretrained(siglip_folder)(Image.fromarray(ramp), return_tensors="pt")
+    found = load(str(siglip_folder)).preprocess(Image.fromarray(ramp))
+    # torchvision's resizing of tensors and Pillow's differ by a rounding of 8 bits.
+    torch.testing.assert_close(found, expected["pixel_values"][0], rtol=0, atol=2 * 2 / 255)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_teacher_held_in_half_precision_keeps_its_scale_and_its_features(
+    clip_folder: Path, siglip_folder: Path, dtype: torch.dtype
+) -> None:
+    for folder in (clip_folder, siglip_folder):
+        full = load(str(folder))
+        half = load(str(folder)).hold_in(dtype)
+        weights = [p for name, p in half.model.named_parameters() if "logit" not in name]
+        assert {weight.dtype for weight in weights} == {dtype}
+        assert torch.equal(half.logit_scale, full.logit_scale)
+        images = torch.randn(3, 3, *full.spec.size, generator=torch.Generator().manual_seed(0))
+        texts = full.spec.tokenize(["a drawing of a cat", "two dogs", "one face"])
+        with torch.no_grad():
+            for ours, theirs in zip(
+                half.features(View(images, texts))[:2], full.features(View(images, texts))[:2], strict=True
+            ):
+                assert ours.dtype == torch.float32
+                torch.testing.assert_close(ours.norm(dim=-1), torch.ones(3))
+                assert (ours * theirs).sum(dim=-1).min() > 0.999
+
+
+def test_a_siglip_folder_that_lacks_a_part_is_refused(siglip_folder: Path, tmp_path: Path) -> None:
+    for missing, words in (("tokenizer.json", "has no tokenizer"), ("preprocessor_config.json", "cannot load")):
+        folder = tmp_path / missing
+        shutil.copytree(siglip_folder, folder)
+        for path in folder.glob("*"):
+            if path.name in (missing, "processor_config.json"):
+                path.unlink()
+        with pytest.raises(ValueError, match=words):
+            load(str(folder))

@@ -1,0 +1,150 @@
+"""The parts of a run, each built from the configuration by itself, so that `check` can go on where one fails."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch import Tensor
+
+from clipkd import data, distributed, models, optim, progress
+from clipkd.closed_set import closed_set_fingerprint, open_closed_set
+from clipkd.config import TeacherConfig, TrainConfig
+from clipkd.distill import Distiller, require_fitting_teachers
+from clipkd.evaluate import Task, load_task, open_task
+from clipkd.models import Encoder
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Raises: ValueError if Accelerate's own settings would change what the configuration says."""
+    accelerator = Accelerator(
+        mixed_precision=resolve_precision(config.precision, distributed.join_processes().device),
+        log_with=list(config.log.trackers) or None,
+        project_dir=config.output,
+    )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            "Accelerate is set to accumulate gradients, clipkd takes whole batches; unset it (accelerate config)"
+        )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(
+            f"clipkd trains with DDP, Accelerate is set to {accelerator.distributed_type}; see accelerate config"
+        )
+    return accelerator
+
+
+def resolve_precision(precision: str, device: torch.device | None) -> str:
+    """Accelerate's name for the configured precision on this process's device."""
+    on_gpu = device is not None and device.type == "cuda"
+    if precision == "auto":
+        return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if precision == "fp16" and not on_gpu:
+        raise ValueError("precision is fp16, which needs a GPU; use fp32 or bf16")
+    return "no" if precision == "fp32" else precision
+
+
+def require_trackers(config: TrainConfig) -> None:
+    for tracker in config.log.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise ValueError(f"log.trackers names {tracker}, which is not installed: pip install 'clipkd[{tracker}]'")
+
+
+def create_student(config: TrainConfig) -> Encoder:
+    torch.manual_seed(config.seed)
+    bias = config.objective.logit_scale.bias_init if config.objective.needs_bias else None
+    return models.create_student(config.student, logit_bias=bias).train()
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model, and what its weights hash to as they were stored."""
+
+    encoder: Encoder
+    sha256: str
+
+
+def configured_teachers(config: TrainConfig) -> list[TeacherConfig]:
+    return [options for options in (config.teacher, *config.ensemble) if options.model is not None]
+
+
+def load_teacher(options: TeacherConfig) -> Teacher:
+    assert options.model is not None
+    encoder = models.load(options.model, pretrained=options.pretrained).requires_grad_(False)
+    sha256 = encoder.weights_sha256()
+    return Teacher(encoder if options.dtype == "fp32" else encoder.hold_in(DTYPES[options.dtype]), sha256)
+
+
+def open_tasks(config: TrainConfig, preprocess: Callable[[Any], Tensor]) -> list[tuple[Task, str]]:
+    """The evaluations on the way, each opened once to see that it can be."""
+    tasks = [(load_task(config.evaluation.task), root) for root in config.evaluation.data]
+    for task, root in tasks:
+        open_task(task, root, preprocess)
+    return tasks
+
+
+def identify(
+    config: TrainConfig, student: Encoder, teachers: list[Teacher], pairs: data.Pairs, precision: str
+) -> dict[str, Any]:
+    """What a resumed run must share beyond its configuration."""
+    hashes = [teacher.sha256 for teacher in teachers]
+    closed_set = config.objective.closed_set
+    identity: dict[str, Any] = {
+        "student": {
+            "name": student.name,
+            "model_cfg": student.model_config,
+            "preprocess_cfg": student.preprocess_config,
+        },
+        "teacher_sha256": hashes[0] if hashes else None,
+        "pairs": pairs.identity(),
+        "mixed_precision": precision,
+    }
+    if hashes[1:]:
+        identity["further_teachers_sha256"] = hashes[1:]
+    if closed_set.weight:
+        identity["classes"] = closed_set_fingerprint(closed_set)
+    return identity
+
+
+def make_distiller(config: TrainConfig, student: Encoder, teachers: list[Encoder], device: torch.device) -> Distiller:
+    """Student, teachers and all that the objective needs, on the device."""
+    for teacher in teachers:
+        teacher.to(device)
+    term = config.objective.closed_set
+    closed_set = open_closed_set(term, student=student, teacher=teachers[0], device=device) if term.weight else None
+    dim = teachers[0].dim if teachers else None
+    return Distiller(student, config.objective, teacher_dim=dim, closed_set=closed_set, device=device).to(device)
+
+
+def make_optimizer(distiller: Distiller, config: TrainConfig) -> torch.optim.Optimizer:
+    options = config.optim
+    groups = optim.parameter_groups(
+        distiller.named_parameters(), weight_decay=options.weight_decay, logit_scale_lr=options.logit_scale_lr
+    )
+    betas = (options.beta1, options.beta2)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=betas, eps=options.eps, fused=True)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, on the CPU still."""
+
+    accelerator: Accelerator
+    student: Encoder
+    teachers: list[Teacher]
+    pairs: data.Pairs
+    tasks: list[tuple[Task, str]]
+
+
+def assemble(config: TrainConfig) -> Parts:
+    """Raises: ValueError or FileNotFoundError for the first thing that is wrong."""
+    require_trackers(config)
+    accelerator = make_accelerator(config)
+    student = create_student(config)
+    teachers = [load_teacher(options) for options in configured_teachers(config)]
+    require_fitting_teachers(config.objective, [teacher.encoder for teacher in teachers])
+    pairs = data.open_pairs(config.data, track=progress.track)
+    return Parts(accelerator, student, teachers, pairs, open_tasks(config, student.preprocess))

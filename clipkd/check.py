@@ -1,0 +1,256 @@
+"""`clipkd check`: what a configuration will run, what it will take, and everything that is wrong with it, before a first step."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from clipkd import assemble, data, distributed, progress, students, train
+from clipkd.arguments import parse
+from clipkd.assemble import Parts, Teacher, configured_teachers
+from clipkd.config import TrainConfig
+from clipkd.distill import require_fitting_teachers
+from clipkd.models import Encoder
+from clipkd.requirements import collecting
+from clipkd.resume import find_checkpoint
+from clipkd.run import Run, build_run
+from clipkd.stops import RunStopped
+from clipkd.views import Batch, ViewSpec
+
+T = TypeVar("T")
+TIMED_STEPS = 3
+SLOW_STEP = 60.0
+"""Seconds of a first step after which no more are timed."""
+
+CHANCE_TIMES = 3
+"""A teacher that finds its pairs less than this many times as often as chance does not know these data."""
+
+MIB = 1 << 20
+
+
+@dataclass
+class Findings:
+    """Everything that was found wrong, and what one should look at. Only the main process prints."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def attempt(self, make: Callable[[], T]) -> T | None:
+        """What `make` returns, or None and a problem more."""
+        try:
+            return make()
+        except (ValueError, OSError, FloatingPointError, RunStopped) as error:
+            self.problems.append(" ".join(str(error).split()))
+        except torch.OutOfMemoryError as error:
+            advice = "lower batch_size or objective.queue.capacity, or set teacher.dtype to bf16"
+            self.problems.append(f"the device's memory is too small: {advice} ({' '.join(str(error).split())[:200]})")
+        return None
+
+
+def check(arguments: list[str]) -> list[str]:
+    """Arguments of `clipkd train` → all problems; prints what would run. Writes nothing but indexes of shards."""
+    findings = Findings()
+    with collecting() as wrong_options:
+        config = parse(arguments)
+    findings.problems += dict.fromkeys(wrong_options)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    parts = find_parts(config, findings)
+    findings.attempt(lambda: find_checkpoint(config))
+    if parts is not None and not findings.problems:
+        run = findings.attempt(lambda: build_run(config, parts))
+        if run is not None:
+            with run.feed:
+                findings.attempt(lambda: try_steps(run, findings))
+    for note in findings.notes:
+        tell("note", note)
+    return findings.problems
+
+
+def tell(topic: str, text: str) -> None:
+    if distributed.rank() == 0:
+        print(f"{topic:<10}{text}", flush=True)
+
+
+def find_parts(config: TrainConfig, findings: Findings) -> Parts | None:
+    """Open every part by itself and describe it; None if one of them cannot be."""
+    findings.attempt(lambda: assemble.require_trackers(config))
+    accelerator = findings.attempt(lambda: assemble.make_accelerator(config))
+    student = findings.attempt(lambda: assemble.create_student(config))
+    teachers = [findings.attempt(lambda o=options: assemble.load_teacher(o)) for options in configured_teachers(config)]
+    found = [teacher for teacher in teachers if teacher is not None]
+    findings.attempt(lambda: require_fitting_teachers(config.objective, [teacher.encoder for teacher in found]))
+    pairs = findings.attempt(lambda: data.open_pairs(config.data, track=progress.track))
+    if pairs is not None:
+        describe_data(config, pairs, findings)
+    describe_batch(config, pairs)
+    if student is not None:
+        describe_model("student", student)
+    for number, teacher in enumerate(found):
+        describe_model(f"teacher {number}" if number else "teacher", teacher.encoder)
+        if student is not None:
+            tell("", compare_views(student.spec, teacher.encoder.spec))
+        findings.problems += find_broken_weights(teacher)
+    preprocess = pil_to_tensor if student is None else student.preprocess
+    tasks = findings.attempt(lambda: assemble.open_tasks(config, preprocess))
+    if accelerator is None or student is None or pairs is None or tasks is None or len(found) < len(teachers):
+        return None
+    describe_memory(config, student, found)
+    return Parts(accelerator, student, found, pairs, tasks)
+
+
+def describe_data(config: TrainConfig, pairs: data.Pairs, findings: Findings) -> None:
+    readers = distributed.world_size() * max(1, config.data.num_workers)
+    if not isinstance(pairs, data.PairSet):
+        tell("data", f"{pairs.describe()} for {readers} readers")
+        if len(pairs.shards) < readers:
+            findings.notes.append(
+                f"{len(pairs.shards)} streamed shards are fewer than {readers} readers: some read ahead"
+            )
+        return
+    tell("data", pairs.describe())
+    for source, options in zip(pairs.sources, pairs.configs, strict=True):
+        count, where = int(source.shard_sizes.sum()), " ".join(options.paths)
+        times = f", {options.weight:g} × per epoch" if options.weight != 1 else ""
+        shards = f" in {len(source.shard_sizes)} shards" if options.format == "webdataset" else ""
+        tell("", f"{where}: {count:,} pairs{shards}{times}")
+    for skip in [*(skip for source in pairs.sources for skip in source.damaged), *pairs.left_out.examples][:5]:
+        findings.notes.append(f"{skip.cause}: {skip.key} {skip.message}")
+
+
+def describe_batch(config: TrainConfig, pairs: data.Pairs | None) -> None:
+    world_size, seen = distributed.world_size(), config.steps * config.batch_size
+    text = f"{config.batch_size:,} pairs = {world_size} × {config.batch_size / world_size:g}; {config.steps:,} steps see {seen:,}"
+    if isinstance(pairs, data.PairSet):
+        size = pairs.epoch_size()
+        text += f" = {seen / size:.3g} epochs of {size:,} pairs, {size / config.batch_size:,.1f} steps each"
+    tell("batch", text)
+
+
+def describe_model(role: str, encoder: Encoder) -> None:
+    sizes = students.count_parameters(encoder.model)
+    spec, configured = encoder.spec, encoder.model_config
+    parts = [f"{encoder.name}: {sizes['image'] / 1e6:.2f}M image + {sizes['text'] / 1e6:.2f}M text parameters"]
+    parts += [f"width {encoder.dim}", f"{spec.size[0]} × {spec.size[1]} px {spec.interpolation}", spec.tokenizer_name]
+    if configured is not None:
+        parts.append("QuickGELU" if configured.get("quick_gelu") else "GELU")
+    if encoder.dtype != torch.float32:
+        parts.append(str(encoder.dtype).removeprefix("torch."))
+    tell(role, ", ".join(parts))
+
+
+def compare_views(student: ViewSpec, teacher: ViewSpec) -> str:
+    """What the teacher sees otherwise than the student, each of which costs time in the loader."""
+    own = [
+        f"{name} {theirs} (student {ours})"
+        for name, ours, theirs in (
+            ("resolution", student.size, teacher.size),
+            ("interpolation", student.interpolation, teacher.interpolation),
+            ("mean", student.mean, teacher.mean),
+            ("std", student.std, teacher.std),
+            ("tokens", student.tokenizer_name, teacher.tokenizer_name),
+        )
+        if ours != theirs
+    ]
+    return f"sees its own {', '.join(own)}" if own else "sees the student's pixels and tokens"
+
+
+def find_broken_weights(teacher: Teacher) -> list[str]:
+    broken = [name for name, tensor in teacher.encoder.model.state_dict().items() if not finite(tensor)]
+    return [f"{teacher.encoder.name}: weights that are not finite: {', '.join(broken[:3])}"] if broken else []
+
+
+def finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def describe_memory(config: TrainConfig, student: Encoder, teachers: list[Teacher]) -> None:
+    """Bytes per process that do not depend on the architecture's inner workings; activations are measured by a step."""
+    weights = sum(parameter.numel() for parameter in student.parameters())
+    trained = {"weights": 4 * weights, "gradients": 4 * weights, "AdamW": 8 * weights}
+    trained |= {"average": 4 * weights} if config.optim.ema_momentum else {}
+    trained |= {"DDP": 4 * weights} if distributed.world_size() > 1 else {}
+    frozen = sum(p.numel() * p.element_size() for teacher in teachers for p in teacher.encoder.parameters())
+    capacity = config.objective.queue.capacity
+    widths = [student.dim if ring == "momentum" else teachers[0].encoder.dim for ring in config.objective.queues]
+    rows, keys = config.batch_size // distributed.world_size(), config.batch_size + capacity
+    parts = [f"student {mib(sum(trained.values()))} ({', '.join(f'{k} {mib(v)}' for k, v in trained.items())})"]
+    parts += [f"teachers {mib(frozen)}"] if frozen else []
+    parts += [f"queue {mib(8 * capacity * sum(widths))}"] if capacity else []
+    parts.append(f"each matrix of logits {rows:,} × {keys:,} {mib(4 * rows * keys)}")
+    tell("memory", ", ".join(parts))
+
+
+def mib(num_bytes: float) -> str:
+    return f"{num_bytes / MIB:,.1f} MiB"
+
+
+def try_steps(run: Run, findings: Findings) -> None:
+    """A first step, measured, then some more for their time. Nothing of it is kept."""
+    batch = next(run.feed)
+    describe_retrieval(run, batch, findings)
+    seconds: list[float] = []
+    with count_saved() as saved:
+        seconds.append(timed_step(run, batch, run.start))
+    peak = f", peak {mib(torch.cuda.max_memory_allocated())}" if run.accelerator.device.type == "cuda" else ""
+    tell("", f"kept for the backward pass of a step {mib(sum(saved.values()))}{peak}")
+    while len(seconds) <= TIMED_STEPS and seconds[0] < SLOW_STEP and run.start + len(seconds) < run.config.steps:
+        started = time.perf_counter()
+        batch = next(run.feed)
+        waited = time.perf_counter() - started
+        seconds.append(waited + timed_step(run, batch, run.start + len(seconds)))
+    typical = statistics.median(seconds[1:] or seconds)
+    left = timedelta(seconds=round(typical * (run.config.steps - run.start)))
+    rate = run.config.batch_size / typical
+    tell("step", f"{typical:.3g} s, {rate:.4g} images/s; {run.config.steps - run.start:,} steps in {left} (h:min:s)")
+
+
+def timed_step(run: Run, batch: Batch, step: int) -> float:
+    started = time.perf_counter()
+    metrics = train.training_step(run, batch, step)
+    loss = metrics["loss"].item()  # waits for the device
+    took = time.perf_counter() - started
+    if step == run.start:
+        terms = ", ".join(f"{name} {metrics[name].item():.4g}" for name in run.distiller.active)
+        tell("loss", f"{loss:.4g} ({terms})")
+    return took
+
+
+@torch.no_grad()
+def describe_retrieval(run: Run, batch: Batch, findings: Findings) -> None:
+    """How many images of a batch each teacher gives its own caption: the quickest sign of a wrong preprocessing."""
+    _, *views = run.views.of(batch, run.accelerator.device)
+    for number, (teacher, view) in enumerate(zip(run.teachers, views, strict=True)):
+        with run.accelerator.autocast():
+            features = teacher.features(view)
+        best = (features.image @ features.text.T).argmax(dim=1).cpu()
+        found, size = int((best == torch.arange(len(best))).sum()), len(best)
+        role = f"ensemble[{number - 1}]" if number else "teacher"
+        tell(role, f"finds the caption of {found} of {size} images among the batch's (by chance 1)")
+        if size >= 16 and found < CHANCE_TIMES:
+            findings.notes.append(
+                f"{role} hardly finds any caption: are its weights, tokenizer and preprocessing its own, and are these "
+                "data of a kind that it knows?"
+            )
+
+
+@contextlib.contextmanager
+def count_saved() -> Iterator[dict[Any, int]]:
+    """Bytes that autograd keeps for a backward pass, by storage."""
+    saved: dict[Any, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not tensor.is_leaf or not tensor.requires_grad:  # weights are there anyway
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved

@@ -1,0 +1,61 @@
+"""Samples that cannot be used: each named, with its cause, so that nothing is lost in silence."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+MAX_EXAMPLES = 10
+FEWEST_SEEN = 1000
+"""The share of skipped samples is taken of at least so many, so that one among the first does not stop a run."""
+
+
+class Skip(NamedTuple):
+    key: str
+    """Shard and key, file or row."""
+    cause: str
+    """One of a few words, to be counted."""
+    message: str
+
+
+class BadSample(ValueError):
+    """A sample that cannot be used. A run skips and counts it; who reads single samples gets an error that names it."""
+
+    def __init__(self, key: str, cause: str, message: str) -> None:
+        super().__init__(f"{key}: {message}")
+        self.skip = Skip(key, cause, message)
+
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        return BadSample, tuple(self.skip)  # loader processes send it to the training process
+
+
+class Skips:
+    """Counts by cause, and the first few of them as examples."""
+
+    def __init__(self, skips: Iterable[Skip] = ()) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: list[Skip] = []
+        self.add(skips)
+
+    def add(self, skips: Iterable[Skip]) -> None:
+        for skip in skips:
+            self.counts[skip.cause] += 1
+            if len(self.examples) < MAX_EXAMPLES:
+                self.examples.append(skip)
+
+    def merge(self, other: "Skips") -> None:
+        self.counts += other.counts
+        self.examples = [*self.examples, *other.examples][:MAX_EXAMPLES]
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} × {cause}" for cause, count in self.counts.most_common())
+
+    def row(self, step: int) -> dict[str, object]:
+        """A line of skipped.jsonl."""
+        return {"step": step, "counts": dict(self.counts), "examples": [skip._asdict() for skip in self.examples]}
+
+
+def exceeds(num_skipped: int, num_seen: int, max_share: float) -> bool:
+    return num_skipped > max_share * max(num_seen, FEWEST_SEEN)

@@ -1,0 +1,147 @@
+"""Pairs from tables: Hugging Face data sets, and CSV or TSV files of image paths and captions."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipkd.config import SourceConfig
+from clipkd.data.skips import BadSample, Skip, Skips
+from clipkd.data.sources import UNLABELLED, Pair, as_captions, as_label
+
+ROWS_PER_SHARD = 1 << 14
+"""Rows that stay together when a table larger than a block is shuffled."""
+
+
+def split_evenly(num_rows: int) -> np.ndarray:
+    """A table as shards: rows read together lie together on disk."""
+    whole, rest = divmod(num_rows, ROWS_PER_SHARD)
+    return np.array([ROWS_PER_SHARD] * whole + ([rest] if rest else []), np.int64)
+
+
+class HuggingFacePairs:
+    """A Hugging Face data set with an image column, a caption column (a string or a list of strings), maybe a label's."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        import datasets
+
+        (self.path,) = config.paths
+        self.config = config
+        rows = load_rows(self.path, config.split)
+        columns = require_columns(config, self.path, rows.column_names)
+        self.rows = rows.select_columns(columns).cast_column(config.image_column, datasets.Image(decode=False))
+        if not len(self.rows):
+            raise ValueError(f"{self.path} holds no rows in split {config.split!r}")
+        self.shard_sizes = split_evenly(len(self.rows))
+        self.num_shards, self.left_out, self.damaged = len(self.shard_sizes), Skips(), list[Skip]()
+
+    def fingerprint(self) -> str:
+        """Of captions and labels: the library's own fingerprint changes with the folder."""
+        digest = hashlib.sha256()
+        columns = [name for name in (self.config.caption_key, self.config.label_key) if name is not None]
+        for rows in self.rows.select_columns(columns).iter(10_000):
+            digest.update(json.dumps(rows, default=str).encode())
+        return digest.hexdigest()
+
+    def read(self, index: int) -> Pair:
+        key, config = f"{self.path} row {index}", self.config
+        row = self.rows[index]
+        image: Mapping[str, Any] | None = row[config.image_column]
+        if image is None or (image["bytes"] is None and image["path"] is None):
+            raise BadSample(key, "no image", f"has no image in column {config.image_column!r}")
+        data = image["bytes"] if image["bytes"] is not None else read_file(Path(image["path"]), key)
+        label = as_label(row[config.label_key], key) if config.label_key else UNLABELLED
+        return Pair(key, data, as_captions(row[config.caption_key], key), label)
+
+
+class TablePairs:
+    """A CSV or TSV file with a column of image paths and one of captions; paths are relative to the file's folder."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.config = config
+        columns = [config.image_column, config.caption_key, *([config.label_key] if config.label_key else [])]
+        tables = [read_table(Path(path), columns, config) for path in config.paths]
+        self.folders = [Path(path).parent for path in config.paths]
+        self.tables = tables
+        self.ends = np.cumsum([len(table) for table in tables])
+        self.shard_sizes = split_evenly(int(self.ends[-1]))
+        self.num_shards, self.left_out, self.damaged = len(self.shard_sizes), Skips(), list[Skip]()
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for path in self.config.paths:
+            with Path(path).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def read(self, index: int) -> Pair:
+        number = int(np.searchsorted(self.ends, index, "right"))
+        row = index - (int(self.ends[number - 1]) if number else 0)
+        path, caption, *label = (column[row].as_py() for column in self.tables[number].columns)
+        key = f"{self.config.paths[number]} row {row}: {path}"
+        if not path:
+            raise BadSample(key, "no image", f"has no path in column {self.config.image_column!r}")
+        data = read_file(self.folders[number] / path, key)
+        return Pair(key, data, as_captions(caption, key), as_label(label[0] or None, key) if label else UNLABELLED)
+
+
+def read_file(path: Path, key: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        raise BadSample(key, "no image", f"the image file cannot be read ({error})") from error
+
+
+def read_table(path: Path, columns: list[str], config: SourceConfig) -> Any:
+    """The columns of a CSV or TSV file, all text. Columns given as numbers count from 0 in a file without a header line.
+
+    Raises: FileNotFoundError, or ValueError naming the columns there are.
+    """
+    from pyarrow import ArrowInvalid, csv, string
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path} (data.path)")
+    numbered = all(column.isdecimal() for column in columns)
+    parse = csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
+    head = csv.ReadOptions(autogenerate_column_names=numbered)
+    try:
+        with csv.open_csv(path, read_options=head, parse_options=parse) as reader:
+            names = reader.schema.names
+        wanted = [f"f{column}" for column in columns] if numbered else columns
+        require_columns(config, str(path), [name.removeprefix("f") for name in names] if numbered else names)
+        convert = csv.ConvertOptions(
+            column_types=dict.fromkeys(wanted, string()), include_columns=wanted, strings_can_be_null=False
+        )
+        table = csv.read_csv(path, read_options=head, parse_options=parse, convert_options=convert)
+    except (ArrowInvalid, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no table that can be read: {' '.join(str(error).split())[:300]}") from error
+    if not len(table):
+        raise ValueError(f"{path} holds no rows")
+    return table
+
+
+def require_columns(config: SourceConfig, path: str, names: list[str]) -> list[str]:
+    """The columns that a source reads. Raises: ValueError naming those that there are."""
+    options = {"image_column": config.image_column, "caption_key": config.caption_key, "label_key": config.label_key}
+    wanted = {option: column for option, column in options.items() if column is not None}
+    for option, column in wanted.items():
+        if column not in names:
+            raise ValueError(f"{path} has no column {column!r}, only {names}; set data.{option}")
+    return list(wanted.values())
+
+
+def load_rows(path: str, split: str) -> Any:
+    """A map-style split of a hub data set, of a save_to_disk folder, or of a folder of parquet, arrow or image files."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        if Path(path).is_dir() and any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            stored = datasets.load_from_disk(path)
+            return stored[split] if isinstance(stored, datasets.DatasetDict) else stored
+        return datasets.load_dataset(path, split=split)
+    except (KeyError, ValueError, IndexError, OSError, DatasetsError) as error:
+        raise ValueError(f"cannot open the Hugging Face data set {path!r}, split {split!r}: {error}") from error

@@ -1,0 +1,98 @@
+"""transformers folders (CLIPModel, SiglipModel) → Encoder, with the tokenizer and image processor that lie in them."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from open_clip.transform import PreprocessCfg
+from torch import Tensor
+
+from clipkd.models.encoder import Encoder
+
+RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as transformers' image processors give them
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets one kind of transformers model apart."""
+
+    model: str
+    processor: str
+    resize_mode: str
+    """open_clip's word: shortest crops the middle, squash takes the whole image."""
+
+
+FAMILIES = {
+    "clip": Family("CLIPModel", "CLIPImageProcessor", "shortest"),
+    "siglip": Family("SiglipModel", "SiglipImageProcessor", "squash"),
+}
+
+
+class TransformersTokenize:
+    """A transformers tokenizer called like open_clip's; a class, so that loader processes can be sent it."""
+
+    def __init__(self, tokenizer: Any, context_length: int) -> None:
+        self.tokenizer, self.context_length = tokenizer, context_length
+
+    def __call__(self, texts: list[str]) -> Int[Tensor, "b t"]:
+        length = {"padding": "max_length", "truncation": True, "max_length": self.context_length}
+        return self.tokenizer(texts, **length, return_tensors="pt")["input_ids"]
+
+
+def load_transformers(folder: Path) -> Encoder:
+    """A CLIPModel or SiglipModel folder with its tokenizer and image processor (save_pretrained of all three).
+
+    Raises: ValueError if it is another model, or lacks weights, tokenizer or a resizing method that we have.
+    """
+    import transformers
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    family = FAMILIES.get(config.get("model_type"))
+    if family is None:
+        known = " and ".join(f"transformers' {family.model}" for family in FAMILIES.values())
+        raise ValueError(f"{folder} holds a {config.get('model_type')!r} model; clipkd reads {known}")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"{folder} has no tokenizer (such as tokenizer.json); transformers would invent one")
+    try:
+        kind = getattr(transformers, family.model)
+        model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        processor = getattr(transformers, family.processor).from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ValueError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
+    if report["missing_keys"]:
+        raise ValueError(f"{folder}: its weight file lacks {sorted(report['missing_keys'])[:3]} and others")
+    if int(processor.resample) not in RESAMPLING:
+        raise ValueError(f"{folder}: its image processor resizes by method {processor.resample}; known: {RESAMPLING}")
+    texts = model.config.text_config
+    tokenize = TransformersTokenize(tokenizer, texts.max_position_embeddings)
+    try:
+        tokenize(["a"])
+    except (ValueError, KeyError) as error:  # a tokenizer without a padding token
+        raise ValueError(f"{folder}: its tokenizer cannot be used: {' '.join(str(error).split())[:300]}") from error
+    if len(tokenizer) > texts.vocab_size:
+        raise ValueError(f"{folder}: its tokenizer knows {len(tokenizer)} tokens, its text tower {texts.vocab_size}")
+    return Encoder(
+        model,
+        name=str(folder),
+        image_tower=lambda clip, images: clip.get_image_features(pixel_values=images).pooler_output,
+        # No attention mask. CLIP: attention is causal, and the pooled token stands before the padding. SigLIP was
+        # trained on padded texts without one.
+        text_tower=lambda clip, texts: clip.get_text_features(input_ids=texts).pooler_output,
+        preprocess_config=asdict(
+            PreprocessCfg(
+                size=model.config.vision_config.image_size,
+                mean=tuple(processor.image_mean),
+                std=tuple(processor.image_std),
+                interpolation=RESAMPLING[int(processor.resample)],
+                resize_mode=family.resize_mode,
+            )
+        ),
+        tokenize=tokenize,
+        tokenizer_name=f"transformers {folder.resolve()}",
+        dim=getattr(model.config, "projection_dim", None) or texts.projection_size,
+    )
