@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from types import TracebackType
 from typing import TypeVar
 
@@ -23,7 +24,8 @@ class Bar:
         self.title, self.total, self.done, self.visible = title, total, done, visible
         self.live = visible and console.is_terminal
         self.note = ""
-        self.last_line = time.monotonic()
+        self.first, self.began = done, time.monotonic()
+        self.last_line = self.began
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -50,7 +52,10 @@ class Bar:
         self.progress.update(self.task, advance=1, note=self.note)
         now = time.monotonic()
         if self.visible and not self.live and (self.done == self.total or now - self.last_line > SECONDS_BETWEEN_LINES):
-            print(f"{self.title} {self.done}/{self.total} {self.note}".rstrip(), file=sys.stderr, flush=True)
+            left = (now - self.began) / (self.done - self.first) * (self.total - self.done)
+            remaining = f"{timedelta(seconds=round(left))} left" if left else ""
+            words = [f"{self.title} {self.done}/{self.total}", remaining, self.note]
+            print(", ".join(filter(None, words)), file=sys.stderr, flush=True)
             self.last_line = now
 
 

@@ -19,6 +19,7 @@ from clipkd.evaluate import EvalConfig, Task, open_task, rank_images
 from clipkd.evaluate import run as evaluate_model
 from clipkd.export import ExportConfig, export
 from clipkd.progress import console
+from clipkd.report import ReportConfig, write_report
 from clipkd.train import train
 
 CHOOSE, REPORT = "fluent", "noto"
@@ -78,6 +79,8 @@ def run(config: DemoConfig) -> Path:
     draw_samples(
         output, output / "data" / REPORT, {"teacher": runs["teacher"], "alone": runs["alone"], best: runs[best]}
     )
+    for folder in runs.values():
+        write_report(ReportConfig(run=str(folder)))
     print_summary(rows, best, output, config)
     return output
 
@@ -170,7 +173,7 @@ def print_summary(rows: list[dict[str, Any]], best: str, output: Path, config: D
         table.add_row(label, *sizes, *shares, str(row["n"]), str(row["step"]), f"{row['training_seconds']:.0f}")
     Console(width=max(100, Console().width)).print(table)
     print(
-        f"results {output / 'results.jsonl'}   curves {output / 'runs'}/*/metrics.jsonl   pictures {output / 'samples.png'}"
+        f"results {output / 'results.jsonl'}   curves {output / 'runs'}/*/report.html   pictures {output / 'samples.png'}"
     )
     print(
         f"teacher {output / 'teacher'}   student {output / 'student'}: loads with open_clip as local-dir:{output / 'student'}"
