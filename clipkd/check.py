@@ -64,11 +64,14 @@ def check(arguments: list[str]) -> list[str]:
         torch.set_num_threads(config.threads)
     parts = find_parts(config, findings)
     findings.attempt(lambda: find_checkpoint(config))
+    found = distributed.gather_objects(findings.problems)
+    findings.problems = list(dict.fromkeys(problem for problems in found for problem in problems))
     if parts is not None and not findings.problems:
         run = findings.attempt(lambda: build_run(config, parts))
         if run is not None:
             with run.feed:
                 findings.attempt(lambda: try_steps(run, findings))
+    findings.notes = list(dict.fromkeys(findings.notes))
     for note in findings.notes:
         tell("note", note)
     return findings.problems

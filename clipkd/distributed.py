@@ -1,6 +1,6 @@
 """The only calls to torch.distributed. On one process every collective is the identity."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -79,6 +79,19 @@ def gather_objects(value: T) -> list[T]:
     values: list = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def together(make: Callable[[], T]) -> T:
+    """What `make` returns here. A ValueError or OSError of one process is raised on all: none waits for one that is gone."""
+    value: list[T] = []
+    error: Exception | None = None
+    try:
+        value.append(make())
+    except (ValueError, OSError) as problem:
+        error = problem
+    if problems := [problem for problem in gather_objects(error) if problem is not None]:
+        raise error or problems[0]
+    return value[0]
 
 
 def copy_from_main(tensors: Iterable[Tensor]) -> None:

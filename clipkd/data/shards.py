@@ -77,7 +77,7 @@ class WebdatasetPairs:
         self.caption_extension = "txt" if config.caption_key == "txt" else "json"
         self.label_extension = "cls" if config.label_key == "cls" else "json"
         self.opened: OrderedDict[int, Rows] = OrderedDict()
-        shards = find_shards(config.paths)
+        shards = distributed.together(lambda: find_shards(config.paths))
         share = [
             (number, shards[number]) for number in range(distributed.rank(), len(shards), distributed.world_size())
         ]

@@ -54,6 +54,16 @@ def test_gather_brings_all_rows_in_rank_order(processes: list[Seen]) -> None:
         assert not facts["constant_requires_grad"]
 
 
+def test_the_largest_number_of_any_process_is_known_to_all(processes: list[Seen]) -> None:
+    assert [facts["maximum"] for _, facts in processes] == [[1, 3, 7]] * 2
+
+
+def test_an_error_of_one_process_is_raised_on_all(processes: list[Seen]) -> None:
+    assert [facts["together"] for _, facts in processes] == [0, 1]
+    problem = "invalid literal for int() with base 10: 'no number'"
+    assert [facts["problem"] for _, facts in processes] == [problem] * 2
+
+
 def test_gather_hands_back_what_every_process_says_of_a_row(processes: list[Seen]) -> None:
     # Weights 1, 10, 100, 1000 on process 0 and twice that on process 1.
     for (tensors, _), expected in zip(processes, ([[3.0], [30.0]], [[300.0], [3000.0]]), strict=True):

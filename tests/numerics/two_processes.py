@@ -46,9 +46,21 @@ def collectives(rank: int) -> tuple[dict[str, Tensor], dict]:
         "world_size": distributed.world_size(),
         "rank": distributed.rank(),
         "objects": distributed.gather_objects({"rank": rank}),
+        "maximum": distributed.maximum([rank, 3 - rank, 7], torch.device("cpu")),
+        "together": distributed.together(lambda: rank),
+        "problem": problem_of_the_last(rank),
         "constant_requires_grad": constant.requires_grad,
     }
     return tensors, facts
+
+
+def problem_of_the_last(rank: int) -> str:
+    """What each process hears of an error that only the last one has."""
+    try:
+        distributed.together(lambda: rank if rank == 0 else int("no number"))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def main() -> None:
