@@ -1,5 +1,7 @@
 """The parts of a run, each built from the configuration by itself, so that `check` can go on where one fails."""
 
+import functools
+import hashlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,10 +63,10 @@ def create_student(config: TrainConfig) -> Encoder:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen model, and what its weights hash to as they were stored."""
+    """A frozen model, and what sets it apart from any other, wherever it lies."""
 
     encoder: Encoder
-    sha256: str
+    identity: dict[str, Any]
 
 
 def configured_teachers(config: TrainConfig) -> list[TeacherConfig]:
@@ -74,8 +76,18 @@ def configured_teachers(config: TrainConfig) -> list[TeacherConfig]:
 def load_teacher(options: TeacherConfig) -> Teacher:
     assert options.model is not None
     encoder = models.load(options.model, pretrained=options.pretrained).requires_grad_(False)
-    sha256 = encoder.weights_sha256()
-    return Teacher(encoder if options.dtype == "fp32" else encoder.hold_in(DTYPES[options.dtype]), sha256)
+    identity = {
+        "sha256": encoder.weights_sha256(),  # as they are stored
+        "dtype": options.dtype,
+        "preprocess_cfg": encoder.preprocess_config,
+        "model_cfg": encoder.model_config,
+        "tokens": hashlib.sha256(encoder.spec.tokenize(list(models.PROBES)).numpy().tobytes()).hexdigest(),
+    }
+    return Teacher(encoder if options.dtype == "fp32" else encoder.hold_in(DTYPES[options.dtype]), identity)
+
+
+def open_data(config: TrainConfig) -> data.Pairs:
+    return data.open_pairs(config.data, track=functools.partial(progress.track, visible=distributed.rank() == 0))
 
 
 def open_tasks(config: TrainConfig, preprocess: Callable[[Any], Tensor]) -> list[tuple[Task, str]]:
@@ -90,7 +102,6 @@ def identify(
     config: TrainConfig, student: Encoder, teachers: list[Teacher], pairs: data.Pairs, precision: str
 ) -> dict[str, Any]:
     """What a resumed run must share beyond its configuration."""
-    hashes = [teacher.sha256 for teacher in teachers]
     closed_set = config.objective.closed_set
     identity: dict[str, Any] = {
         "student": {
@@ -98,12 +109,10 @@ def identify(
             "model_cfg": student.model_config,
             "preprocess_cfg": student.preprocess_config,
         },
-        "teacher_sha256": hashes[0] if hashes else None,
-        "pairs": pairs.identity(),
+        "teachers": {str(number): teacher.identity for number, teacher in enumerate(teachers)},
+        "pairs": {str(number): source for number, source in enumerate(pairs.identity())},
         "mixed_precision": precision,
     }
-    if hashes[1:]:
-        identity["further_teachers_sha256"] = hashes[1:]
     if closed_set.weight:
         identity["classes"] = closed_set_fingerprint(closed_set)
     return identity
@@ -146,5 +155,5 @@ def assemble(config: TrainConfig) -> Parts:
     student = create_student(config)
     teachers = [load_teacher(options) for options in configured_teachers(config)]
     require_fitting_teachers(config.objective, [teacher.encoder for teacher in teachers])
-    pairs = data.open_pairs(config.data, track=progress.track)
+    pairs = open_data(config)
     return Parts(accelerator, student, teachers, pairs, open_tasks(config, student.preprocess))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from clipkd import assemble, data, distributed, progress, students, train
+from clipkd import assemble, data, distributed, students, train
 from clipkd.arguments import parse
 from clipkd.assemble import Parts, Teacher, configured_teachers
 from clipkd.config import TrainConfig
@@ -46,35 +46,54 @@ class Findings:
         """What `make` returns, or None and a problem more."""
         try:
             return make()
-        except (ValueError, OSError, FloatingPointError, RunStopped) as error:
-            self.problems.append(" ".join(str(error).split()))
         except torch.OutOfMemoryError as error:
             advice = "lower batch_size or objective.queue.capacity, or set teacher.dtype to bf16"
-            self.problems.append(f"the device's memory is too small: {advice} ({' '.join(str(error).split())[:200]})")
+            self.add(f"the device's memory is too small: {advice} ({error})")
+        except (ValueError, OSError, FloatingPointError, RunStopped, RuntimeError) as error:
+            self.add(str(error))
+        except SystemExit:  # a task file's parser has said what is wrong
+            self.add("evaluation.task cannot be used, as said above")
         return None
+
+    def add(self, problem: str) -> None:
+        self.problems.append(" ".join(problem.split())[:2000])
+
+    def share(self) -> None:
+        """What any process found, all have found. Call on every process."""
+        found = distributed.gather_objects(self.problems)
+        self.problems = list(dict.fromkeys(problem for problems in found for problem in problems))
 
 
 def check(arguments: list[str]) -> list[str]:
-    """Arguments of `clipkd train` → all problems; prints what would run. Writes nothing but indexes of shards."""
+    """Arguments of `clipkd train` → this process's problems; prints what would run. Writes nothing but indexes of shards."""
     findings = Findings()
     with collecting() as wrong_options:
         config = parse(arguments)
     findings.problems += dict.fromkeys(wrong_options)
-    if config.threads is not None:
+    if config.threads is not None and config.threads > 0:
         torch.set_num_threads(config.threads)
     parts = find_parts(config, findings)
     findings.attempt(lambda: find_checkpoint(config))
-    found = distributed.gather_objects(findings.problems)
-    findings.problems = list(dict.fromkeys(problem for problems in found for problem in problems))
+    findings.share()
     if parts is not None and not findings.problems:
-        run = findings.attempt(lambda: build_run(config, parts))
-        if run is not None:
-            with run.feed:
-                findings.attempt(lambda: try_steps(run, findings))
-    findings.notes = list(dict.fromkeys(findings.notes))
-    for note in findings.notes:
+        try_run(config, parts, findings)
+    elif distributed.rank() > 0:
+        findings.problems = []  # the main process tells them
+    for note in dict.fromkeys(findings.notes):
         tell("note", note)
     return findings.problems
+
+
+def try_run(config: TrainConfig, parts: Parts, findings: Findings) -> None:
+    run = findings.attempt(lambda: build_run(config, parts))
+    if run is None:
+        return
+    run.dry = True
+    if run.start >= config.steps:
+        tell("step", f"nothing left to do: {run.start:,} of {config.steps:,} steps are done")
+        return
+    with run.feed:
+        findings.attempt(lambda: try_steps(run, findings))
 
 
 def tell(topic: str, text: str) -> None:
@@ -83,29 +102,33 @@ def tell(topic: str, text: str) -> None:
 
 
 def find_parts(config: TrainConfig, findings: Findings) -> Parts | None:
-    """Open every part by itself and describe it; None if one of them cannot be."""
+    """Open every part by itself, describe it if the options make sense, and return them if all could be opened."""
+    sound = not findings.problems
     findings.attempt(lambda: assemble.require_trackers(config))
     accelerator = findings.attempt(lambda: assemble.make_accelerator(config))
     student = findings.attempt(lambda: assemble.create_student(config))
     teachers = [findings.attempt(lambda o=options: assemble.load_teacher(o)) for options in configured_teachers(config)]
     found = [teacher for teacher in teachers if teacher is not None]
     findings.attempt(lambda: require_fitting_teachers(config.objective, [teacher.encoder for teacher in found]))
-    pairs = findings.attempt(lambda: data.open_pairs(config.data, track=progress.track))
-    if pairs is not None:
+    pairs = findings.attempt(lambda: assemble.open_data(config))
+    if sound and pairs is not None:
         describe_data(config, pairs, findings)
-    describe_batch(config, pairs)
+    if sound:
+        describe_batch(config, pairs)
     if student is not None:
         describe_model("student", student)
+        findings.problems += find_broken_weights(student)
     for number, teacher in enumerate(found):
         describe_model(f"teacher {number}" if number else "teacher", teacher.encoder)
         if student is not None:
             tell("", compare_views(student.spec, teacher.encoder.spec))
-        findings.problems += find_broken_weights(teacher)
+        findings.problems += find_broken_weights(teacher.encoder)
     preprocess = pil_to_tensor if student is None else student.preprocess
     tasks = findings.attempt(lambda: assemble.open_tasks(config, preprocess))
     if accelerator is None or student is None or pairs is None or tasks is None or len(found) < len(teachers):
         return None
-    describe_memory(config, student, found)
+    if sound:
+        describe_memory(config, student, found)
     return Parts(accelerator, student, found, pairs, tasks)
 
 
@@ -125,7 +148,7 @@ def describe_data(config: TrainConfig, pairs: data.Pairs, findings: Findings) ->
         shards = f" in {len(source.shard_sizes)} shards" if options.format == "webdataset" else ""
         tell("", f"{where}: {count:,} pairs{shards}{times}")
     for skip in [*(skip for source in pairs.sources for skip in source.damaged), *pairs.left_out.examples][:5]:
-        findings.notes.append(f"{skip.cause}: {skip.key} {skip.message}")
+        findings.notes.append(f"{skip.cause}: {skip.key[-200:]!r} {skip.message[:200]}")
 
 
 def describe_batch(config: TrainConfig, pairs: data.Pairs | None) -> None:
@@ -165,9 +188,9 @@ def compare_views(student: ViewSpec, teacher: ViewSpec) -> str:
     return f"sees its own {', '.join(own)}" if own else "sees the student's pixels and tokens"
 
 
-def find_broken_weights(teacher: Teacher) -> list[str]:
-    broken = [name for name, tensor in teacher.encoder.model.state_dict().items() if not finite(tensor)]
-    return [f"{teacher.encoder.name}: weights that are not finite: {', '.join(broken[:3])}"] if broken else []
+def find_broken_weights(encoder: Encoder) -> list[str]:
+    broken = [name for name, tensor in encoder.model.state_dict().items() if not finite(tensor)]
+    return [f"{encoder.name}: weights that are not finite: {', '.join(broken[:3])}"] if broken else []
 
 
 def finite(tensor: Tensor) -> bool:
@@ -204,7 +227,8 @@ def try_steps(run: Run, findings: Findings) -> None:
         seconds.append(timed_step(run, batch, run.start))
     peak = f", peak {mib(torch.cuda.max_memory_allocated())}" if run.accelerator.device.type == "cuda" else ""
     tell("", f"kept for the backward pass of a step {mib(sum(saved.values()))}{peak}")
-    while len(seconds) <= TIMED_STEPS and seconds[0] < SLOW_STEP and run.start + len(seconds) < run.config.steps:
+    (slow,) = distributed.maximum([int(seconds[0] > SLOW_STEP)], run.accelerator.device)
+    while len(seconds) <= TIMED_STEPS and not slow and run.start + len(seconds) < run.config.steps:
         started = time.perf_counter()
         batch = next(run.feed)
         waited = time.perf_counter() - started

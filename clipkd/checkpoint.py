@@ -37,19 +37,24 @@ def save(
     """
     folder = checkpoint_folder(run, step)
     temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in folder.parent.glob("step_*.tmp"):  # of kills, and of a disk that was full
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write_tensors(temporary / "model.safetensors", model.state_dict())
-    if ema is not None:
-        write_tensors(temporary / "ema.safetensors", ema.state_dict())
-    write_tensors(temporary / "optimizer.safetensors", optimizer_tensors(model, optimizer))
-    if memory:
-        write_tensors(temporary / "memory.safetensors", memory)
-    sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-    text = json.dumps({"format_version": FORMAT_VERSION, "step": step, "files": sizes, **state}, indent=1)
-    (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
-    for path in (*temporary.iterdir(), temporary):
-        sync(path)
+    try:
+        write_tensors(temporary / "model.safetensors", model.state_dict())
+        if ema is not None:
+            write_tensors(temporary / "ema.safetensors", ema.state_dict())
+        write_tensors(temporary / "optimizer.safetensors", optimizer_tensors(model, optimizer))
+        if memory:
+            write_tensors(temporary / "memory.safetensors", memory)
+        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        text = json.dumps({"format_version": FORMAT_VERSION, "step": step, "files": sizes, **state}, indent=1)
+        (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk must not stay full of halves
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     sync(folder.parent)
@@ -64,7 +69,7 @@ def prune(run: Path, keep: int) -> None:
     for folder in whole_checkpoints(run)[:-keep]:
         folder.rename(folder.with_name(folder.name + ".tmp"))  # half deleted, it must not look whole
     for leftover in (run / "checkpoints").glob("step_*.tmp"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def whole_checkpoints(run: Path) -> list[Path]:
@@ -145,7 +150,11 @@ def load_into(module: nn.Module, path: Path, prefix: str = "") -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # Cloned, since safetensors refuses tensors that share memory (tied weights).
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        save_file(copies, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error})") from error
     path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 

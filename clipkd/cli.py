@@ -79,9 +79,10 @@ def check_command(arguments: list[str]) -> None:
     from clipkd.check import check
 
     problems = check(arguments)
+    process = "" if is_main_process() else f" (process {os.environ['RANK']})"
+    for problem in problems:
+        print(f"clipkd check{process}: problem: {problem}", file=sys.stderr)
     if problems:
-        if is_main_process():
-            print("\n".join(f"clipkd check: problem: {problem}" for problem in problems), file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -46,6 +46,12 @@ class Run:
     """Training time of the steps before this start, evaluation and checkpoints left out."""
     num_skipped: int
     """Samples of all processes that could not be used so far."""
+    streamed: tuple[int, int]
+    """Streamed shards that all processes opened so far, and how many of them were damaged."""
+    dry: bool = False
+    """Whether steps are only tried: then nothing is written."""
+    num_opened: int = 0
+    """Streamed shards that this process opened and has not told the others of."""
     skips: data.Skips = field(default_factory=data.Skips)
     """Those of this process that are not written down yet."""
     saved_at: float = field(default_factory=time.monotonic)
@@ -113,6 +119,7 @@ def build_run(config: TrainConfig, parts: Parts) -> Run:
         start=state["step"],
         seconds=state["seconds"],
         num_skipped=state["num_skipped"],
+        streamed=tuple(state.get("streamed_shards", (0, 0))),
     )
 
 
@@ -124,6 +131,8 @@ def open_folder(run: Run, pairs: data.Pairs) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     configuration.save(run.config, run.folder / "config.yaml")
     for name in RECORDS:
+        if start == 0:
+            (run.folder / name).unlink(missing_ok=True)
         metrics_log.drop_after(run.folder / name, start)
     if start == 0 and isinstance(pairs, data.PairSet) and (unusable := pairs.unusable()):
         metrics_log.append(run.folder / "skipped.jsonl", unusable.row(0))
@@ -155,24 +164,39 @@ def describe(row: dict[str, Any], terms: list[str]) -> str:
 
 def record_skips(run: Run, step: int) -> None:
     """What all processes skipped since the last call → skipped.jsonl. Call on every process."""
-    together = data.Skips()
-    for part in distributed.gather_objects(run.skips):
-        together.merge(part)
-    run.skips = data.Skips()
-    run.num_skipped += together.counts.total()
+    together, opened = data.Skips(), 0
+    for skips, num_opened in distributed.gather_objects((run.skips, run.num_opened)):
+        together.merge(skips)
+        opened += num_opened
+    run.skips, run.num_opened = data.Skips(), 0
+    damaged = together.counts[data.DAMAGED_SHARD]
+    run.streamed = (run.streamed[0] + opened, run.streamed[1] + damaged)
+    run.num_skipped += together.counts.total() - damaged
     if together and run.accelerator.is_main_process:
         metrics_log.append(run.folder / "skipped.jsonl", together.row(step))
 
 
-def skipped_too_many(run: Run, step: int) -> bool:
-    return data.exceeds(run.num_skipped, step * run.config.batch_size, run.config.data.max_skipped)
+def skipped_too_much(run: Run, step: int) -> str:
+    """What the damage amounts to, if it is more than data.max_skipped allows; else nothing."""
+    allowed, seen, (opened, damaged) = run.config.data.max_skipped, step * run.config.batch_size, run.streamed
+    if data.exceeds(run.num_skipped, seen, allowed):
+        return f"{run.num_skipped} samples could not be used among the first {seen}"
+    if data.exceeds(damaged, opened, allowed, fewest=data.FEWEST_SHARDS):
+        return f"{damaged} of {opened} streamed shards could not be read to their end"
+    return ""
 
 
 def is_evaluated(run: Run, step: int) -> bool:
     """Whether results.jsonl has this step's rows; the main process decides for all."""
-    rows = [row for row in metrics_log.read(run.folder / "results.jsonl") if row["step"] == step]
+    rows = [row for row in metrics_log.read(run.folder / "results.jsonl") if row.get("step") == step]
     expected = len(run.tasks) * (1 if run.ema is None else 2)
     return distributed.gather_objects(len(rows) >= expected)[0]
+
+
+def evaluation_is_due(run: Run, step: int) -> bool:
+    """On the way; the last step's evaluation comes after the loop."""
+    every = run.config.evaluation.every_steps
+    return bool(run.tasks) and 0 < step < run.config.steps and every > 0 and step % every == 0
 
 
 def evaluate_tasks(run: Run, step: int) -> None:
@@ -205,6 +229,7 @@ def save(run: Run, step: int, seconds: float) -> None:
             "seconds": seconds,
             "num_skipped": run.num_skipped,
             "stream": places,
+            "streamed_shards": run.streamed,
             "config": configuration.to_dict(run.config),
             "identity": run.identity,
             "scaler": None if scaler is None else scaler.state_dict(),

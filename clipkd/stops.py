@@ -15,7 +15,7 @@ class RunStopped(Exception):
 
 
 class Interrupted(BaseException):
-    """A signal ended the run after it was saved: exit status 128 + its number (130 for Ctrl-C, 143 for SIGTERM)."""
+    """A signal ended the run, as a rule after it was saved: exit status 128 + its number (130 for Ctrl-C, 143 for SIGTERM)."""
 
     def __init__(self, number: int, message: str = "") -> None:
         super().__init__(message or f"{signal.Signals(number).name}")
@@ -26,12 +26,16 @@ class Interruption:
     """Whether SIGINT or SIGTERM has asked for an end; `number` is 0 until then."""
 
     number = 0
+    immediate = False
+    """Whether a signal ends the run where it is: while nothing would be lost."""
 
     def __init__(self) -> None:
         self.since = 0.0
 
     def handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
+        if self.immediate:
+            raise Interrupted(number, f"{signal.Signals(number).name} during an evaluation; go on with --resume latest")
         if self.number and now - self.since > PATIENCE:
             raise Interrupted(number)
         if not self.number:

@@ -12,7 +12,7 @@ from torch import Tensor
 from clipkd import checkpoint, data, distributed, metrics_log, momentum, optim, progress, stops
 from clipkd.comparison import Targets
 from clipkd.config import TrainConfig
-from clipkd.run import Run, evaluate_tasks, is_evaluated, log, open_run, save, skipped_too_many
+from clipkd.run import Run, evaluate_tasks, evaluation_is_due, is_evaluated, log, open_run, save, skipped_too_much
 from clipkd.views import Batch, View
 
 
@@ -32,6 +32,8 @@ def train(config: TrainConfig) -> Path:
         stops.deferred_signals() as interruption,
         progress.Bar(run.folder.name, config.steps, done=run.start, visible=run.accelerator.is_main_process) as bar,
     ):
+        if evaluation_is_due(run, run.start) and not is_evaluated(run, run.start):
+            evaluate_on_the_way(run, interruption, run.start)
         for step in range(run.start, config.steps):
             with watch.waiting():
                 batch = next(run.feed)
@@ -41,19 +43,26 @@ def train(config: TrainConfig) -> Path:
             if done == 1 or last or done % config.log.every_steps == 0:
                 bar.note = log(run, done, metrics, watch)
             ending, save_now = agree(run, interruption, done)
-            if last or ending or save_now or done % config.checkpoint.every_steps == 0:
-                with watch.paused():
+            evaluation = evaluation_is_due(run, done)
+            with watch.paused():
+                if last or ending or save_now or evaluation or done % config.checkpoint.every_steps == 0:
                     save(run, done, watch.seconds)
-            if ending and not last:
-                raise ending
-            if not last and config.evaluation.every_steps and done % config.evaluation.every_steps == 0:
-                with watch.paused():
-                    evaluate_tasks(run, done)
+                if ending and (not last or isinstance(ending, stops.RunStopped)):
+                    raise ending
+                if evaluation:
+                    evaluate_on_the_way(run, interruption, done)
             bar.advance()
     if not is_evaluated(run, config.steps):
         evaluate_tasks(run, config.steps)
     run.accelerator.end_training()
     return run.folder
+
+
+def evaluate_on_the_way(run: Run, interruption: stops.Interruption, done: int) -> None:
+    """The step is saved: a signal need not wait, and a resumed run evaluates it again."""
+    interruption.immediate = True
+    evaluate_tasks(run, done)
+    interruption.immediate = False
 
 
 def agree(run: Run, interruption: stops.Interruption, done: int) -> tuple[BaseException | None, bool]:
@@ -65,12 +74,11 @@ def agree(run: Run, interruption: stops.Interruption, done: int) -> tuple[BaseEx
     if number:
         ending = f"{signal.Signals(number).name} after step {done}; {saved}, go on with --resume latest"
         return stops.Interrupted(number, ending), True
-    if skipped_too_many(run, done):
-        share = run.num_skipped / (done * run.config.batch_size)
+    if damage := skipped_too_much(run, done):
         return stops.RunStopped(
-            f"{run.num_skipped} samples ({share:.1%}) could not be used, more than data.max_skipped allows "
-            f"({run.config.data.max_skipped:.1%}); {run.folder / 'skipped.jsonl'} names some. Mend the data, or raise "
-            f"data.max_skipped and go on with --resume latest ({saved})"
+            f"{damage}, more than data.max_skipped allows ({run.config.data.max_skipped:.1%}); "
+            f"{run.folder / 'skipped.jsonl'} names some. Mend the data, or raise data.max_skipped and go on with "
+            f"--resume latest ({saved})"
         ), True
     return None, bool(save_now)
 
@@ -79,6 +87,7 @@ def training_step(run: Run, batch: Batch, step: int) -> dict[str, Tensor]:
     """One optimizer step on this process's share of the global batch."""
     optimizer, accelerator, options = run.optimizer, run.accelerator, run.config.optim
     run.skips.add(data.Skip(*skip) for skip in batch.skipped)
+    run.num_opened += batch.shards_opened
     rate = optim.learning_rate(
         step, peak=options.learning_rate, warmup_steps=options.warmup_steps, steps=run.config.steps
     )
@@ -154,11 +163,14 @@ def require_finite(run: Run, step: int, loss: Tensor, norm: Tensor, targets: Tar
         record = run.folder / f"nonfinite_step_{step + 1:06d}.json"
         keys = [key for part in distributed.gather_objects(batch.keys) for key in part]
         losses = distributed.gather_objects(loss.item())
-        if run.accelerator.is_main_process:
+        named = f"the batch's keys: {record}"
+        if run.dry:
+            named = f"its batch begins with {keys[0]}"
+        elif run.accelerator.is_main_process:
             metrics_log.write(record, {"step": step + 1, "loss": losses, "grad_norm": norm.item(), "keys": keys})
         raise FloatingPointError(
             f"step {step + 1}: the loss is {loss.item()}, the gradient norm {norm.item()}; stopped before the weights were "
-            f"touched. Last good checkpoint: {saved[-1] if saved else 'none'}; the batch's keys: {record}. {advice}"
+            f"touched. Last good checkpoint: {saved[-1] if saved else 'none'}; {named}. {advice}"
         )
 
 

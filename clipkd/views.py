@@ -60,6 +60,8 @@ class Batch(NamedTuple):
     """Where each sample came from."""
     skipped: tuple[tuple[str, str, str], ...] = ()
     """Key, cause and message of every sample that could not be used, and had another in its place."""
+    shards_opened: int = 0
+    """Streamed shards that were begun for this batch."""
     place: tuple[int, int] | None = None
     """Of streamed shards: which reader made this batch, and the first shard it has not given whole."""
 

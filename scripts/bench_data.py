@@ -176,6 +176,16 @@ def parts(folder: Path, num_images: int) -> dict[str, float]:
     }
 
 
+def table(results: Path) -> str:
+    """Markdown, one line per image size and loader."""
+    lines = ["| JPEG | loader | images/s per process | clipkd is |", "|---|---|---:|---:|"]
+    for row in map(json.loads, results.read_text(encoding="utf-8").splitlines()):
+        rate = statistics.median(row["images_per_second_per_process"])
+        image = f"{row['image']}, {row['mean_bytes'] / 1000:.0f} kB"
+        lines.append(f"| {image} | {row['loader']} | {rate:.0f} | {row['clipkd_ratio']:.2f} × |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("eval/results/data.jsonl"))

@@ -2,11 +2,13 @@
 
 from clipkd.data.loader import Feed
 from clipkd.data.open import Pairs, open_feed, open_pairs
-from clipkd.data.skips import Skip, Skips, exceeds
+from clipkd.data.skips import DAMAGED_SHARD, FEWEST_SHARDS, Skip, Skips, exceeds
 from clipkd.data.sources import PairSet
 from clipkd.data.zeroshot_sets import ZeroShotSet, open_zeroshot_set
 
 __all__ = [
+    "DAMAGED_SHARD",
+    "FEWEST_SHARDS",
     "Feed",
     "PairSet",
     "Pairs",

@@ -135,8 +135,10 @@ class Feed:
     def __next__(self) -> Batch:
         if self.batches is None:  # not before somebody is there to close it
             before = multiprocessing.active_children()
-            self.batches = iter(self.loader)
-            self.processes = [child for child in multiprocessing.active_children() if child not in before]
+            try:
+                self.batches = iter(self.loader)
+            finally:  # interrupted half way, those that run must still be ended
+                self.processes = [child for child in multiprocessing.active_children() if child not in before]
         try:
             batch = next(self.batches)
         except RuntimeError as error:

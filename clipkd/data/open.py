@@ -37,14 +37,15 @@ def open_pairs(config: DataConfig, *, track: Track = silent) -> Pairs:
             "copy the remote shards, or leave one kind out"
         )
     pairs = PairSet([open_source(source, track) for source in sources], sources)
-    pairs.require_usable(config.max_skipped)
+    distributed.together(lambda: pairs.require_usable(config.max_skipped))
     return pairs
 
 
 def open_source(config: SourceConfig, track: Track) -> PairSource:
-    if config.format == "huggingface":
-        return HuggingFacePairs(config)
-    return TablePairs(config) if config.format == "csv" else WebdatasetPairs(config, track=track)
+    if config.format == "webdataset":
+        return WebdatasetPairs(config, track=track)
+    kind = HuggingFacePairs if config.format == "huggingface" else TablePairs
+    return distributed.together(lambda: kind(config))
 
 
 def open_feed(

@@ -11,8 +11,8 @@ from webdataset.shardlists import expand_urls
 
 from clipkd import distributed
 from clipkd.config import SourceConfig
-from clipkd.data.skips import BadSample, Skip, Skips
-from clipkd.data.sources import IMAGE_EXTENSIONS, Pair, Track, make_pair
+from clipkd.data.skips import DAMAGED_SHARD, BadSample, Skip, Skips
+from clipkd.data.sources import IMAGE_EXTENSIONS, MOST_SAMPLE_BYTES, Pair, Track, make_pair
 from clipkd.data.tar_index import TarIndex, as_text, index_tar, is_indexed
 
 MANY_SHARDS = 20
@@ -87,7 +87,8 @@ class WebdatasetPairs:
                 index_tar(shard)
             except OSError:
                 continue  # told of below
-        parts = distributed.gather_objects([(number, self.survey(shard)) for number, shard in share])
+        own = distributed.together(lambda: [(number, self.survey(shard)) for number, shard in share])
+        parts = distributed.gather_objects(own)
         surveys = [survey for _, survey in sorted((item for part in parts for item in part), key=lambda item: item[0])]
         self.left_out, self.damaged = Skips(), []
         for survey in surveys:
@@ -120,7 +121,7 @@ class WebdatasetPairs:
             return Survey(0, "", Skips(), [Skip(str(shard), "unreadable shard", f"cannot be read ({error})")], False)
         rows, left_out = self.whole_rows(index, shard, stamp)
         message = str(index.damage)
-        damaged = [Skip(str(shard), "damaged shard", message)] if message else []
+        damaged = [Skip(str(shard), DAMAGED_SHARD, message)] if message else []
         labelled = bool((rows.spans[:, -1, 1] >= 0).any())
         return Survey(len(rows.keys), rows.digest(), left_out, damaged, labelled)
 
@@ -183,6 +184,8 @@ class WebdatasetPairs:
 def read_span(file: int, offset: int, size: int) -> bytes | None:
     if size < 0:
         return None
+    if size > MOST_SAMPLE_BYTES:
+        raise ValueError(f"a member of {size} bytes, more than {MOST_SAMPLE_BYTES}")
     content = os.pread(file, size, offset)
     if len(content) < size:
         raise EOFError(f"it ends before byte {offset + size}")

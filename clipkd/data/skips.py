@@ -9,6 +9,12 @@ FEWEST_SEEN = 1000
 """The share of skipped samples is taken of at least so many, so that one among the first does not stop a run."""
 
 
+FEWEST_SHARDS = 100
+"""Likewise of streamed shards."""
+
+DAMAGED_SHARD = "damaged shard"
+
+
 class Skip(NamedTuple):
     key: str
     """Shard and key, file or row."""
@@ -57,5 +63,5 @@ class Skips:
         return {"step": step, "counts": dict(self.counts), "examples": [skip._asdict() for skip in self.examples]}
 
 
-def exceeds(num_skipped: int, num_seen: int, max_share: float) -> bool:
-    return num_skipped > max_share * max(num_seen, FEWEST_SEEN)
+def exceeds(num_skipped: int, num_seen: int, max_share: float, *, fewest: int = FEWEST_SEEN) -> bool:
+    return num_skipped > max_share * max(num_seen, fewest)

@@ -14,6 +14,12 @@ from clipkd.data.skips import BadSample, Skip, Skips, exceeds
 
 UNLABELLED = -1
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MOST_SAMPLE_BYTES = 1 << 28
+"""Of an image, caption or label: a table may name /dev/zero."""
+
+MOST_CHARACTERS = 2000
+"""Of a caption. A tokenizer keeps far less, but takes minutes over one word of a hundred thousand letters."""
+
 NUM_PROBES = 8
 """Samples that are looked at before a run: an option is wrong if not one of them can be read."""
 
@@ -156,7 +162,7 @@ def as_captions(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(captions, list | tuple) or not all(isinstance(caption, str) for caption in captions):
         message = f"expected a caption or a list of captions, got {type(value).__name__}"
         raise BadSample(where, "no caption", message)
-    captions = tuple(caption.strip() for caption in captions if caption.strip())
+    captions = tuple(caption.strip()[:MOST_CHARACTERS].strip() for caption in captions if caption.strip())
     try:
         "".join(captions).encode()
     except UnicodeEncodeError as error:  # half of an emoji, such as a json that was cut by characters can hold

@@ -22,7 +22,7 @@ from webdataset.shardlists import expand_urls
 from clipkd.config import DataConfig, SourceConfig
 from clipkd.data.loader import MOST_TRIES, Augment, Collate, Feed, Sample, options
 from clipkd.data.order import Mixture, Purpose, generator
-from clipkd.data.skips import BadSample, Skip
+from clipkd.data.skips import DAMAGED_SHARD, BadSample, Skip
 from clipkd.data.sources import IMAGE_EXTENSIONS, Pair, about, make_pair
 from clipkd.data.tar_index import as_text
 from clipkd.data.tar_members import StrictMember, group_members, walk
@@ -89,12 +89,14 @@ class StreamedPairs(IterableDataset):
         start = self.starts(num_workers)[reader]
         skipped: list[Skip] = []
         samples: list[Sample] = []
-        for place, sample in self.samples(start, num_readers, skipped):
+        opened: list[int] = []
+        for place, sample in self.samples(start, num_readers, skipped, opened):
             samples.append(sample)
             if len(samples) == self.share:
-                yield self.collate(samples)._replace(skipped=tuple(skipped), place=(reader, place))
-                skipped.clear()
-                samples.clear()
+                batch = self.collate(samples)
+                yield batch._replace(skipped=tuple(skipped), shards_opened=len(opened), place=(reader, place))
+                for part in (skipped, samples, opened):
+                    part.clear()
 
     def starts(self, num_workers: int) -> dict[int, int]:
         """This process's readers → the place in the order of shards where each of them begins."""
@@ -105,7 +107,7 @@ class StreamedPairs(IterableDataset):
         first = min(self.places.values(), default=0)  # other readers than before: all go back to the last of them
         return {reader: first + reader for reader in readers}
 
-    def samples(self, start: int, stride: int, skipped: list[Skip]) -> Iterator[tuple[int, Sample]]:
+    def samples(self, start: int, stride: int, skipped: list[Skip], opened: list[int]) -> Iterator[tuple[int, Sample]]:
         """Shuffled samples, each with the first shard that is not given whole once it has been taken."""
         rng = generator(Purpose.STREAM, self.augment.seed, start)
         buffer: list[tuple[int, int, Pair]] = []
@@ -113,7 +115,7 @@ class StreamedPairs(IterableDataset):
         empty = unusable = 0
         for place in itertools.count(start, stride):
             ((view, number),) = self.mixture.between(place, place + 1)
-            before = len(skipped)
+            opened.append(place)
             empty += 1
             for pair in read_shard(*self.shards.shards[number], skipped):
                 empty = 0
@@ -139,7 +141,7 @@ class StreamedPairs(IterableDataset):
                     unusable = 0
                     yield min(waiting, default=place), sample
             if empty == MOST_EMPTY_SHARDS:
-                reason = f": {skipped[-1].key} {skipped[-1].message}" if len(skipped) > before else ""
+                reason = f": {skipped[-1].key} {skipped[-1].message}" if skipped else ""
                 raise RunStopped(f"{MOST_EMPTY_SHARDS} streamed shards in a row gave no sample{reason}")
 
 
@@ -158,7 +160,7 @@ def read_shard(url: str, config: SourceConfig, skipped: list[Skip]) -> Iterator[
             skipped.append(bad.skip)
     if not damage and not seen:
         damage = ["holds no samples"]
-    skipped += [Skip(url, "damaged shard", message) for message in damage]
+    skipped += [Skip(url, DAMAGED_SHARD, message) for message in damage]
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from clipkd.config import SourceConfig
 from clipkd.data.skips import BadSample, Skip, Skips
-from clipkd.data.sources import UNLABELLED, Pair, as_captions, as_label
+from clipkd.data.sources import MOST_SAMPLE_BYTES, UNLABELLED, Pair, as_captions, as_label
 
 ROWS_PER_SHARD = 1 << 14
 """Rows that stay together when a table larger than a block is shuffled."""
@@ -90,6 +91,9 @@ class TablePairs:
 
 def read_file(path: Path, key: str) -> bytes:
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_SAMPLE_BYTES:
+            raise OSError(f"{path} is no file of at most {MOST_SAMPLE_BYTES} bytes")
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
         raise BadSample(key, "no image", f"the image file cannot be read ({error})") from error
@@ -105,7 +109,10 @@ def read_table(path: Path, columns: list[str], config: SourceConfig) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path} (data.path)")
     numbered = all(column.isdecimal() for column in columns)
-    parse = csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
+    # A .tsv knows no quotes: a caption that begins with one would swallow the rows up to the next.
+    tabs = path.suffix.lower() == ".tsv"
+    quoting = {"quote_char": False} if tabs else {"newlines_in_values": True}
+    parse = csv.ParseOptions(delimiter="\t" if tabs else ",", **quoting)
     head = csv.ReadOptions(autogenerate_column_names=numbered)
     try:
         with csv.open_csv(path, read_options=head, parse_options=parse) as reader:

@@ -16,6 +16,9 @@ from clipkd.config import StudentConfig
 from clipkd.models.encoder import Encoder
 from clipkd.models.hugging_face import load_transformers
 
+PROBES = ("A photo of a DOG, (two cats!) &amp; a naïve  “fish” in 2024; it's über-cool…", "one more word and " * 30)
+"""Texts on which tokenizers differ that differ at all: case, marks, entities, spaces, numbers, length."""
+
 
 def create_student(config: StudentConfig, *, logit_bias: float | None = None) -> Encoder:
     """A student by name, freshly initialised from torch's random state unless `pretrained` says otherwise.
@@ -159,7 +162,9 @@ def wrap_open_clip(model: Any, tokenizer: Any, *, name: str, model_config: dict[
 
 def tokenizer_name(tokenizer: Any) -> str:
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
-        return f"CLIP BPE, {tokenizer.context_length} tokens"
+        usual = open_clip.SimpleTokenizer(context_length=tokenizer.context_length)
+        if torch.equal(usual(list(PROBES)), tokenizer(list(PROBES))):  # not another vocabulary, cleaning or cutting
+            return f"CLIP BPE, {tokenizer.context_length} tokens"
     return f"{type(tokenizer).__name__} {id(tokenizer)}"  # never taken for another's
 
 

@@ -78,3 +78,36 @@ def test_damage_and_a_teacher_that_knows_nothing_are_noted(
     assert any("damaged shard" in note and "00001.tar" in note for note in notes)
     assert any("hardly finds any caption" in note for note in notes)
     assert "sees its own resolution (48, 48) (student (32, 32))" in done.stdout
+
+
+def test_options_that_make_no_sense_are_problems_not_crashes(
+    clipkd: Run, data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 2, "--output", tmp_path / "run")
+    for options, words in (
+        (("--batch_size", 0), "batch_size is 0"),
+        (("--threads", 0), "threads is 0"),
+        (("--objective.gkl.weight", 1, "--objective.gkl.queue", "true", "--objective.queue.capacity", 64), "a teacher"),
+        (("--evaluation.data", f"[{data / 'noto'}]", "--evaluation.task", tmp_path / "none.yaml"), "evaluation.task"),
+    ):
+        done = clipkd("check", *arguments, *options, check=False)
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_what_a_dry_step_finds_is_told_and_leaves_nothing_behind(
+    clipkd: Run, data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 2, "--output", tmp_path / "run")
+    clipkd("train", *arguments)
+    before = tree(tmp_path / "run")
+    done = clipkd("check", *arguments, "--resume", "latest")
+    assert "nothing left to do: 2 of 2 steps are done" in done.stdout
+    overflow = ("--steps", 4, "--optim.learning_rate", "1e30", "--optim.clip_norm", 0)
+    wild = clipkd("check", *arguments, *overflow, "--output", tmp_path / "other", check=False)
+    assert wild.returncode == 2
+    assert "is nan" in wild.stderr or "is inf" in wild.stderr
+    assert "its batch begins with" in wild.stderr
+    assert not (tmp_path / "other").exists()
+    assert tree(tmp_path / "run") == before

@@ -124,8 +124,12 @@ def test_a_resumed_run_keeps_its_teachers_and_its_classes(
     identity["classes"] = closed_set_fingerprint(config.objective.closed_set)
     with pytest.raises(ValueError, match="was made with classes = "):
         require_same_run(tmp_path, state, config, identity)
-    with pytest.raises(ValueError, match="was made with further_teachers_sha256 = None"):
-        require_same_run(tmp_path, state, config, {**state["identity"], "further_teachers_sha256": ["x"]})
+    second = {**state["identity"], "teachers": {**state["identity"]["teachers"], "1": {"sha256": "x"}}}
+    with pytest.raises(ValueError, match=r"was made with teachers\.1\.sha256 = None"):
+        require_same_run(tmp_path, state, config, second)
+    first = {**state["identity"]["teachers"]["0"], "dtype": "bf16"}
+    with pytest.raises(ValueError, match=r"was made with teachers\.0\.dtype = fp32, now it is bf16"):
+        require_same_run(tmp_path, state, config, {**state["identity"], "teachers": {"0": first}})
 
 
 def test_checkpoints_are_pruned_and_evaluation_runs_on_the_way(clipkd: Run, data: Path, tmp_path: Path) -> None:
@@ -253,7 +257,8 @@ def test_damaged_samples_are_skipped_counted_and_above_a_share_end_the_run(
 
     stopped = clipkd("train", *arguments, "--output", tmp_path / "strict", "--data.max_skipped", 0, check=False)
     assert stopped.returncode == 1
-    assert "could not be used, more than data.max_skipped allows (0.0%)" in stopped.stderr
+    assert "could not be used among the first" in stopped.stderr
+    assert "more than data.max_skipped allows (0.0%)" in stopped.stderr
     assert "skipped.jsonl names some" in stopped.stderr
     (saved,) = (tmp_path / "strict" / "checkpoints").iterdir()
     assert f"({'saved ' + str(saved)})" in stopped.stderr
@@ -275,3 +280,39 @@ def test_a_non_finite_loss_names_the_samples_of_its_batch(clipkd: Run, data: Pat
     assert len(set(stop["keys"])) == 16
     assert len(stop["loss"]) == 2
     assert all(".tar/" in key for key in stop["keys"])
+
+
+def test_streamed_shards_that_are_not_there_end_the_run(clipkd: Run, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes((data / "pairs" / "00000.tar").read_bytes())
+    url = f"pipe:cat {tmp_path}/{{0..5}}.tar"
+    arguments = (*SMALL, "--data.path", url, "--output", tmp_path / "run", "--steps", 20)
+    done = clipkd("train", *arguments, check=False)
+    assert done.returncode == 1
+    assert "streamed shards could not be read to their end, more than data.max_skipped allows (1.0%)" in done.stderr
+    whole = clipkd(
+        "train",
+        *SMALL,
+        "--data.path",
+        f"pipe:cat {data}/pairs/{{00000..00001}}.tar",
+        "--steps",
+        3,
+        "--output",
+        tmp_path / "whole",
+        processes=2,
+    )
+    assert "trained 3 steps" in whole.stdout
+    state = json.loads((tmp_path / "whole" / "checkpoints" / "step_000003" / "state.json").read_text())
+    assert state["stream"].keys() == {"0", "1"}
+    assert state["streamed_shards"][1] == 0 < state["streamed_shards"][0]
+
+
+def test_an_evaluation_that_a_kill_took_is_made_up_for(clipkd: Run, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 4, "--output", run)
+    evaluation = ("--evaluation.data", f"[{data / 'noto'}]", "--evaluation.every_steps", 2)
+    clipkd("train", *arguments, *evaluation)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
+    shutil.rmtree(run / "checkpoints" / "step_000004")
+    (run / "results.jsonl").write_text("")
+    clipkd("train", *arguments, *evaluation, "--resume", "latest")
+    assert [json.loads(line)["step"] for line in (run / "results.jsonl").read_text().splitlines()] == [2, 4]

@@ -14,7 +14,7 @@ from samples import plain_png
 from clipkd.config import DataConfig
 from clipkd.data.open import open_pairs
 from clipkd.data.skips import BadSample
-from clipkd.data.sources import UNLABELLED, PairSet
+from clipkd.data.sources import MOST_CHARACTERS, UNLABELLED, PairSet
 
 # datasets leaves the tables beside images open, and files that it fails to read.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -35,8 +35,9 @@ CAPTIONS = [
 
 
 def table(path: Path, lines: list[list[str]], delimiter: str = ",") -> Path:
-    """Every field quoted, quotes doubled: RFC 4180."""
-    rows = [delimiter.join('"' + field.replace('"', '""') + '"' for field in line) for line in lines]
+    """CSV: every field quoted, quotes doubled (RFC 4180). TSV knows no quotes."""
+    quoted = delimiter == ","
+    rows = [delimiter.join('"' + f.replace('"', '""') + '"' if quoted else f for f in line) for line in lines]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(row + "\n" for row in rows), encoding="utf-8", newline="")
     return path
@@ -71,12 +72,21 @@ def assert_things(source: PairSet, captions: Any = lambda number: (f"thing {numb
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "TSV"])
 def test_every_caption_comes_back_as_it_was_written(tmp_path: Path, suffix: str) -> None:
-    files = images(tmp_path, len(CAPTIONS))
     delimiter = "," if suffix == "csv" else "\t"
-    lines = [["image", "caption"], *([file, caption] for file, caption in zip(files, CAPTIONS, strict=True))]
+    captions = [caption for caption in CAPTIONS if delimiter == "," or not {"\t", "\n"} & set(caption)]
+    files = images(tmp_path, len(captions))
+    lines = [["image", "caption"], *([file, caption] for file, caption in zip(files, captions, strict=True))]
     source = csv(table(tmp_path / f"t.{suffix}", lines, delimiter))
-    assert len(source) == len(CAPTIONS) == 26
-    assert_things(source, lambda number: (CAPTIONS[number].strip(),))
+    assert len(source) == len(captions) == (26 if delimiter == "," else 24)
+    assert_things(source, lambda number: (captions[number].strip()[:MOST_CHARACTERS],))
+
+
+def test_a_caption_that_begins_with_a_quote_does_not_swallow_the_rows_after_it(tmp_path: Path) -> None:
+    files = images(tmp_path, 5)
+    captions = ["a cat", '"a dog', "a bird", 'the "best" fish', "a cow"]
+    rows = "".join(f"{caption}\t{file}\n" for caption, file in zip(captions, files, strict=True))
+    (tmp_path / "t.tsv").write_text("caption\timage\n" + rows)
+    assert_things(csv(tmp_path / "t.tsv"), lambda number: (captions[number],))
 
 
 def test_an_unquoted_table_by_hand(tmp_path: Path) -> None:
