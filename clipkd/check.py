@@ -56,6 +56,8 @@ class Findings:
         return None
 
     def add(self, problem: str) -> None:
+        if "Original Traceback" in problem:  # raised in a loader process; its last line is what happened
+            problem = problem.strip().splitlines()[-1].split(": ", 1)[-1]
         self.problems.append(" ".join(problem.split())[:2000])
 
     def share(self) -> None:
