@@ -8,7 +8,6 @@ MAX_EXAMPLES = 10
 FEWEST_SEEN = 1000
 """The share of skipped samples is taken of at least so many, so that one among the first does not stop a run."""
 
-
 FEWEST_SHARDS = 100
 """Likewise of streamed shards."""
 
