@@ -13,7 +13,7 @@ from clipkd import distributed
 from clipkd.config import SourceConfig
 from clipkd.data.skips import DAMAGED_SHARD, BadSample, Skip, Skips
 from clipkd.data.sources import IMAGE_EXTENSIONS, MOST_SAMPLE_BYTES, Pair, Track, make_pair
-from clipkd.data.tar_index import TarIndex, as_text, index_tar, is_indexed
+from clipkd.data.tar_index import DUPLICATE, TarIndex, as_text, index_tar, is_indexed
 
 MANY_SHARDS = 20
 """New ones from which on their indexing shows its progress."""
@@ -38,7 +38,9 @@ def find_shards(paths: tuple[str, ...]) -> list[Path]:
         found += shards
     missing = [shard for shard in found if not shard.is_file()]
     if missing:
-        raise FileNotFoundError(f"no shard {missing[0]} ({len(missing)} of {len(found)} missing); see data.path")
+        odd = any(sign in str(missing[0]) for sign in "*?,")
+        hint = "; write a folder, a brace pattern such as shards/{00000..00099}.tar or a list [a.tar, b.tar]" * odd
+        raise FileNotFoundError(f"no shard {missing[0]} ({len(missing)} of {len(found)} missing); see data.path{hint}")
     real = [shard.resolve() for shard in found]
     if len(set(real)) < len(real):
         twice = next(shard for shard, times in Counter(real).items() if times > 1)
@@ -107,9 +109,10 @@ class WebdatasetPairs:
         if not self.shards:
             if self.damaged and not self.left_out:
                 raise ValueError(f"{self.damaged[0].key} {self.damaged[0].message}; no shard of {where} can be read")
+            apart = f"; {DUPLICATE}" if self.left_out.counts["duplicate key"] else ""
             raise ValueError(
                 f"{where}: none of {self.left_out.counts.total()} samples has both an image "
-                f"({', '.join(IMAGE_EXTENSIONS)}) and a .{self.caption_extension}; see data.caption_key"
+                f"({', '.join(IMAGE_EXTENSIONS)}) and a .{self.caption_extension}; see data.caption_key{apart}"
             )
         if self.config.label_key and not labelled:
             raise ValueError(f"{where}: no sample has a .{self.label_extension} for its label; see data.label_key")
@@ -137,8 +140,7 @@ class WebdatasetPairs:
             (has_image & ~has_caption, "no caption", f"no .{self.caption_extension}"),
         ):
             left_out.add(Skip(f"{shard}/{as_text(key)}", cause, f"has {member}") for key in index.keys[missing])
-        message = "its key stands in the shard more than once"
-        left_out.add(Skip(f"{shard}/{as_text(key)}", "duplicate key", message) for key in index.duplicates)
+        left_out.add(Skip(f"{shard}/{as_text(key)}", "duplicate key", DUPLICATE) for key in index.duplicates)
         whole = has_image & has_caption
         return Rows(index.keys[whole], spans[whole], stamp), left_out
 

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from clipkd.data.loader import MOST_TRIES, Augment, Collate, Feed, Sample, optio
 from clipkd.data.order import Mixture, Purpose, generator
 from clipkd.data.skips import DAMAGED_SHARD, BadSample, Skip
 from clipkd.data.sources import IMAGE_EXTENSIONS, Pair, about, make_pair
-from clipkd.data.tar_index import as_text
+from clipkd.data.tar_index import DUPLICATE, as_text
 from clipkd.data.tar_members import StrictMember, group_members, walk
 from clipkd.stops import RunStopped
 from clipkd.views import Batch, Views
@@ -153,7 +154,7 @@ def read_shard(url: str, config: SourceConfig, skipped: list[Skip]) -> Iterator[
         key = f"{url}/{as_text(os.fsencode(name))}"
         try:
             if name in seen:
-                raise BadSample(key, "duplicate key", "its key stands in the shard more than once")
+                raise BadSample(key, "duplicate key", DUPLICATE)
             seen.add(name)
             yield pair_of(key, parts, config)
         except BadSample as bad:
@@ -165,11 +166,16 @@ def read_shard(url: str, config: SourceConfig, skipped: list[Skip]) -> Iterator[
 
 @contextlib.contextmanager
 def open_stream(url: str) -> Iterator[tarfile.TarFile]:
-    with (
-        gopen(url) as stream,
-        tarfile.open(fileobj=cast("BinaryIO", stream), mode="r|", tarinfo=StrictMember) as tar,
-    ):
-        yield tar
+    try:
+        with (
+            gopen(url) as stream,
+            tarfile.open(fileobj=cast("BinaryIO", stream), mode="r|", tarinfo=StrictMember) as tar,
+        ):
+            yield tar
+    except OSError as error:  # webdataset words the end of a program as the tuple of its arguments
+        if status := re.search(r": exit (-?\d+) \(", str(error)):
+            raise OSError(f"the program behind it ended with status {status[1]}") from error
+        raise
 
 
 def read_content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -188,7 +194,7 @@ def pair_of(key: str, parts: dict[str, bytes], config: SourceConfig) -> Pair:
         raise BadSample(key, "no image", f"has no {', '.join(f'.{name}' for name in IMAGE_EXTENSIONS)}")
     extension = "txt" if config.caption_key == "txt" else "json"
     if extension not in parts:
-        raise BadSample(key, "no caption", f"has no .{extension}")
+        raise BadSample(key, "no caption", f"has no .{extension}; see data.caption_key")
     return make_pair(key, image, parts[extension], parts.get("cls" if config.label_key == "cls" else "json"), config)
 
 

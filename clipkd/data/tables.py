@@ -1,5 +1,6 @@
 """Pairs from tables: Hugging Face data sets, and CSV or TSV files of image paths and captions."""
 
+import csv
 import hashlib
 import json
 import stat
@@ -102,41 +103,71 @@ def read_file(path: Path, key: str) -> bytes:
 def read_table(path: Path, columns: list[str], config: SourceConfig) -> Any:
     """The columns of a CSV or TSV file, all text. Columns given as numbers count from 0 in a file without a header line.
 
-    Raises: FileNotFoundError, or ValueError naming the columns there are.
+    Raises: FileNotFoundError, or ValueError naming the columns there are, or the row that has more or fewer of them, or
+        the line of a quote that is not closed.
     """
-    from pyarrow import ArrowInvalid, csv, string
+    from pyarrow import ArrowInvalid, string
+    from pyarrow import csv as arrow_csv
 
     if not path.is_file():
         raise FileNotFoundError(f"no file {path} (data.path)")
     numbered = all(column.isdecimal() for column in columns)
     # A .tsv knows no quotes: a caption that begins with one would swallow the rows up to the next.
     tabs = path.suffix.lower() == ".tsv"
+
     quoting = {"quote_char": False} if tabs else {"newlines_in_values": True}
-    parse = csv.ParseOptions(delimiter="\t" if tabs else ",", **quoting)
-    head = csv.ReadOptions(autogenerate_column_names=numbered)
+    parse = arrow_csv.ParseOptions(delimiter="\t" if tabs else ",", **quoting)
+    options = arrow_csv.ReadOptions(autogenerate_column_names=numbered)
+    unthreaded = arrow_csv.ReadOptions(autogenerate_column_names=numbered, use_threads=False)  # its errors number rows
     try:
-        with csv.open_csv(path, read_options=head, parse_options=parse) as reader:
+        with arrow_csv.open_csv(path, read_options=unthreaded, parse_options=parse) as reader:
             names = reader.schema.names
         wanted = [f"f{column}" for column in columns] if numbered else columns
         require_columns(config, str(path), [name.removeprefix("f") for name in names] if numbered else names)
-        convert = csv.ConvertOptions(
+        convert = arrow_csv.ConvertOptions(
             column_types=dict.fromkeys(wanted, string()), include_columns=wanted, strings_can_be_null=False
         )
-        table = csv.read_csv(path, read_options=head, parse_options=parse, convert_options=convert)
+        try:
+            table = arrow_csv.read_csv(path, read_options=options, parse_options=parse, convert_options=convert)
+        except ArrowInvalid:
+            table = arrow_csv.read_csv(path, read_options=unthreaded, parse_options=parse, convert_options=convert)
     except (ArrowInvalid, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no table that can be read: {' '.join(str(error).split())[:300]}") from error
     if not len(table):
         raise ValueError(f"{path} holds no rows")
+    if not tabs and len(table) + (not numbered) < count_lines(path):  # some field spans lines
+        require_closed_quotes(path)
     return table
+
+
+def count_lines(path: Path) -> int:
+    """Lines that are not blank."""
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())
+
+
+def require_closed_quotes(path: Path) -> None:
+    """Raises: ValueError if a field that spans lines ends in a quote too many: rows were taken for part of a caption."""
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        reader, last = csv.reader(file, strict=True), 0
+        try:
+            for _ in reader:
+                last = reader.line_num
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}: the quotes of the row at line {last + 1} do not match ({error}), and it would swallow those "
+                "after it; double the quotes within a field"
+            ) from error
 
 
 def require_columns(config: SourceConfig, path: str, names: list[str]) -> list[str]:
     """The columns that a source reads. Raises: ValueError naming those that there are."""
     options = {"image_column": config.image_column, "caption_key": config.caption_key, "label_key": config.label_key}
     wanted = {option: column for option, column in options.items() if column is not None}
+    hint = " (in a table without a header line: the column's number, from 0)" if config.format == "csv" else ""
     for option, column in wanted.items():
         if column not in names:
-            raise ValueError(f"{path} has no column {column!r}, only {names}; set data.{option}")
+            raise ValueError(f"{path} has no column {column!r}, only {names}; set data.{option}{hint}")
     return list(wanted.values())
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from clipkd.data.tar_members import StrictMember, group_members, walk
 
 INDEX_VERSION = 2
+DUPLICATE = "its key stands in the shard more than once, or its files apart (a tar must be written sorted by name)"
 
 
 @dataclass(frozen=True)

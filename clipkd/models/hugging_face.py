@@ -68,6 +68,11 @@ def load_transformers(folder: Path) -> Encoder:
         raise ValueError(f"{folder}: its weight file lacks {sorted(report['missing_keys'])[:3]} and others")
     if int(processor.resample) not in RESAMPLING:
         raise ValueError(f"{folder}: its image processor resizes by method {processor.resample}; known: {RESAMPLING}")
+    for option in ("do_resize", "do_rescale", "do_normalize"):
+        if not getattr(processor, option, True):
+            raise ValueError(
+                f"{folder}: its image processor has {option} false; clipkd resizes, rescales and normalises"
+            )
     texts = model.config.text_config
     tokenize = TransformersTokenize(tokenizer, texts.max_position_embeddings)
     try:

@@ -230,6 +230,25 @@ def test_what_is_no_table_is_refused_by_name(tmp_path: Path, content: bytes, col
         csv(path, **options)
 
 
+@pytest.mark.parametrize(
+    "after", ['2.png,"quoted, too"\n3.png,d\n', "2.png,c\n3.png,d\n"], ids=["closed later", "never"]
+)
+def test_a_quote_that_is_not_closed_is_named_by_its_line(tmp_path: Path, after: str) -> None:
+    images(tmp_path, 4)
+    path = tmp_path / "stray.csv"
+    path.write_text('image,caption\n0.png,"two\nlines"\n1.png,"a 12" screen\n' + after)
+    with pytest.raises(ValueError, match=r"stray\.csv: the quotes of the row at line 4 do not match"):
+        csv(path)
+
+
+def test_a_row_with_another_number_of_fields_is_named(tmp_path: Path) -> None:
+    images(tmp_path, 2)
+    path = tmp_path / "short.csv"
+    path.write_text("image,caption\n0.png,a\n1.png\n")
+    with pytest.raises(ValueError, match=r"short\.csv .*Row #3: Expected 2 columns, got 1: 1\.png"):
+        csv(path)
+
+
 def test_a_table_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no file .*none\.csv \(data\.path\)"):
         csv(tmp_path / "none.csv")
