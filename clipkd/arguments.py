@@ -47,12 +47,12 @@ def nearest_option(word: str, options: set[str]) -> str | None:
     return tails[near[0]] if near else None
 
 
-def parse(arguments: list[str]) -> TrainConfig:
+def parse(arguments: list[str], command: str = "train") -> TrainConfig:
     """Arguments of `clipkd train`: --config FILE (stackable), then dotted overrides.
 
-    Exits with one line and status 2 where they are wrong.
+    Exits with one line and status 2 where they are wrong, signed by the command.
     """
-    return parse_into(TrainConfig, arguments, "train", "Train a student, with or without a teacher.")
+    return parse_into(TrainConfig, arguments, command, "Train a student, with or without a teacher.")
 
 
 def parse_into(

@@ -3,7 +3,7 @@
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from clipkd.distill import require_fitting_teachers
 from clipkd.models import Encoder
 from clipkd.requirements import collecting
 from clipkd.resume import find_checkpoint
-from clipkd.run import Run, build_run
+from clipkd.run import Run, build_run, record_skips, skipped_too_much
 from clipkd.stops import RunStopped
 from clipkd.views import Batch, ViewSpec
 
@@ -41,6 +41,9 @@ class Findings:
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def note_skips(self, skips: Iterable[data.Skip]) -> None:
+        self.notes += [f"{skip.cause}: {skip.key[-200:]!r} {skip.message[:200]}" for skip in skips]
 
     def attempt(self, make: Callable[[], T]) -> T | None:
         """What `make` returns, or None and a problem more."""
@@ -70,7 +73,7 @@ def check(arguments: list[str]) -> list[str]:
     """Arguments of `clipkd train` → this process's problems; prints what would run. Writes nothing but indexes of shards."""
     findings = Findings()
     with collecting() as wrong_options:
-        config = parse(arguments)
+        config = parse(arguments, "check")
     findings.problems += dict.fromkeys(wrong_options)
     if config.threads is not None and config.threads > 0:
         torch.set_num_threads(config.threads)
@@ -149,15 +152,14 @@ def describe_data(config: TrainConfig, pairs: data.Pairs, findings: Findings) ->
         times = f", {options.weight:g} × per epoch" if options.weight != 1 else ""
         shards = f" in {len(source.shard_sizes)} shards" if options.format == "webdataset" else ""
         tell("", f"{where}: {count:,} pairs{shards}{times}")
-    for skip in [*(skip for source in pairs.sources for skip in source.damaged), *pairs.left_out.examples][:5]:
-        findings.notes.append(f"{skip.cause}: {skip.key[-200:]!r} {skip.message[:200]}")
+    findings.note_skips([*(skip for source in pairs.sources for skip in source.damaged), *pairs.left_out.examples][:5])
 
 
 def describe_batch(config: TrainConfig, pairs: data.Pairs | None) -> None:
     world_size, seen = distributed.world_size(), config.steps * config.batch_size
     text = f"{config.batch_size:,} pairs = {world_size} × {config.batch_size / world_size:g}; {config.steps:,} steps see {seen:,}"
     if isinstance(pairs, data.PairSet):
-        size = pairs.epoch_size()
+        size = pairs.mixture(config.seed).epoch_size
         text += f" = {seen / size:.3g} epochs of {size:,} pairs, {size / config.batch_size:,.1f} steps each"
     tell("batch", text)
 
@@ -235,6 +237,10 @@ def try_steps(run: Run, findings: Findings) -> None:
         batch = next(run.feed)
         waited = time.perf_counter() - started
         seconds.append(waited + timed_step(run, batch, run.start + len(seconds)))
+    steps = run.start + len(seconds)
+    findings.note_skips(record_skips(run, steps).examples)
+    if damage := skipped_too_much(run, steps):
+        findings.add(f"{damage}, more than data.max_skipped allows; mend the data, or raise data.max_skipped")
     typical = statistics.median(seconds[1:] or seconds)
     left = timedelta(seconds=round(typical * (run.config.steps - run.start)))
     rate = run.config.batch_size / typical

@@ -1,8 +1,12 @@
 """Checkpoints: whole or absent, versioned, safetensors and JSON only, so that loading one never runs code from it."""
 
+import errno
+import hashlib
 import json
 import os
+import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -33,7 +37,10 @@ def save(
     """Write RUN/checkpoints/step_N under a temporary name, then rename it. Call on one process only.
 
     model.safetensors holds everything trainable, ema.safetensors the averaged student, optimizer.safetensors AdamW's
-    moments by parameter name, memory.safetensors the queue and the class prior where there are any, state.json the rest.
+    moments by parameter name, memory.safetensors the queue and the class prior where there are any, state.json the rest,
+    with length and SHA-256 of the others.
+
+    Raises: OSError that names what could not be written; then nothing of it stays.
     """
     folder = checkpoint_folder(run, step)
     temporary = folder.with_name(folder.name + ".tmp")
@@ -47,13 +54,15 @@ def save(
         write_tensors(temporary / "optimizer.safetensors", optimizer_tensors(model, optimizer))
         if memory:
             write_tensors(temporary / "memory.safetensors", memory)
-        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        text = json.dumps({"format_version": FORMAT_VERSION, "step": step, "files": sizes, **state}, indent=1)
+        files = {path.name: [path.stat().st_size, sha256(path)] for path in sorted(temporary.iterdir())}
+        text = json.dumps({"format_version": FORMAT_VERSION, "step": step, "files": files, **state}, indent=1)
         (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             sync(path)
-    except OSError:
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk must not stay full of halves
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
         raise
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
@@ -73,35 +82,71 @@ def prune(run: Path, keep: int) -> None:
 
 
 def whole_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+    """Checkpoints of a run whose files are all there in their length, oldest first."""
+    return [folder for folder in step_folders(run) if find_fault(folder) is None]
+
+
+def step_folders(run: Path) -> list[Path]:
     folders = [path for path in (run / "checkpoints").glob("step_*") if path.name[5:].isdecimal()]
-    return sorted((path for path in folders if is_whole(path)), key=lambda path: int(path.name[5:]))
+    return sorted(folders, key=lambda path: int(path.name[5:]))
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether every file of a checkpoint is there in its length; one that a disk or a copy cut short is not."""
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint of a run that is byte for byte as it was saved; warns of damaged ones after it.
+
+    Raises: ValueError if there are checkpoints, but none that can be read.
+    """
+    faults: list[str] = []
+    for folder in reversed(step_folders(run)):
+        fault = find_fault(folder, content=True)
+        if fault is None:
+            if faults:
+                warnings.warn(f"{'; '.join(faults)}; going back to {folder}", stacklevel=2)
+            return folder
+        faults.append(f"{folder} is damaged: {fault}")
+    if faults:
+        raise ValueError(f"{faults[0]}; no checkpoint of this run is whole: move {run} away to begin anew")
+    return None
+
+
+def find_fault(folder: Path, *, content: bool = False) -> str | None:
+    """The first file that a disk or a copy has cut short or lost, or, if asked for, changed."""
     try:
-        files = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("files", {})
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, AttributeError):
-        return False
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if state.get("format_version") != FORMAT_VERSION:
+            return None  # who reads it is told
+        for name, (size, digest) in state["files"].items():
+            if (found := (folder / name).stat().st_size) != size:
+                return f"{name} has {found:,} bytes instead of {size:,}"
+            if content and sha256(folder / name) != digest:
+                return f"{name} is not what was saved (SHA-256)"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return str(error)
+    return None
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_run(path: Path) -> bool:
     """Whether a path is a run folder or a checkpoint in one."""
-    return (path / "state.json").is_file() or bool(whole_checkpoints(path))
+    return (path / "state.json").is_file() or bool(step_folders(path))
 
 
 def resolve(path: Path) -> Path:
-    """A run folder → its newest checkpoint; a checkpoint folder → itself.
+    """A run folder → its newest checkpoint that can be read; a checkpoint folder → itself.
 
-    Raises: ValueError if it is neither.
+    Raises: ValueError if it is neither, or damaged.
     """
     if (path / "state.json").is_file():
+        if fault := find_fault(path, content=True):
+            raise ValueError(f"{path} is damaged: {fault}; use an earlier checkpoint")
         return path
-    if checkpoints := whole_checkpoints(path):
-        return checkpoints[-1]
-    raise ValueError(f"{path} holds no whole checkpoint (step_N with a state.json); name a run folder or a checkpoint")
+    if folder := newest(path):
+        return folder
+    raise ValueError(f"{path} holds no checkpoint (checkpoints/step_N); name a run folder or a checkpoint")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -154,7 +199,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file(copies, path)
     except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error})") from error
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
     path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 

@@ -1,9 +1,13 @@
 """The command line: `clipkd COMMAND`, `python -m clipkd COMMAND` or `accelerate launch -m clipkd COMMAND`."""
 
+import errno
 import logging
 import os
+import signal
 import sys
+import warnings
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 from clipkd import __version__
 from clipkd.arguments import parse, parse_into
@@ -15,7 +19,7 @@ Distill a large CLIP into a small one.
 
 commands:
   check    say what a training config will run, and all that is wrong with it: clipkd check configs/demo.yaml --data.path shards
-  train    train a student from a config: clipkd train --config configs/demo.yaml --data.path shards
+  train    train a student from a config: clipkd train configs/demo.yaml --data.path shards
   report   draw a run's curves, throughput, skipped samples and evaluations as one HTML page
   eval     classify a labelled data set zero-shot with any model
   export   turn a training checkpoint into a folder that open_clip loads
@@ -46,26 +50,56 @@ def run_command(name: str, command: Callable[[list[str]], None], arguments: list
     logging.getLogger().setLevel(logging.ERROR)  # open_clip reports what clipkd checks, as warnings of the root logger
     process = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     try:
-        command(arguments)
+        with warnings.catch_warnings():
+            tell_own_warnings(name)
+            command(arguments)
     except (ValueError, OSError, FloatingPointError, RunStopped) as error:
         message = str(error).strip()
         if "Original Traceback" in message:  # raised in a loader process; its last line is what happened
             message = message.splitlines()[-1].split(": ", 1)[-1]
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full:
+            message += "; free space" + (", then go on with --resume latest" if name == "train" else "")
         print(f"clipkd {name}{process}: error: {' '.join(message.split())}", file=sys.stderr)
         if os.environ.get("CLIPKD_TRACEBACK"):
             raise
-        raise SystemExit(1 if isinstance(error, FloatingPointError | RunStopped) else 2) from None
+        raise SystemExit(1 if full or isinstance(error, FloatingPointError | RunStopped) else 2) from None
     except Interrupted as stop:
-        if is_main_process():
-            print(f"clipkd {name}: stopped by {stop}", file=sys.stderr)
-        raise SystemExit(128 + stop.number) from None
+        end_by(stop.number, f"clipkd {name}: stopped by {stop}" if is_main_process() else "")
     except KeyboardInterrupt:
-        print(f"clipkd {name}{process}: interrupted; finished checkpoints are kept", file=sys.stderr)
-        raise SystemExit(130) from None
+        kept = "; finished checkpoints are kept" if name == "train" else ""
+        end_by(signal.SIGINT, f"clipkd {name}{process}: interrupted{kept}")
+
+
+def tell_own_warnings(name: str) -> None:
+    """Warnings of this package as one line of the main process; others as ever."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], path: str, *rest: Any) -> None:
+        if os.path.dirname(__file__) not in path:
+            usual(message, category, path, *rest)
+        elif is_main_process():
+            print(f"clipkd {name}: warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+
+
+def end_by(number: int, message: str) -> NoReturn:
+    """Exit with a signal's status, and not by a second one that comes while the interpreter tidies up."""
+    for impatient in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(impatient, signal.SIG_IGN)
+    if message:
+        print(message, file=sys.stderr)
+    raise SystemExit(128 + number) from None
+
+
+def with_config(arguments: list[str]) -> list[str]:
+    """FILE.yaml … → --config FILE.yaml …"""
+    return arguments if not arguments or arguments[0].startswith("-") else ["--config", *arguments]
 
 
 def train_command(arguments: list[str]) -> None:
-    config = parse(arguments)
+    config = parse(with_config(arguments))
     from clipkd.train import train
 
     folder = train(config)
@@ -74,11 +108,9 @@ def train_command(arguments: list[str]) -> None:
 
 
 def check_command(arguments: list[str]) -> None:
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--config", *arguments]
     from clipkd.check import check
 
-    problems = check(arguments)
+    problems = check(with_config(arguments))
     process = "" if is_main_process() else f" (process {os.environ['RANK']})"
     for problem in problems:
         print(f"clipkd check{process}: problem: {problem}", file=sys.stderr)
@@ -100,11 +132,7 @@ def eval_command(arguments: list[str]) -> None:
     config = parse_into(evaluate.EvalConfig, arguments, "eval", "Classify labelled images zero-shot.")
     row = evaluate.run(config)
     if is_main_process():
-        metrics = row["metrics"]
-        print(
-            f"{row['key']}: top-1 {metrics['acc1']:.4f}  top-5 {metrics['acc5']:.4f}  mean per class "
-            f"{metrics['mean_per_class_recall']:.4f}  n {row['n']}  →  {config.output}"
-        )
+        print(f"{evaluate.describe_result(row)}  →  {config.output}")
 
 
 def export_command(arguments: list[str]) -> None:

@@ -148,6 +148,15 @@ def result_row(
     }
 
 
+def describe_result(row: dict[str, Any]) -> str:
+    """A result row in a line, in percent."""
+    metrics = row["metrics"]
+    return (
+        f"{row['key']}: top-1 {metrics['acc1']:.2%}, top-5 {metrics['acc5']:.2%}, mean per class "
+        f"{metrics['mean_per_class_recall']:.2%}, n {row['n']}"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     model: str

@@ -8,15 +8,18 @@ from typing import Any
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Add one line; NaN and infinities become null, which JSON can hold."""
+    """Add one line; NaN and infinities become null, which JSON can hold. Raises: OSError that names the file."""
     line = json.dumps(replace_non_finite(row), allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":  # a kill cut the last line short
-                line = "\n" + line
-        file.write(line.encode())
+    try:
+        with path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":  # a kill cut the last line short
+                    line = "\n" + line
+            file.write(line.encode())
+    except OSError as error:  # a full disk shows at the write, which knows no name
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write(path: Path, record: dict[str, Any]) -> None:

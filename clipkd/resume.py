@@ -1,8 +1,11 @@
 """Where a run starts from, and whether what it resumes is the same run."""
 
+import fcntl
 import json
+import os
+import socket
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from clipkd import checkpoint
 from clipkd import config as configuration
@@ -15,6 +18,31 @@ RESUME_MAY_DIFFER = (
 )
 
 
+def claim(folder: Path) -> IO[str]:
+    """The run folder as this process's own, until it closes what is returned or dies.
+
+    Raises: ValueError if another process has claimed it.
+    """
+    lock = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(
+            lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # a process's own: loader processes do not outlive it as holders
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        owner = lock.read().strip()
+        lock.close()
+        raise ValueError(
+            f"{folder} is being written by {owner}; wait for it, end it, or set another --output"
+        ) from None
+    except OSError:
+        return lock  # a file system without locks
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
+
+
 def find_checkpoint(config: TrainConfig) -> Path | None:
     """Where to start from: None is step 0.
 
@@ -23,9 +51,9 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is a file; name a folder")
-    saved = checkpoint.whole_checkpoints(output)
     if config.resume == "latest":
-        return saved[-1] if saved else None
+        return checkpoint.newest(output)
+    saved = checkpoint.whole_checkpoints(output)
     if config.resume is None:
         if saved:
             raise ValueError(
@@ -40,24 +68,14 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
 
 def require_same_run(folder: Path, state: dict[str, Any], config: TrainConfig, identity: dict[str, Any]) -> None:
     """Raises: ValueError naming the first thing that would make the resumed run another run."""
+    flatten = configuration.flatten
     defaults = flatten(configuration.to_dict(TrainConfig()))  # for options that came after the checkpoint
     before, now = defaults | flatten(state["config"]), flatten(configuration.to_dict(config))
     before |= flatten(state["identity"])
     now |= flatten(json.loads(json.dumps(identity)))  # as it reads after a checkpoint: lists for tuples
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (not key.endswith(".pairs"), key)):  # counts say most
         if not key.startswith(RESUME_MAY_DIFFER) and before.get(key) != now.get(key):
             raise ValueError(
                 f"{folder} was made with {key} = {before.get(key)}, now it is {now.get(key)}; "
                 "a resumed run must keep it: change it back, or start another run"
             )
-
-
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{a: {b: 1}} → {a.b: 1}; lists become text, as trackers want it."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = str(value) if isinstance(value, list) else value
-    return flat

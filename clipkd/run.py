@@ -1,5 +1,6 @@
 """One training run: opened and checked as a whole, then logged, evaluated and saved."""
 
+import contextlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,10 @@ from clipkd import config as configuration
 from clipkd.assemble import Parts, assemble, identify, make_distiller, make_optimizer
 from clipkd.config import TrainConfig
 from clipkd.distill import Distiller
-from clipkd.evaluate import Task, evaluate
+from clipkd.evaluate import Task, describe_result, evaluate
 from clipkd.models import Encoder
 from clipkd.progress import Stopwatch
-from clipkd.resume import find_checkpoint, flatten, require_same_run
+from clipkd.resume import claim, find_checkpoint, require_same_run
 from clipkd.views import Views
 
 RECORDS = ("metrics.jsonl", "results.jsonl", "skipped.jsonl")
@@ -55,6 +56,8 @@ class Run:
     skips: data.Skips = field(default_factory=data.Skips)
     """Those of this process that are not written down yet."""
     saved_at: float = field(default_factory=time.monotonic)
+    claim: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
+    """Held while this process writes the run folder."""
 
 
 def open_run(config: TrainConfig) -> Run:
@@ -66,10 +69,12 @@ def open_run(config: TrainConfig) -> Run:
         torch.set_num_threads(config.threads)
     parts = assemble(config)
     run = build_run(config, parts)
-    if run.accelerator.is_main_process:
-        open_folder(run, parts.pairs)
+    distributed.together(lambda: open_folder(run, parts.pairs) if run.accelerator.is_main_process else None)
     if config.log.trackers:
-        run.accelerator.init_trackers("clipkd", config=flatten(configuration.to_dict(config)))
+        plain = configuration.flatten(configuration.to_dict(config))
+        # Trackers take no lists.
+        plain = {name: str(value) if isinstance(value, list) else value for name, value in plain.items()}
+        run.accelerator.init_trackers("clipkd", config=plain)
     return run
 
 
@@ -124,11 +129,15 @@ def build_run(config: TrainConfig, parts: Parts) -> Run:
 
 
 def open_folder(run: Run, pairs: data.Pairs) -> None:
-    """config.yaml, and the records of earlier steps without those that will be done again."""
+    """config.yaml, and the records of earlier steps without those that will be done again.
+
+    Raises: ValueError if another process writes into the folder.
+    """
     start, steps = run.start, run.config.steps
     where = f"from step {start} of {steps}" if start == 0 else f"resumed from step {start} of {steps}"
     progress.console.print(f"{run.folder}: {where}, {pairs.describe()}", soft_wrap=True, markup=False)
     run.folder.mkdir(parents=True, exist_ok=True)
+    run.claim = claim(run.folder)
     configuration.save(run.config, run.folder / "config.yaml")
     for name in RECORDS:
         if start == 0:
@@ -162,7 +171,7 @@ def describe(row: dict[str, Any], terms: list[str]) -> str:
     return ", ".join([*parts, f"{row['skipped']} skipped"] if row["skipped"] else parts)
 
 
-def record_skips(run: Run, step: int) -> None:
+def record_skips(run: Run, step: int) -> data.Skips:
     """What all processes skipped since the last call → skipped.jsonl. Call on every process."""
     together, opened = data.Skips(), 0
     for skips, num_opened in distributed.gather_objects((run.skips, run.num_opened)):
@@ -172,8 +181,9 @@ def record_skips(run: Run, step: int) -> None:
     damaged = together.counts[data.DAMAGED_SHARD]
     run.streamed = (run.streamed[0] + opened, run.streamed[1] + damaged)
     run.num_skipped += together.counts.total() - damaged
-    if together and run.accelerator.is_main_process:
+    if together and run.accelerator.is_main_process and not run.dry:
         metrics_log.append(run.folder / "skipped.jsonl", together.row(step))
+    return together
 
 
 def skipped_too_much(run: Run, step: int) -> str:
@@ -217,6 +227,8 @@ def evaluate_tasks(run: Run, step: int) -> None:
             if run.accelerator.is_main_process:
                 row |= {"model": str(run.folder), "weights": weights, "step": step}
                 metrics_log.append(run.folder / "results.jsonl", row)
+                who = f"step {step}{', moving average' if weights == 'ema' else ''}"
+                progress.console.print(f"{who}: {describe_result(row)}", soft_wrap=True, markup=False)
 
 
 def save(run: Run, step: int, seconds: float) -> None:

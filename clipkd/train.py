@@ -26,10 +26,19 @@ def train(config: TrainConfig) -> Path:
         hand is saved.
     """
     run = open_run(config)
-    watch = progress.Stopwatch(run.seconds)
+    with run.claim:
+        take_steps(run)
+        if not is_evaluated(run, config.steps):
+            evaluate_tasks(run, config.steps)
+    run.accelerator.end_training()
+    return run.folder
+
+
+def take_steps(run: Run) -> None:
+    config, watch = run.config, progress.Stopwatch(run.seconds)
     with (
+        stops.deferred_signals() as interruption,  # until the loader processes are gone
         run.feed,
-        stops.deferred_signals() as interruption,
         progress.Bar(run.folder.name, config.steps, done=run.start, visible=run.accelerator.is_main_process) as bar,
     ):
         if evaluation_is_due(run, run.start) and not is_evaluated(run, run.start):
@@ -52,17 +61,15 @@ def train(config: TrainConfig) -> Path:
                 if evaluation:
                     evaluate_on_the_way(run, interruption, done)
             bar.advance()
-    if not is_evaluated(run, config.steps):
-        evaluate_tasks(run, config.steps)
-    run.accelerator.end_training()
-    return run.folder
 
 
 def evaluate_on_the_way(run: Run, interruption: stops.Interruption, done: int) -> None:
     """The step is saved: a signal need not wait, and a resumed run evaluates it again."""
     interruption.immediate = True
-    evaluate_tasks(run, done)
-    interruption.immediate = False
+    try:
+        evaluate_tasks(run, done)
+    finally:
+        interruption.immediate = False
 
 
 def agree(run: Run, interruption: stops.Interruption, done: int) -> tuple[BaseException | None, bool]:

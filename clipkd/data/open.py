@@ -6,7 +6,7 @@ from typing import Any
 from clipkd import distributed
 from clipkd.config import DataConfig, SourceConfig, TrainConfig
 from clipkd.data.loader import Feed, indexed_batches
-from clipkd.data.order import BatchOrder, Mixture, require_share
+from clipkd.data.order import BatchOrder, require_share
 from clipkd.data.shards import WebdatasetPairs
 from clipkd.data.sources import PairSet, PairSource, Track, configured_sources, is_remote
 from clipkd.data.stream import StreamedShards, streamed_batches
@@ -75,9 +75,12 @@ def open_feed(
             world_size=world_size,
             pin_memory=pin_memory,
         )
-    sizes = [source.shard_sizes for source in pairs.sources]
-    mixture = Mixture(sizes, weights=[source.weight for source in pairs.configs], seed=config.seed)
     order = BatchOrder(
-        mixture, batch_size=config.batch_size, start=start, stop=config.steps, rank=rank, world_size=world_size
+        pairs.mixture(config.seed),
+        batch_size=config.batch_size,
+        start=start,
+        stop=config.steps,
+        rank=rank,
+        world_size=world_size,
     )
     return indexed_batches(pairs, config.data, views, order, pin_memory=pin_memory)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from clipkd.config import DataConfig, SourceConfig
-from clipkd.data.order import pairs_per_epoch
+from clipkd.data.order import Mixture
 from clipkd.data.skips import BadSample, Skip, Skips, exceeds
 
 UNLABELLED = -1
@@ -83,10 +83,10 @@ class PairSet:
             for s, c in zip(self.sources, self.configs, strict=True)
         ]
 
-    def epoch_size(self) -> int:
-        """Pairs per epoch, each source as often as its weight says."""
-        counts = [int(source.shard_sizes.sum()) for source in self.sources]
-        return sum(pairs_per_epoch(count, options.weight) for count, options in zip(counts, self.configs, strict=True))
+    def mixture(self, seed: int) -> Mixture:
+        return Mixture(
+            [source.shard_sizes for source in self.sources], weights=[c.weight for c in self.configs], seed=seed
+        )
 
     def unusable(self) -> Skips:
         """What was found without reading samples: those left out, and damaged shards."""
@@ -150,9 +150,15 @@ def read_member(content: bytes, name: str, extension: str, where: str, option: s
     """The text of a member, if the name is its extension, else that key of its json. `option` set the name."""
     kind = option.split(".")[1].removesuffix("_key")
     try:
-        return content.decode("utf-8") if name == extension else json.loads(content)[name]
-    except (KeyError, TypeError, IndexError):
-        raise BadSample(where, f"no {kind}", f"its json has no key {name!r}; see {option}") from None
+        if name == extension:
+            return content.decode("utf-8")
+        values = json.loads(content)
+        if isinstance(values, dict) and name in values:
+            return values[name]
+        held = f"only {sorted(values)[:20]}" if isinstance(values, dict) else f"it is a {type(values).__name__}"
+        raise BadSample(where, f"no {kind}", f"its json has no key {name!r}, {held}; see {option}")
+    except BadSample:
+        raise
     except (ValueError, RecursionError) as error:
         raise BadSample(where, f"unreadable {kind}", f"its {kind} cannot be read ({error})") from error
 

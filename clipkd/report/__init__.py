@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from clipkd import metrics_log
-from clipkd.config import TrainConfig, to_dict
+from clipkd.config import TrainConfig, flatten, to_dict
 from clipkd.report.figures import (
     Curve,
     Panel,
@@ -128,12 +128,6 @@ def read_run(folder: Path) -> Run:
         groups.setdefault(name, {})[row["step"]] = row
     grouped = {name: [rows[step] for step in sorted(rows)] for name, rows in groups.items()}
     return Run(folder=folder, config_text=text, options=options, metrics=metrics, results=grouped, skipped=skipped)
-
-
-def flatten(options: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(options, dict):
-        return {prefix: options}
-    return {k: v for name, value in options.items() for k, v in flatten(value, f"{prefix}.{name}".strip(".")).items()}
 
 
 def render_page(run: Run) -> str:

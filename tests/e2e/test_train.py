@@ -306,6 +306,20 @@ def test_streamed_shards_that_are_not_there_end_the_run(clipkd: Run, data: Path,
     assert state["streamed_shards"][1] == 0 < state["streamed_shards"][0]
 
 
+def test_a_config_file_may_stand_first_and_a_full_disk_says_what_to_do(clipkd: Run, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("steps: 2\n")
+    arguments = (tmp_path / "recipe.yaml", *SMALL, "--data.path", data / "pairs", "--output", tmp_path / "run")
+    assert "trained 2 steps" in clipkd("train", *arguments).stdout
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "config.yaml").symlink_to("/dev/full")
+    done = clipkd("train", *arguments, "--output", full, check=False)
+    assert done.returncode == 1
+    (line,) = (line for line in done.stderr.splitlines() if "error" in line)
+    assert "No space left on device" in line
+    assert "; free space, then go on with --resume latest" in line
+
+
 def test_an_evaluation_that_a_kill_took_is_made_up_for(clipkd: Run, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 4, "--output", run)

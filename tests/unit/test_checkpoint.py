@@ -119,10 +119,11 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 def test_leftovers_and_half_folders_are_no_checkpoints(tmp_path: Path) -> None:
     whole = save(tmp_path, 2)
     (tmp_path / "checkpoints" / "step_000009.tmp").mkdir()
-    (tmp_path / "checkpoints" / "step_000009.tmp" / "state.json").write_text('{"format_version": 2}')
+    (tmp_path / "checkpoints" / "step_000009.tmp" / "state.json").write_text('{"format_version": 3}')
     (tmp_path / "checkpoints" / "step_000008").mkdir()
     assert checkpoint.whole_checkpoints(tmp_path) == [whole]
-    assert checkpoint.resolve(tmp_path) == whole
+    with pytest.warns(UserWarning, match=r"step_000008 is damaged: .*state\.json.*; going back to .*step_000002"):
+        assert checkpoint.resolve(tmp_path) == whole
     assert checkpoint.resolve(whole) == whole
     assert checkpoint.is_run(tmp_path)
     assert checkpoint.is_run(whole)
@@ -146,10 +147,30 @@ def test_the_newest_is_the_one_of_the_largest_step(tmp_path: Path) -> None:
     assert len(checkpoint.whole_checkpoints(tmp_path)) == 2
 
 
+def test_a_changed_byte_is_found_by_its_digest_and_the_one_before_is_taken(tmp_path: Path) -> None:
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    path = second / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert checkpoint.whole_checkpoints(tmp_path) == [first, second]  # by length
+    with pytest.warns(UserWarning, match=r"step_000002 is damaged: model\.safetensors is not what was saved"):
+        assert checkpoint.newest(tmp_path) == first
+    with pytest.raises(ValueError, match=r"step_000002 is damaged: model\.safetensors .*; use an earlier"):
+        checkpoint.resolve(second)
+    (first / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint of this run is whole"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_run_without_checkpoints_has_no_newest(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path) is None
+
+
 def test_what_is_no_run_is_refused_by_name(tmp_path: Path) -> None:
     assert not checkpoint.is_run(tmp_path)
     assert checkpoint.whole_checkpoints(tmp_path / "none") == []
-    with pytest.raises(ValueError, match=r"none holds no whole checkpoint"):
+    with pytest.raises(ValueError, match=r"none holds no checkpoint"):
         checkpoint.resolve(tmp_path / "none")
 
 
@@ -182,12 +203,12 @@ def test_a_damaged_state_is_named(tmp_path: Path, text: str) -> None:
         restore(folder)
 
 
-@pytest.mark.parametrize("version", [0, 1, "2", None])
+@pytest.mark.parametrize("version", [0, 2, "3", None])
 def test_another_format_version_is_refused_with_both_versions(tmp_path: Path, version: object) -> None:
     folder = save(tmp_path, 1)
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, "format_version": version}))
-    with pytest.raises(ValueError, match=rf"format {version}, this clipkd reads 2"):
+    with pytest.raises(ValueError, match=rf"format {version}, this clipkd reads 3"):
         restore(folder)
 
 

@@ -1,8 +1,11 @@
 """JSON lines that survive a kill."""
 
+import errno
 import json
 import math
 from pathlib import Path
+
+import pytest
 
 from clipkd import metrics_log
 
@@ -68,3 +71,10 @@ def test_drop_after_keeps_the_steps_up_to_the_given_one(tmp_path: Path) -> None:
     metrics_log.drop_after(path, 0)
     assert path.read_bytes() == b""
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_an_error_that_names_the_file() -> None:
+    with pytest.raises(OSError, match="/dev/full") as caught:
+        metrics_log.append(Path("/dev/full"), {"step": 1})
+    assert caught.value.errno == errno.ENOSPC

@@ -159,7 +159,7 @@ def test_an_empty_path_is_refused() -> None:
         ("0.json", b'{"caption": 3}', "caption", "expected a caption or a list of captions, got int"),
         ("0.json", b'{"caption": null}', "caption", "expected a caption or a list of captions"),
         ("0.json", b'{"caption": ["a", null]}', "caption", "expected a caption or a list of captions"),
-        ("0.json", b'{"text": "a"}', "caption", r"no key 'caption'; see data\.caption_key"),
+        ("0.json", b'{"text": "a"}', "caption", r"no key 'caption', only \['text'\]; see data\.caption_key"),
         ("0.json", b'{"caption"', "caption", "cannot be read"),
         ("0.json", b'["a caption"]', "caption", "caption"),
         ("0.json", b"null", "caption", "caption"),
@@ -185,7 +185,9 @@ def test_a_wrong_caption_names_its_sample(
 
 def test_a_caption_key_that_the_first_samples_lack_is_refused_at_once(tmp_path: Path) -> None:
     path = shard(tmp_path / "a.tar", range(3), extension="json")
-    with pytest.raises(ValueError, match=r"a\.tar/0000: .*no key 'text'; see data\.caption_key"):
+    with pytest.raises(
+        ValueError, match=r"a\.tar/0000: .*no key 'text', only \['all', 'caption', 'n'\]; see data\.caption_key"
+    ):
         webdataset(path, caption_key="text")
 
 
@@ -248,7 +250,12 @@ def test_without_a_label_key_no_pair_has_a_label(tmp_path: Path) -> None:
         ("class", b'{"class": 7}', b'{"class": 1.0}', r"its label is 1\.0; .* see data\.label_key"),
         ("class", b'{"class": 7}', b'{"class": true}', r"its label is True; .* see data\.label_key"),
         ("class", b'{"class": 7}', b'{"class": [1]}', r"its label is \[1\]; .* see data\.label_key"),
-        ("class", b'{"class": 7}', b'{"klass": 7}', r"its json has no key 'class'; see data\.label_key"),
+        (
+            "class",
+            b'{"class": 7}',
+            b'{"klass": 7}',
+            r"its json has no key 'class', only \['klass'\]; see data\.label_key",
+        ),
         ("class", b'{"class": 7}', b'{"class"', "its label cannot be read"),
     ],
 )
@@ -262,7 +269,10 @@ def test_a_wrong_label_names_its_sample(tmp_path: Path, label_key: str, good: by
 
 def test_a_label_key_that_the_first_samples_lack_is_refused_at_once(tmp_path: Path) -> None:
     path = shard(tmp_path / "a.tar", range(3), extension="json")
-    with pytest.raises(ValueError, match=r"a\.tar/0000: its json has no key 'class'; see data\.label_key"):
+    with pytest.raises(
+        ValueError,
+        match=r"a\.tar/0000: its json has no key 'class', only \['all', 'caption', 'n'\]; see data\.label_key",
+    ):
         webdataset(path, caption_key="caption", label_key="class")
     with pytest.raises(ValueError, match=r"a\.tar: no sample has a \.cls for its label; see data\.label_key"):
         webdataset(path, caption_key="caption", label_key="cls")

@@ -643,7 +643,7 @@ def test_a_run_whose_images_are_all_unusable_stops(tmp_path: Path, monkeypatch: 
 def test_a_caption_key_that_no_sample_has_stops_the_run(tmp_path: Path, unshuffled: None) -> None:
     record = [("0.png", plain_png(0)), ("0.json", b'{"text": "thing"}')]
     url = f"file://{write_tar(tmp_path / '0.tar', record)}"
-    with pytest.raises(RunStopped, match=r"no key 'caption'; see data\.caption_key"):
+    with pytest.raises(RunStopped, match=r"no key 'caption', only \['text'\]; see data\.caption_key"):
         next(open_stream(url, caption_key="caption"))
 
 
