@@ -86,7 +86,10 @@ def wait_until(command: Command, reached: Callable[[], bool]) -> bool:
 
 
 def logged(run: Path) -> int:
-    return len(read_metrics(run)) if (run / "metrics.jsonl").exists() else 0
+    try:
+        return len(read_metrics(run))
+    except FileNotFoundError:  # not there yet, or just removed by a run that starts anew
+        return 0
 
 
 def kill_after_lines(number: int, delay: float) -> Callable[[Command, Path], bool]:
