@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,7 +67,7 @@ def parse_into(
     for flag, path in itertools.pairwise(arguments):
         if flag == "--config" and Path(path).is_file():
             check_yaml(Path(path), parser)
-    namespace = parser.parse_args(spell_out_flags(kind, arguments))
+    namespace = parser.parse_args(spell_out(kind, arguments))
     try:
         values = vars(parser.instantiate(namespace))
         return kind(**{name: value for name, value in values.items() if name != "config"})
@@ -85,14 +86,20 @@ def build_parser(kind: type, command: str, description: str, positional: tuple[t
     return parser
 
 
-def spell_out_flags(kind: type, arguments: list[str]) -> list[str]:
-    """--quick → --quick true, for the fields of a command that are true or false."""
-    flags = {f"--{field.name}" for field in dataclasses.fields(kind) if field.type is bool}
+def spell_out(kind: type, arguments: list[str]) -> list[str]:
+    """--quick → --quick true, and --task a b → --task [a,b], for the fields of a command that are flags and lists."""
+    fields = {f"--{field.name}": field.type for field in dataclasses.fields(kind)}
     spelled: list[str] = []
-    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
         spelled.append(argument)
-        if argument in flags and following not in ("true", "false"):
+        following = list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
+        if fields.get(argument) is bool and following[:1] not in (["true"], ["false"]):
             spelled.append("true")
+        elif "tuple" in str(fields.get(argument)) and len(following) > 1:
+            spelled.append(json.dumps(following))
+            rest = rest[len(following) :]
     return spelled
 
 

@@ -3,19 +3,17 @@
 import functools
 import hashlib
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from torch import Tensor
 
 from clipkd import data, distributed, models, optim, progress
 from clipkd.closed_set import closed_set_fingerprint, open_closed_set
 from clipkd.config import TeacherConfig, TrainConfig
 from clipkd.distill import Distiller, require_fitting_teachers
-from clipkd.evaluate import Task, load_task, open_task
+from clipkd.evaluation import Subject, as_tuple, open_subjects
 from clipkd.models import Encoder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,12 +88,10 @@ def open_data(config: TrainConfig) -> data.Pairs:
     return data.open_pairs(config.data, track=functools.partial(progress.track, visible=distributed.rank() == 0))
 
 
-def open_tasks(config: TrainConfig, preprocess: Callable[[Any], Tensor]) -> list[tuple[Task, str]]:
-    """The evaluations on the way, each opened once to see that it can be."""
-    tasks = [(load_task(config.evaluation.task), root) for root in config.evaluation.data]
-    for task, root in tasks:
-        open_task(task, root, preprocess)
-    return tasks
+def open_tasks(config: TrainConfig) -> list[Subject]:
+    """The evaluations on the way, with their data."""
+    options = config.evaluation
+    return open_subjects(as_tuple(options.task), options.data) if options.data else []
 
 
 def identify(
@@ -145,7 +141,7 @@ class Parts:
     student: Encoder
     teachers: list[Teacher]
     pairs: data.Pairs
-    tasks: list[tuple[Task, str]]
+    subjects: list[Subject]
 
 
 def assemble(config: TrainConfig) -> Parts:
@@ -156,4 +152,4 @@ def assemble(config: TrainConfig) -> Parts:
     teachers = [load_teacher(options) for options in configured_teachers(config)]
     require_fitting_teachers(config.objective, [teacher.encoder for teacher in teachers])
     pairs = open_data(config)
-    return Parts(accelerator, student, teachers, pairs, open_tasks(config, student.preprocess))
+    return Parts(accelerator, student, teachers, pairs, open_tasks(config))

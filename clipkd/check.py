@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from clipkd import assemble, data, distributed, students, train
 from clipkd.arguments import parse
@@ -128,13 +127,12 @@ def find_parts(config: TrainConfig, findings: Findings) -> Parts | None:
         if student is not None:
             tell("", compare_views(student.spec, teacher.encoder.spec))
         findings.problems += find_broken_weights(teacher.encoder)
-    preprocess = pil_to_tensor if student is None else student.preprocess
-    tasks = findings.attempt(lambda: assemble.open_tasks(config, preprocess))
-    if accelerator is None or student is None or pairs is None or tasks is None or len(found) < len(teachers):
+    subjects = findings.attempt(lambda: assemble.open_tasks(config))
+    if accelerator is None or student is None or pairs is None or subjects is None or len(found) < len(teachers):
         return None
     if sound:
         describe_memory(config, student, found)
-    return Parts(accelerator, student, found, pairs, tasks)
+    return Parts(accelerator, student, found, pairs, subjects)
 
 
 def describe_data(config: TrainConfig, pairs: data.Pairs, findings: Findings) -> None:

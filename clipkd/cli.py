@@ -21,7 +21,8 @@ commands:
   check    say what a training config will run, and all that is wrong with it: clipkd check configs/demo.yaml --data.path shards
   train    train a student from a config: clipkd train configs/demo.yaml --data.path shards
   report   draw a run's curves, throughput, skipped samples and evaluations as one HTML page
-  eval     classify a labelled data set zero-shot with any model
+  eval     zero-shot numbers of any model: clipkd eval --model M --task eval/imagenet.yaml --data /data/imagenet
+           clipkd eval ls | validate DATA | compare FIRST SECOND
   export   turn a training checkpoint into a folder that open_clip loads
   demo     all of it on a small real data set, in minutes on a CPU
 
@@ -67,7 +68,7 @@ def run_command(name: str, command: Callable[[list[str]], None], arguments: list
     except Interrupted as stop:
         end_by(stop.number, f"clipkd {name}: stopped by {stop}" if is_main_process() else "")
     except KeyboardInterrupt:
-        kept = "; finished checkpoints are kept" if name == "train" else ""
+        kept = {"train": "; finished checkpoints are kept", "eval": "; finished results are kept"}.get(name, "")
         end_by(signal.SIGINT, f"clipkd {name}{process}: interrupted{kept}")
 
 
@@ -127,12 +128,55 @@ def report_command(arguments: list[str]) -> None:
 
 
 def eval_command(arguments: list[str]) -> None:
-    from clipkd import evaluate
+    if arguments and (command := EVAL_COMMANDS.get(arguments[0])):
+        command(arguments[1:])
+        return
+    from clipkd.evaluation import command as evaluation
 
-    config = parse_into(evaluate.EvalConfig, arguments, "eval", "Classify labelled images zero-shot.")
-    row = evaluate.run(config)
+    config = parse_into(evaluation.EvalConfig, arguments, "eval", "Evaluate models zero-shot.")
+    evaluation.run(config)
     if is_main_process():
-        print(f"{evaluate.describe_result(row)}  →  {config.output}")
+        print(f"results: {config.output}")
+
+
+def eval_list_command(arguments: list[str]) -> None:
+    from rich.console import Console
+
+    from clipkd.evaluation import validate
+
+    config = parse_into(validate.ListConfig, arguments, "eval ls", "List the tasks of a folder.")
+    Console(width=None if sys.stdout.isatty() else 200).print(validate.list_tasks(config))
+
+
+def eval_validate_command(arguments: list[str]) -> None:
+    from clipkd.evaluation import validate
+
+    about = "Check data folders: layout, labels, class names, templates, images."
+    positional = {"data": "A data folder, or a folder of the data folders of several tasks."}
+    config = parse_into(validate.ValidateConfig, arguments, "eval validate", about, positional=positional)
+    problems = validate.validate(config)
+    for problem in problems:
+        print(f"clipkd eval validate: problem: {problem}", file=sys.stderr)
+    if problems:
+        raise SystemExit(1)
+
+
+def eval_compare_command(arguments: list[str]) -> None:
+    from clipkd.evaluation import compare
+
+    positional = {
+        "first": "Baseline: a results folder of clipkd eval, or one of its samples/*.parquet.",
+        "second": "What is compared with it.",
+    }
+    config = parse_into(
+        compare.CompareConfig, arguments, "eval compare", "Compare two models, paired.", positional=positional
+    )
+    rows = compare.compare(config)
+    for row in rows:
+        print(compare.describe_comparison(row))
+    if config.max_drop is not None and (worse := [r for r in rows if -100 * r["difference"] > config.max_drop]):
+        print(f"clipkd eval compare: {worse[0]['task']} fell by more than {config.max_drop:g} points", file=sys.stderr)
+        raise SystemExit(1)
 
 
 def export_command(arguments: list[str]) -> None:
@@ -156,6 +200,7 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+EVAL_COMMANDS = {"ls": eval_list_command, "validate": eval_validate_command, "compare": eval_compare_command}
 COMMANDS = {
     "check": check_command,
     "train": train_command,

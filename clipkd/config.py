@@ -140,15 +140,21 @@ class CheckpointConfig:
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     data: tuple[str, ...] = ()
-    """Roots of labelled data to classify zero-shot during training; empty evaluates nothing."""
-    task: str | None = None
-    """Task YAML for those roots (see eval/); null reads the CLIP_benchmark webdataset layout."""
+    """Data folders to evaluate on during training; empty evaluates nothing."""
+    task: tuple[str, ...] | str = ()
+    """Task YAML for those folders (see eval/), or several for one folder that holds all their data; none reads CLIP_benchmark's layout."""
     every_steps: int = 0
     """Steps between evaluations; 0 evaluates after the last step only."""
     batch_size: int = 256
     """Images per forward pass and process."""
+    best: str | None = None
+    """TASK or TASK:METRIC by which the best checkpoint stays in RUN/best, such as imagenet1k:acc1; that of the moving average where there is one."""
 
     def __post_init__(self) -> None:
+        require(
+            self.best is None or (bool(self.data) and self.every_steps > 0),
+            f"evaluation.best is {self.best!r}; it needs evaluation.data and evaluation.every_steps",
+        )
         require(self.every_steps >= 0, f"evaluation.every_steps is {self.every_steps}; it must be 0 or more")
         require(self.batch_size >= 1, f"evaluation.batch_size is {self.batch_size}; it must be 1 or more")
 

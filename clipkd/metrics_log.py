@@ -9,7 +9,7 @@ from typing import Any
 
 def append(path: Path, row: dict[str, Any]) -> None:
     """Add one line; NaN and infinities become null, which JSON can hold. Raises: OSError that names the file."""
-    line = json.dumps(replace_non_finite(row), allow_nan=False) + "\n"
+    line = to_json(row) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with path.open("ab+") as file:
@@ -24,7 +24,11 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 def write(path: Path, record: dict[str, Any]) -> None:
     """One record as a file of its own."""
-    path.write_text(json.dumps(replace_non_finite(record), allow_nan=False, indent=1) + "\n", encoding="utf-8")
+    path.write_text(to_json(record, indent=1) + "\n", encoding="utf-8")
+
+
+def to_json(record: dict[str, Any], *, indent: int | None = None) -> str:
+    return json.dumps(replace_non_finite(record), allow_nan=False, indent=indent)
 
 
 def replace_non_finite(value: Any) -> Any:

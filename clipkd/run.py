@@ -15,7 +15,7 @@ from clipkd import config as configuration
 from clipkd.assemble import Parts, assemble, identify, make_distiller, make_optimizer
 from clipkd.config import TrainConfig
 from clipkd.distill import Distiller
-from clipkd.evaluate import Task, describe_result, evaluate
+from clipkd.evaluation import Embedder, Subject, describe_result, measure, result_row
 from clipkd.models import Encoder
 from clipkd.progress import Stopwatch
 from clipkd.resume import claim, find_checkpoint, require_same_run
@@ -38,7 +38,7 @@ class Run:
     optimizer: Any
     views: Views
     feed: data.Feed
-    tasks: list[tuple[Task, str]]
+    subjects: list[Subject]
     identity: dict[str, Any]
     """What a resumed run must share beyond its configuration: student, teacher, pairs, precision."""
     start: int
@@ -119,7 +119,7 @@ def build_run(config: TrainConfig, parts: Parts) -> Run:
         optimizer=prepared_optimizer,
         views=views,
         feed=feed,
-        tasks=parts.tasks,
+        subjects=parts.subjects,
         identity=identity,
         start=state["step"],
         seconds=state["seconds"],
@@ -199,36 +199,38 @@ def skipped_too_much(run: Run, step: int) -> str:
 def is_evaluated(run: Run, step: int) -> bool:
     """Whether results.jsonl has this step's rows; the main process decides for all."""
     rows = [row for row in metrics_log.read(run.folder / "results.jsonl") if row.get("step") == step]
-    expected = len(run.tasks) * (1 if run.ema is None else 2)
+    expected = len(run.subjects) * (1 if run.ema is None else 2)
     return distributed.gather_objects(len(rows) >= expected)[0]
 
 
 def evaluation_is_due(run: Run, step: int) -> bool:
     """On the way; the last step's evaluation comes after the loop."""
     every = run.config.evaluation.every_steps
-    return bool(run.tasks) and 0 < step < run.config.steps and every > 0 and step % every == 0
+    return bool(run.subjects) and 0 < step < run.config.steps and every > 0 and step % every == 0
 
 
 def evaluate_tasks(run: Run, step: int) -> None:
     """Every configured task on the student and, where there is one, on its moving average → results.jsonl."""
     candidates = {"student": run.distiller.student} | ({} if run.ema is None else {"ema": run.ema})
-    for task, root in run.tasks:
+    rows: list[dict[str, Any]] = []
+    for subject in run.subjects:
         for weights, encoder in candidates.items():
-            training = encoder.training
-            row = evaluate(
+            training, started = encoder.training, time.perf_counter()
+            embedder = Embedder(
                 encoder.eval(),
-                task,
-                root,
-                device=run.accelerator.device,
+                run.accelerator.device,
                 batch_size=run.config.evaluation.batch_size,
                 num_workers=run.config.data.num_workers,
             )
+            measured = measure(embedder, subject, title=f"evaluate {subject.name}")
+            row = result_row(subject, embedder, measured, time.perf_counter() - started)
             encoder.train(training)
-            if run.accelerator.is_main_process:
-                row |= {"model": str(run.folder), "weights": weights, "step": step}
-                metrics_log.append(run.folder / "results.jsonl", row)
-                who = f"step {step}{', moving average' if weights == 'ema' else ''}"
-                progress.console.print(f"{who}: {describe_result(row)}", soft_wrap=True, markup=False)
+            rows.append(row | {"model": str(run.folder), "weights": weights, "step": step})
+    if run.accelerator.is_main_process:
+        for row in rows:
+            metrics_log.append(run.folder / "results.jsonl", row)
+            who = f"step {step}{', moving average' if row['weights'] == 'ema' else ''}"
+            progress.console.print(f"{who}: {describe_result(row)}", soft_wrap=True, markup=False)
 
 
 def save(run: Run, step: int, seconds: float) -> None:

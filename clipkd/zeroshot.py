@@ -1,7 +1,6 @@
 """Zero-shot classification (CLIP, arXiv 2103.00020 §3.1): numbers from functions, whatever the model behind them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -38,41 +37,6 @@ def fill_template(template: str | Callable[[str], str], name: str) -> str:
     return template.replace("{c}", name) if isinstance(template, str) else template(name)
 
 
-def rank_classes(
-    image_features: Float[Tensor, "b d"], classifier: Float[Tensor, "k d"], *, num_ranks: int = 5
-) -> Int[Tensor, "b r"]:
+def rank_classes(cosines: Float[Tensor, "b k"], *, num_ranks: int = 5) -> Int[Tensor, "b r"]:
     """The most similar classes of each image, best first; of equal ones (duplicate names) the lowest index."""
-    # Equal classes must get equal cosines to the bit, and a matrix product does not promise that.
-    distinct, copy_of = classifier.unique(dim=0, return_inverse=True)
-    cosines = (image_features @ distinct.T)[:, copy_of]
-    return cosines.sort(dim=-1, descending=True, stable=True).indices[:, : min(num_ranks, len(classifier))]
-
-
-@dataclass(frozen=True)
-class ZeroShotScore:
-    """Counts are exact; shares lie in [0, 1]."""
-
-    num_images: int
-    num_correct1: int
-    num_correct5: int
-    acc1: float
-    acc5: float
-    mean_per_class_recall: float
-    """Mean over the classes that have images."""
-
-
-def score(ranked: Int[Tensor, "n r"], labels: Int[Tensor, "n"]) -> ZeroShotScore:
-    """Raises: ValueError if there is nothing to score."""
-    if not len(labels):
-        raise ValueError("no images to score")
-    hits = ranked == labels[:, None]
-    correct1, correct5 = hits[:, :1].any(dim=1), hits[:, :5].any(dim=1)
-    recalls = [correct1[labels == label].double().mean() for label in labels.unique()]
-    return ZeroShotScore(
-        num_images=len(labels),
-        num_correct1=int(correct1.sum()),
-        num_correct5=int(correct5.sum()),
-        acc1=correct1.double().mean().item(),
-        acc5=correct5.double().mean().item(),
-        mean_per_class_recall=torch.stack(recalls).mean().item(),
-    )
+    return cosines.sort(dim=-1, descending=True, stable=True).indices[:, :num_ranks]

@@ -10,7 +10,7 @@ STYLES = ("noto", "fluent")
 def table(path: Path) -> str:
     """Markdown, one line per trained model, in the order of the file."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    trained = {(row["model"], row["dataset"]): row for row in rows if "parameters" in row}
+    trained = {(row["model"], row["dataset"]): row for row in rows if "training_seconds" in row}
     headings = ["model", "image params", "text params", *(f"{style} top-{k}" for style in STYLES for k in (1, 5))]
     headings += ["n", "steps", "seconds"]
     lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]

@@ -1,22 +1,39 @@
 """The only door to webdataset and datasets: shards and data sets in, batches of views and evaluation sets out."""
 
+from clipkd.data.evaluation_layouts import open_evaluation_set
+from clipkd.data.evaluation_sets import (
+    CLASS_KINDS,
+    EvaluationSet,
+    Images,
+    Kind,
+    Layout,
+    Picture,
+    check_label,
+    check_vector,
+)
 from clipkd.data.loader import Feed
 from clipkd.data.open import Pairs, open_feed, open_pairs
 from clipkd.data.skips import DAMAGED_SHARD, FEWEST_SHARDS, Skip, Skips, exceeds
 from clipkd.data.sources import PairSet
-from clipkd.data.zeroshot_sets import ZeroShotSet, open_zeroshot_set
 
 __all__ = [
+    "CLASS_KINDS",
     "DAMAGED_SHARD",
     "FEWEST_SHARDS",
+    "EvaluationSet",
     "Feed",
+    "Images",
+    "Kind",
+    "Layout",
     "PairSet",
     "Pairs",
+    "Picture",
     "Skip",
     "Skips",
-    "ZeroShotSet",
+    "check_label",
+    "check_vector",
     "exceeds",
+    "open_evaluation_set",
     "open_feed",
     "open_pairs",
-    "open_zeroshot_set",
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from clipkd.config import DataConfig
-from clipkd.data import PairSet, open_pairs, open_zeroshot_set
+from clipkd.data import Images, PairSet, open_evaluation_set, open_pairs
 
 COLUMNS = 6
 TILE, TEXT_WIDTH, LINE, MARGIN = 72, 200, 16, 16
@@ -15,15 +15,16 @@ RIGHT, WRONG, INK, FAINT = "#147a3d", "#b3261e", "#1c1b1f", "#6b6870"
 FONT, BOLD = ImageFont.load_default(12), ImageFont.load_default(15)
 
 
-def draw_contact_sheet(path: Path, pairs: Path, held_out: Path, guesses: Mapping[str, Sequence[str]]) -> None:
+def draw_contact_sheet(path: Path, pairs: Path, held_out: Path, guesses: Mapping[str, Sequence[int]]) -> None:
     """Two rows of training pairs, then four of held-out drawings, evenly spaced through the set, with each model's guess.
 
-    guesses: model name → predicted class name of every held-out image, in the set's order.
+    guesses: model name → predicted class of every held-out image, in the set's order.
     """
     source = open_pairs(DataConfig(path=str(pairs), caption_key="captions"))
     assert isinstance(source, PairSet)
-    images = open_zeroshot_set("webdataset", held_out, "test", lambda image: image.convert("RGB"))
-    assert images.classnames is not None
+    found = open_evaluation_set(held_out)
+    images = Images(found.pictures, lambda image: image.convert("RGB"))
+    assert found.classnames is not None
     cell = (TILE + TEXT_WIDTH, max(TILE, LINE * (2 + len(guesses))) + MARGIN)
     sheet = Image.new("RGB", (COLUMNS * cell[0] + MARGIN, 6 * cell[1] + 3 * 32), "white")
     draw = ImageDraw.Draw(sheet)
@@ -42,16 +43,17 @@ def draw_contact_sheet(path: Path, pairs: Path, held_out: Path, guesses: Mapping
     draw.text((MARGIN, top), f"unseen style: {held_out.name} (truth, then each model's guess)", INK, BOLD)
     for number in range(4 * COLUMNS):
         position = number * (len(images) // (4 * COLUMNS))
-        picture, label, _ = images[position]
+        picture, _ = images[position]
         at = (number % COLUMNS * cell[0] + MARGIN, top + 24 + number // COLUMNS * cell[1])
         paste(sheet, picture, at)
-        truth = images.classnames[label]
+        truth = found.classnames[found.labels[position]]
         draw.text((at[0] + TILE + 8, at[1]), shorten(draw, truth), INK, FONT)
-        for line, (model, names) in enumerate(guesses.items(), start=1):
+        for line, (model, classes) in enumerate(guesses.items(), start=1):
+            name = found.classnames[classes[position]]
             draw.text((at[0] + TILE + 8, at[1] + line * LINE), f"{model}:", FAINT, FONT)
             offset = draw.textlength(f"{model}: ", FONT)
-            colour = RIGHT if names[position] == truth else WRONG
-            guess = shorten(draw, names[position], TEXT_WIDTH - 24 - offset)
+            colour = RIGHT if name == truth else WRONG
+            guess = shorten(draw, name, TEXT_WIDTH - 24 - offset)
             draw.text((at[0] + TILE + 8 + offset, at[1] + line * LINE), guess, colour, FONT)
     sheet.save(path)
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from clipkd import metrics_log, models, students
+from clipkd import metrics_log
 from clipkd.arguments import parse, recipe
 from clipkd.demo import pairs
 from clipkd.demo.contact_sheet import draw_contact_sheet
-from clipkd.evaluate import EvalConfig, Task, open_task, rank_images
-from clipkd.evaluate import run as evaluate_model
+from clipkd.evaluation.command import EvalConfig
+from clipkd.evaluation.command import run as evaluate_models
+from clipkd.evaluation.results import read_samples
 from clipkd.export import ExportConfig, export
 from clipkd.progress import console
 from clipkd.report import ReportConfig, write_report
@@ -61,28 +61,40 @@ def run(config: DemoConfig) -> Path:
         teacher = () if name == "alone" else ("--teacher.model", f"local-dir:{output / 'teacher'}")
         runs[name] = train_model(config, name, "demo", QUICK["student"], *options, *teacher)
 
-    rows = [row for name, folder in runs.items() for row in result_rows(name, folder)]
+    rows = evaluate_runs(output, runs)
     scores = {row["model"]: row["metrics"]["acc5"] for row in rows if row["dataset"] == CHOOSE}
     best = max((name for name in STUDENTS if name != "alone"), key=lambda name: scores[name])
     export_again(runs[best], output / "student")
+    student = f"local-dir:{output / 'student'}"
+    beside = evaluate_models(eval_config(output, (student,), str(runs["teacher"])))
+    exported = [row for row in beside if row["model"] == student]
+    require_equal_counts(exported, rows, best)
     (output / "results.jsonl").unlink(missing_ok=True)
-    for row in rows:
+    for row in (*rows, *exported):  # what the README's table is made from
         metrics_log.append(output / "results.jsonl", row)
-    for style in pairs.HELD_OUT_STYLES:
-        student = EvalConfig(
-            model=f"local-dir:{output / 'student'}",
-            data=str(output / "data" / style),
-            output=str(output / "results.jsonl"),
-            num_workers=0,
-        )
-        require_equal_counts(evaluate_model(student), rows, best)
-    draw_samples(
-        output, output / "data" / REPORT, {"teacher": runs["teacher"], "alone": runs["alone"], best: runs[best]}
-    )
+    draw_samples(output, rows, ("teacher", "alone", best))
     for folder in runs.values():
         write_report(ReportConfig(run=str(folder)))
     print_summary(rows, best, output, config)
     return output
+
+
+def eval_config(output: Path, models: tuple[str, ...], teacher: str) -> EvalConfig:
+    held_out = tuple(str(output / "data" / style) for style in pairs.HELD_OUT_STYLES)
+    return EvalConfig(model=models, teacher=teacher, data=held_out, output=str(output / "results"), num_workers=0)
+
+
+def evaluate_runs(output: Path, runs: dict[str, Path]) -> list[dict[str, Any]]:
+    """`clipkd eval` of every run beside the teacher's; each row with what the table shows of its run."""
+    names = {str(folder): name for name, folder in runs.items()}
+    rows = evaluate_models(eval_config(output, tuple(names), str(runs["teacher"])))
+    last = {name: metrics_log.read(folder / "metrics.jsonl")[-1] for name, folder in runs.items()}
+    found = []
+    for row in rows:
+        name, cost = names[row["model"]], row["cost"]
+        about = {"model": name, "run": row["model"], "step": last[name]["step"], "parameters": cost["parameters"]}
+        found.append(row | about | {"training_seconds": round(last[name]["seconds"], 1)})
+    return found
 
 
 def require_same_demo(config: DemoConfig, output: Path) -> None:
@@ -126,33 +138,19 @@ def export_again(run_folder: Path, output: Path) -> None:
     export(ExportConfig(checkpoint=str(run_folder), output=str(output)))
 
 
-def result_rows(name: str, folder: Path) -> list[dict[str, Any]]:
-    """The run's last evaluation on each style, with what the table shows of the run."""
-    last = metrics_log.read(folder / "metrics.jsonl")[-1]
-    parameters = students.count_parameters(models.load(str(folder)).model)
-    rows = [row for row in metrics_log.read(folder / "results.jsonl") if row["step"] == last["step"]]
-    about = {"model": name, "run": str(folder), "parameters": parameters, "training_seconds": round(last["seconds"], 1)}
-    return [row | about for row in rows]
+def require_equal_counts(exported: list[dict[str, Any]], rows: list[dict[str, Any]], best: str) -> None:
+    trained = {row["dataset"]: row for row in rows if row["model"] == best}
+    for row in exported:
+        for count in ("num_correct1", "num_correct5", "n"):
+            if row[count] != (expected := trained[row["dataset"]][count]):
+                raise RuntimeError(f"the exported student scores {row[count]}, trained {expected} ({count})")
 
 
-def require_equal_counts(exported: dict[str, Any], rows: list[dict[str, Any]], best: str) -> None:
-    trained = next(row for row in rows if row["model"] == best and row["dataset"] == exported["dataset"])
-    for count in ("num_correct1", "num_correct5", "n"):
-        if exported[count] != trained[count]:
-            raise RuntimeError(f"the exported student scores {exported[count]}, trained {trained[count]} ({count})")
-
-
-def draw_samples(output: Path, root: Path, runs: dict[str, Path]) -> None:
+def draw_samples(output: Path, rows: list[dict[str, Any]], models: tuple[str, ...]) -> None:
     """samples.png: training pairs, then held-out drawings with what each model takes them for."""
-    device = torch.device("cpu")
-    guesses: dict[str, list[str]] = {}
-    for name, folder in runs.items():
-        encoder = models.load(str(folder))
-        images = open_task(Task(), root, encoder.preprocess)
-        ranked = rank_images(encoder, images, device=device, title=f"predict with {name}", num_workers=0)
-        assert images.classnames is not None
-        guesses[name] = [str(images.classnames[best]) for best in ranked[:, 0].tolist()]
-    draw_contact_sheet(output / "samples.png", output / "data" / "pairs", root, guesses)
+    tables = {row["model"]: output / "results" / row["samples"] for row in rows if row["dataset"] == REPORT}
+    guesses = {model: [best for best, *_ in read_samples(tables[model])["top5"]] for model in models}
+    draw_contact_sheet(output / "samples.png", output / "data" / "pairs", output / "data" / REPORT, guesses)
 
 
 def print_summary(rows: list[dict[str, Any]], best: str, output: Path, config: DemoConfig) -> None:

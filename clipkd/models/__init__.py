@@ -38,9 +38,9 @@ def create_student(config: StudentConfig, *, logit_bias: float | None = None) ->
 def load(model: str, *, pretrained: str | None = None, ema: bool = False) -> Encoder:
     """A model with its trained weights, on the CPU, in eval mode.
 
-    model: an open_clip name with `pretrained` (tag or file), local-dir:FOLDER, hf-hub:REPO, a transformers CLIPModel or
-    SiglipModel folder, an open_clip folder (such as clipkd exports), a run folder or a checkpoint of one (`ema` picks
-    its average).
+    model: an open_clip name with `pretrained` (tag or file), or both as NAME@PRETRAINED, local-dir:FOLDER, hf-hub:REPO,
+    a transformers CLIPModel or SiglipModel folder, an open_clip folder (such as clipkd exports), a run folder or a
+    checkpoint of one (`ema` picks its average).
     Raises: ValueError if it is unknown, lacks weights, tokenizer or preprocessing, or would run with another activation.
     """
     folder = Path(model.removeprefix("local-dir:"))
@@ -53,6 +53,10 @@ def load(model: str, *, pretrained: str | None = None, ema: bool = False) -> Enc
     elif model.startswith("hf-hub:"):
         encoder = load_open_clip(model)
     else:
+        model, _, weights = model.partition("@")
+        if weights and pretrained:
+            raise ValueError(f"{model} is given the weights {weights!r} and {pretrained!r}; name them once")
+        pretrained = pretrained or weights or None
         name, model_config = find_architecture(model)
         if pretrained is None:
             tags = list_pretrained_tags_by_model(name)
@@ -203,3 +207,10 @@ def find_architecture(model: str, *, option: str = "") -> tuple[str, dict[str, A
 def imagenet_prompts() -> tuple[list[str], list[str]]:
     """OpenAI's curated names of the 1,000 classes, in order of synset id, and the 80 templates with placeholder {c}."""
     return list(open_clip.IMAGENET_CLASSNAMES), [template("{c}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+
+
+def imagenet_synsets() -> list[str]:
+    """Synset ids of the 1,000 classes, in order."""
+    from timm.data.imagenet_info import ImageNetInfo
+
+    return ImageNetInfo("imagenet-1k").label_names()

@@ -19,7 +19,7 @@ PRELOAD = [
     "clipkd.cli",
     "clipkd.train",
     "clipkd.export",
-    "clipkd.evaluate",
+    "clipkd.evaluation.command",
     "transformers",
     "datasets",
     "torch._dynamo",

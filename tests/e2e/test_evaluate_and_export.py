@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from clipkd.models import imagenet_synsets
 from tests.e2e.conftest import SMALL, Run
 
 CROSS_CHECK = Path(__file__).parents[2] / "eval" / "cross_check.py"
@@ -44,25 +45,37 @@ def test_export_loads_bit_equal_in_stock_open_clip(clipkd: Run, run_folder: Path
     assert not torch.equal(average["visual.conv1.weight"], weights["visual.conv1.weight"])
 
 
+def rows_of(results: Path) -> list[dict]:
+    return [json.loads(line) for line in (results / "eval_results.jsonl").read_text().splitlines()]
+
+
 def test_counts_are_equal_for_any_batch_size_process_count_and_in_open_clip(
     clipkd: Run, data: Path, run_folder: Path, tmp_path: Path
 ) -> None:
     clipkd("export", run_folder, "--output", tmp_path / "student")
-    results = tmp_path / "results.jsonl"
-    arguments = ("eval", "--model", f"local-dir:{tmp_path / 'student'}", "--data", data / "noto", "--output", results)
-    clipkd(*arguments, "--batch_size", 1, "--num_workers", 0)
-    clipkd(*arguments, "--batch_size", 16, "--num_workers", 2)
-    clipkd(*arguments, "--batch_size", 5, processes=2)
-    clipkd("eval", "--model", run_folder, "--data", data / "noto", "--output", results)
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    student = f"local-dir:{tmp_path / 'student'}"
+    rows = []
+    for number, (options, processes) in enumerate(
+        [
+            (("--batch_size", 1, "--num_workers", 0), 1),
+            (("--batch_size", 16, "--num_workers", 2), 1),
+            (("--batch_size", 5), 2),
+        ]
+    ):
+        results = tmp_path / str(number)
+        clipkd("eval", "--model", student, "--data", data / "noto", "--output", results, *options, processes=processes)
+        rows += rows_of(results)
+    clipkd("eval", "--model", run_folder, "--data", data / "noto", "--output", tmp_path / "run")
+    rows += rows_of(tmp_path / "run")
     assert len(rows) == 4
     counts = [(row["n"], row["num_correct1"], row["num_correct5"]) for row in rows]
     assert set(counts) == {counts[0]}
     assert counts[0][0] == 32
     assert counts[0][2] > 0
     assert len({row["weights_sha256"] for row in rows}) == 1
+    assert rows[3]["checkpoint"].endswith("step_000012")
 
-    local = [f"--model=local-dir:{tmp_path / 'student'}", f"--data={data / 'noto'}"]
+    local = [f"--model={student}", f"--data={data / 'noto'}"]
     first_lines = tmp_path / "first.jsonl"
     first_lines.write_text(json.dumps(rows[0]) + "\n")
     check = [sys.executable, str(CROSS_CHECK), *local, f"--expect={first_lines}"]
@@ -74,29 +87,19 @@ def test_counts_are_equal_for_any_batch_size_process_count_and_in_open_clip(
 
 
 def test_imagenet_folders_take_openai_prompts(clipkd: Run, run_folder: Path, tmp_path: Path) -> None:
-    for number in range(1000):
-        folder = tmp_path / "imagenet" / "val" / f"n{number:08d}"
+    for number, synset in enumerate(imagenet_synsets()):
+        folder = tmp_path / "imagenet" / "val" / synset
         folder.mkdir(parents=True)
         if number % 250 == 0:
             Image.new("RGB", (40, 33), (number % 256, 9, 9)).save(folder / "image.png")
     task = tmp_path / "task.yaml"
     task.write_text("name: tiny\nlayout: imagefolder\nsplit: val\nprompts: imagenet\nnum_images: 4\n")
-    arguments = (
-        "eval",
-        "--model",
-        run_folder,
-        "--task",
-        task,
-        "--data",
-        tmp_path / "imagenet",
-        "--output",
-        tmp_path / "r.jsonl",
-    )
-    clipkd(*arguments)
-    row = json.loads((tmp_path / "r.jsonl").read_text())
+    arguments = ("eval", "--model", run_folder, "--task", task, "--data", tmp_path / "imagenet")
+    clipkd(*arguments, "--output", tmp_path / "r")
+    (row,) = rows_of(tmp_path / "r")
     assert (row["n"], row["num_classes"], row["key"]) == (4, 1000, "tiny")
     task.write_text(task.read_text().replace("num_images: 4", "num_images: 50000"))
-    wrong = clipkd(*arguments, check=False)
+    wrong = clipkd(*arguments, "--output", tmp_path / "wrong", check=False)
     assert wrong.returncode == 2
     assert "the task expects 50000" in wrong.stderr
-    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 1
+    assert not (tmp_path / "wrong").exists()

@@ -15,7 +15,7 @@ from clipkd import config as configuration
 from clipkd import objective, term_options
 from clipkd.arguments import parse
 from clipkd.config import TeacherConfig, TrainConfig, save, to_dict
-from clipkd.evaluate import load_task
+from clipkd.evaluation import load_task
 
 ROOT = Path(__file__).parents[2]
 

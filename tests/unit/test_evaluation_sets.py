@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from samples import plain_png, write_tar
 
-from clipkd.data import ZeroShotSet, open_zeroshot_set
+from clipkd.data import EvaluationSet, Images, Layout, open_evaluation_set
 
 
 def red(image: Image.Image) -> Any:
@@ -27,12 +27,17 @@ def benchmark(root: Path, labels: list[bytes] | None = None) -> Path:
     return root
 
 
-def items(images: ZeroShotSet) -> list[tuple[Any, int, int]]:
-    return [images[position] for position in range(len(images))]
+def open_set(layout: Layout, root: Path, split: str) -> EvaluationSet:
+    return open_evaluation_set(root, layout=layout, split=split)
+
+
+def items(data: EvaluationSet) -> list[tuple[Any, int, int]]:
+    images = [Images(data.pictures, red)[place] for place in range(len(data))]
+    return [(pixels, label, place) for (pixels, place), label in zip(images, data.labels, strict=True)]
 
 
 def test_the_webdataset_layout_gives_every_image_its_label_in_file_order(tmp_path: Path) -> None:
-    images = open_zeroshot_set("webdataset", benchmark(tmp_path), "test", red)
+    images = open_set("webdataset", benchmark(tmp_path), "test")
     assert items(images) == [(0, 2, 0), (10, 0, 1), (20, 1, 2), (30, 2, 3)]
     assert images.labels == [2, 0, 1, 2]
     assert images.classnames == ["cat", "sea lion", "grand piano"]
@@ -51,8 +56,8 @@ def test_the_imagefolder_layout_numbers_the_sorted_folders(tmp_path: Path) -> No
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(plain_png(value))
     expected = [(1, 0, 0), (3, 1, 1), (4, 1, 2), (5, 2, 3)]
-    assert items(open_zeroshot_set("imagefolder", tmp_path, "val", red)) == expected
-    images = open_zeroshot_set("imagefolder", tmp_path / "val", "val", red)  # the root may hold the classes itself
+    assert items(open_set("imagefolder", tmp_path, "val")) == expected
+    images = open_set("imagefolder", tmp_path / "val", "val")  # the root may hold the classes itself
     assert items(images) == expected
     assert images.classnames is None
     assert images.templates is None
@@ -64,23 +69,23 @@ def test_the_imagefolder_layout_numbers_the_sorted_folders(tmp_path: Path) -> No
 def test_a_missing_file_of_the_webdataset_layout_is_named(tmp_path: Path, missing: str) -> None:
     (benchmark(tmp_path) / missing).unlink()
     with pytest.raises(FileNotFoundError, match=missing):
-        open_zeroshot_set("webdataset", tmp_path, "test", red)
+        open_set("webdataset", tmp_path, "test")
 
 
 def test_a_missing_root_or_split_is_named(tmp_path: Path) -> None:
     benchmark(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"val/nshards\.txt"):
-        open_zeroshot_set("webdataset", tmp_path, "val", red)
+        open_set("webdataset", tmp_path, "val")
     for layout in ("webdataset", "imagefolder"):
         with pytest.raises(FileNotFoundError, match="nowhere"):
-            open_zeroshot_set(layout, tmp_path / "nowhere", "test", red)
+            open_set(layout, tmp_path / "nowhere", "test")
 
 
 @pytest.mark.parametrize("text", ["two\n", "1 2\n", "1\n2\n", "\n", "-1\n"])
 def test_a_wrong_count_of_shards_is_refused(tmp_path: Path, text: str) -> None:
     (benchmark(tmp_path) / "test" / "nshards.txt").write_text(text)
     with pytest.raises(ValueError, match=r"nshards\.txt must hold one number"):
-        open_zeroshot_set("webdataset", tmp_path, "test", red)
+        open_set("webdataset", tmp_path, "test")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +100,7 @@ def test_a_wrong_count_of_shards_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_wrong_label_names_shard_and_sample(tmp_path: Path, label: bytes, words: str) -> None:
     benchmark(tmp_path, [b"0", b"1", b"2", label])
     with pytest.raises(ValueError, match=rf"1\.tar: sample s3 has .*{words}"):
-        open_zeroshot_set("webdataset", tmp_path, "test", red)
+        open_set("webdataset", tmp_path, "test")
 
 
 @pytest.mark.parametrize("kept", ["s7.png", "s7.cls"])
@@ -103,7 +108,7 @@ def test_a_sample_without_image_or_label_is_refused(tmp_path: Path, kept: str) -
     benchmark(tmp_path)
     write_tar(tmp_path / "test" / "1.tar", [("s2.png", plain_png(1)), ("s2.cls", b"1"), (kept, b"0")])
     with pytest.raises(ValueError, match=r"1\.tar: sample s7 has no image or no \.cls \(1 such"):
-        open_zeroshot_set("webdataset", tmp_path, "test", red)
+        open_set("webdataset", tmp_path, "test")
 
 
 def test_a_folder_of_images_without_classes_is_refused_with_the_remedy(tmp_path: Path) -> None:
@@ -111,24 +116,24 @@ def test_a_folder_of_images_without_classes_is_refused_with_the_remedy(tmp_path:
     for number in range(3):
         (tmp_path / f"ILSVRC2012_val_{number:08}.JPEG").write_bytes(plain_png(number))
     with pytest.raises(ValueError, match="no class folders; sort the images"):
-        open_zeroshot_set("imagefolder", tmp_path, "val", red)
+        open_set("imagefolder", tmp_path, "val")
 
 
 def test_class_folders_without_an_image_are_refused(tmp_path: Path) -> None:
     (tmp_path / "n01").mkdir()
     (tmp_path / "n01" / "notes.txt").write_text("")
     with pytest.raises(ValueError, match=r"no image .* in its 1 class folders"):
-        open_zeroshot_set("imagefolder", tmp_path, "val", red)
+        open_set("imagefolder", tmp_path, "val")
 
 
 def test_a_corrupt_image_is_named_when_it_is_read(tmp_path: Path) -> None:
     benchmark(tmp_path)
     write_tar(tmp_path / "test" / "1.tar", [("bad.png", b"broken"), ("bad.cls", b"1")])
-    images = open_zeroshot_set("webdataset", tmp_path, "test", red)
+    images = open_set("webdataset", tmp_path, "test")
     with pytest.raises(ValueError, match=r"1\.tar, sample 1/bad: cannot be decoded"):
-        images[2]
+        Images(images.pictures, red)[2]
     (tmp_path / "folders" / "n01").mkdir(parents=True)
     (tmp_path / "folders" / "n01" / "bad.png").write_bytes(b"broken")
-    images = open_zeroshot_set("imagefolder", tmp_path / "folders", "val", red)
+    images = open_set("imagefolder", tmp_path / "folders", "val")
     with pytest.raises(ValueError, match=r"n01/bad\.png.*cannot be decoded"):
-        images[0]
+        Images(images.pictures, red)[0]

@@ -1,0 +1,60 @@
+"""What a model costs: parameters, multiply-accumulates and measured latency of each tower."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from clipkd import students
+from clipkd.models import Encoder
+
+SECONDS_TO_TIME = 1.0
+MOST_RUNS = 50
+
+
+@torch.inference_mode()
+def measure_cost(encoder: Encoder, device: torch.device) -> dict[str, Any]:
+    """Per tower (image, text): parameters, MACs of one input, median milliseconds of one input, on the encoder's device.
+
+    MACs are half of torch's floating-point operations of matrix products, convolutions and attention.
+    """
+    pixels = torch.zeros(1, 3, *encoder.spec.size, device=device)
+    tokens = encoder.spec.tokenize(["a photo of a cat"]).to(device)
+    towers: dict[str, Callable[[], Any]] = {
+        "image": lambda: encoder.encode_image(pixels),
+        "text": lambda: encoder.encode_text(tokens),
+    }
+    return {
+        "parameters": students.count_parameters(encoder.model),
+        "macs": {tower: count_macs(run) for tower, run in towers.items()},
+        "latency_ms": {tower: time_median(run, device) for tower, run in towers.items()},
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
+    }
+
+
+def count_macs(run: Callable[[], Any]) -> int:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not look into the fused kernel
+    try:
+        with FlopCounterMode(display=False) as counter:
+            run()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    return counter.get_total_flops() // 2
+
+
+def time_median(run: Callable[[], Any], device: torch.device) -> float:
+    seconds: list[float] = []
+    run()
+    while len(seconds) < 3 or (sum(seconds) < SECONDS_TO_TIME and len(seconds) < MOST_RUNS):
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return round(1000 * statistics.median(seconds), 3)

@@ -1,0 +1,166 @@
+"""What a model is evaluated on: pictures, wherever they lie, and what there is to find in each of them."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from clipkd.data.images import open_image
+
+Kind = Literal["classification", "multilabel", "retrieval", "pairs"]
+Layout = Literal["webdataset", "imagefolder", "huggingface"]
+CLASS_KINDS = ("classification", "multilabel")
+
+
+class Picture(Protocol):
+    """Where one image lies."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def where(self) -> str:
+        """File that an error names."""
+        ...
+
+    def read(self) -> bytes: ...
+
+    def stamp(self) -> tuple[int, int | str]:
+        """Length in bytes, and a time or name that changes when the content does."""
+        ...
+
+
+@dataclass(frozen=True)
+class Span:
+    """An image as a file, or as a stretch of a tar."""
+
+    key: str
+    path: Path
+    offset: int = 0
+    size: int = -1
+    """Bytes; −1 reads to the end of the file."""
+
+    @property
+    def where(self) -> str:
+        return str(self.path)
+
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+    def stamp(self) -> tuple[int, int]:
+        stat = self.path.stat()
+        return self.size if self.size >= 0 else stat.st_size, stat.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class Row:
+    """An image as a row of a Hugging Face data set."""
+
+    key: str
+    where: str
+    rows: Any
+    number: int
+    size: int
+
+    def read(self) -> bytes:
+        image = self.rows[self.number]["image"]
+        if image is None or (image["bytes"] is None and not image["path"]):
+            raise ValueError("it has no image")
+        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+
+    def stamp(self) -> tuple[int, str]:
+        return self.size, str(self.rows._fingerprint)
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Every image exactly once, in a fixed order, with what there is to find in it."""
+
+    root: str
+    kind: Kind
+    pictures: Sequence[Picture]
+    labels: Sequence[int] = ()
+    """classification: class of each image."""
+    targets: np.ndarray | None = None
+    """multilabel: [images, classes] bool."""
+    captions: Sequence[tuple[str, ...]] = ()
+    """retrieval: each image's captions; pairs: the true caption, then the false one."""
+    classnames: Sequence[str] | None = None
+    templates: Sequence[str] | None = None
+    """With the placeholder {c}. As the data folder gives them; None where the task must."""
+    folders: Sequence[str] = ()
+    """imagefolder: name of each class's folder."""
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.folders or self.classnames or ())
+
+    def sha256(self) -> str:
+        """Of keys, lengths and what there is to find: the same wherever the data lies."""
+        found: Any = self.labels or self.captions
+        if self.targets is not None:
+            found = self.targets.astype(int).tolist()
+        about = [self.kind, [(p.key, p.stamp()[0]) for p in self.pictures], found]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+    def stamps_sha256(self) -> str:
+        """Changes as well when a file is written anew."""
+        about = [(picture.key, *picture.stamp()) for picture in self.pictures]
+        return hashlib.sha256(json.dumps([self.root, about]).encode()).hexdigest()
+
+
+class Images(Dataset):
+    """(preprocessed image, position) of every picture."""
+
+    def __init__(self, pictures: Sequence[Picture], preprocess: Callable[[Image.Image], Any]) -> None:
+        self.pictures, self.preprocess = pictures, preprocess
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, position: int) -> tuple[Any, int]:
+        picture = self.pictures[position]
+        try:
+            return self.preprocess(open_image(picture.read(), picture.key)), position
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ValueError(f"{picture.where}, sample {picture.key}: cannot be decoded ({error})") from error
+
+
+def check_label(label: Any, num_classes: int, where: str) -> int:
+    if not isinstance(label, int) or not 0 <= label < num_classes:
+        raise ValueError(f"{where} has label {label}, outside the {num_classes} class names")
+    return label
+
+
+def check_vector(vector: Any, num_classes: int, where: str) -> np.ndarray:
+    vector = np.asarray(vector)
+    if vector.shape != (num_classes,) or not np.isin(vector, (0, 1)).all():
+        raise ValueError(f"{where}: its labels must be {num_classes} zeros and ones, one per class name")
+    return vector.astype(bool)
+
+
+def check_captions(kind: Kind, captions: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
+        raise ValueError(f"{where} has no captions")
+    if kind == "pairs" and len(captions) != 2:
+        raise ValueError(f"{where} has {len(captions)} captions; a pair is the true one and a false one")
+    return tuple(captions)
+
+
+def with_found(empty: EvaluationSet, found: list[Any]) -> EvaluationSet:
+    if not found:
+        raise ValueError(f"{empty.root} holds no samples")
+    if empty.kind == "classification":
+        return replace(empty, labels=found)
+    return replace(empty, targets=np.stack(found)) if empty.kind == "multilabel" else replace(empty, captions=found)

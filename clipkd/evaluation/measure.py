@@ -1,0 +1,183 @@
+"""Features and what there is to find → metrics with their intervals, and a table of every sample."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from clipkd import metrics as scoring
+from clipkd import retrieval, zeroshot
+from clipkd.data import EvaluationSet
+from clipkd.evaluation.embed import Embedder
+from clipkd.evaluation.tasks import Subject
+from clipkd.metrics import Interval
+
+RECALL_AT = (1, 5, 10)
+CHUNK = 8192
+"""Images whose cosines with all classes are in memory at a time."""
+
+
+@dataclass
+class Measured:
+    """A model's result on a task."""
+
+    metrics: dict[str, float | None]
+    ci95: dict[str, Interval]
+    counts: dict[str, int]
+    samples: dict[str, list[Any]]
+    """One column per name, one entry per sample."""
+    calibration: scoring.Calibration | None = None
+    scores: "ClassScores | None" = None
+    """classification: kept for a comparison with a teacher."""
+    recalls: list[float] = field(default_factory=list)
+    """classification: of each class; NaN for one without images."""
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Cosines of images with classes, a chunk at a time."""
+
+    images: Float[Tensor, "n d"]
+    classifier: Float[Tensor, "k d"]
+    scale: float
+    """The model's own logit scale."""
+
+    def cosines(self) -> Iterator[Float[Tensor, "c k"]]:
+        # Equal classes (duplicate names) must get equal cosines to the bit, and a matrix product does not promise that.
+        distinct, copy_of = self.classifier.unique(dim=0, return_inverse=True)
+        for images in self.images.split(CHUNK):
+            yield (images @ distinct.T)[:, copy_of]
+
+    def log_probabilities(self) -> Iterator[Float[Tensor, "c k"]]:
+        for cosines in self.cosines():
+            yield (self.scale * cosines).log_softmax(dim=1)
+
+
+def measure(embedder: Embedder, subject: Subject, *, title: str = "evaluate") -> Measured:
+    """A model's numbers on a task. Call on every process; all get the result.
+
+    Raises: ValueError naming the image that cannot be decoded.
+    """
+    data = subject.data
+    images = embedder.images(data, title)
+    if data.kind in ("retrieval", "pairs"):
+        texts = embedder.texts([text for captions in data.captions for text in captions])
+        return (
+            measure_retrieval(data, images, texts) if data.kind == "retrieval" else measure_pairs(data, images, texts)
+        )
+    assert data.classnames is not None
+    assert data.templates is not None
+    classifier = embedder.classifier(data.classnames, data.templates)
+    scores = ClassScores(images, classifier, embedder.encoder.logit_scale.item())
+    return measure_multilabel(data, scores) if data.kind == "multilabel" else measure_classes(data, scores)
+
+
+def measure_classes(data: EvaluationSet, scores: ClassScores) -> Measured:
+    """Top-1, top-5 and mean per-class recall; calibration of the softmax at the model's own scale."""
+    labels, num_classes = torch.tensor(data.labels), len(scores.classifier)
+    columns: list[tuple[Tensor, ...]] = []
+    start = 0
+    for cosines in scores.cosines():
+        ranked = zeroshot.rank_classes(cosines)
+        truth = labels[start : start + len(cosines), None]
+        own = cosines.gather(1, truth)
+        others = cosines.scatter(1, truth, -torch.inf).max(dim=1, keepdim=True).values
+        confidence = (scores.scale * cosines).softmax(dim=1).max(dim=1, keepdim=True).values
+        columns.append((ranked, own - others, confidence))
+        start += len(cosines)
+    ranked, margin, confidence = (torch.cat(parts) for parts in zip(*columns, strict=True))
+    hits = ranked == labels[:, None]
+    correct1, correct5 = hits[:, 0], hits.any(dim=1)
+    n, num1, num5 = len(labels), int(correct1.sum()), int(correct5.sum())
+    recalls = scoring.class_recalls(correct1, labels, num_classes)
+    values = {
+        "acc1": num1 / n,
+        "acc5": num5 / n if num_classes >= 5 else None,
+        "mean_per_class_recall": recalls[~recalls.isnan()].mean().item(),
+    }
+    intervals = {
+        "acc1": scoring.proportion_interval(num1, n),
+        **({"acc5": scoring.proportion_interval(num5, n)} if num_classes >= 5 else {}),
+        "mean_per_class_recall": scoring.recall_interval(correct1, labels, num_classes),
+    }
+    samples = {
+        "key": [picture.key for picture in data.pictures],
+        "label": list(data.labels),
+        "top5": ranked.tolist(),
+        "correct": correct1.tolist(),
+        "margin": margin[:, 0].tolist(),
+        "confidence": confidence[:, 0].tolist(),
+    }
+    calibration = scoring.calibrate(confidence[:, 0], correct1)
+    counts = {"num_correct1": num1, "num_correct5": num5}
+    return Measured(values, intervals, counts, samples, calibration, scores, recalls.tolist())
+
+
+def measure_multilabel(data: EvaluationSet, scores: ClassScores) -> Measured:
+    """Mean average precision over classes, of cosines (as CLIP_benchmark)."""
+    assert data.targets is not None
+    cosines, targets = torch.cat(list(scores.cosines())), torch.from_numpy(data.targets)
+    precisions = scoring.average_precisions(cosines, targets)
+    samples = {
+        "key": [picture.key for picture in data.pictures],
+        "label": [row.nonzero()[:, 0].tolist() for row in targets],
+        "scores": cosines.tolist(),
+    }
+    mean: dict[str, float | None] = {"mean_average_precision": precisions.mean().item()}
+    interval = {"mean_average_precision": scoring.bootstrap_interval(cosines, targets)}
+    return Measured(mean, interval, {"num_positives": int(targets.sum())}, samples, recalls=precisions.tolist())
+
+
+def measure_retrieval(data: EvaluationSet, images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"]) -> Measured:
+    """Recall@k in both directions: whether one of a query's own is among its k most similar (COCO, Flickr)."""
+    counts = torch.tensor([len(captions) for captions in data.captions])
+    image_of = torch.repeat_interleave(torch.arange(len(images)), counts)
+    pairs = torch.stack([torch.arange(len(texts)), image_of], dim=1)
+    text_ranks = retrieval.best_ranks(texts, images, pairs)  # of captions that look for their image
+    image_ranks = retrieval.best_ranks(images, texts, pairs.flip(1))
+    values: dict[str, float | None] = {}
+    intervals: dict[str, Interval] = {}
+    found: dict[str, int] = {}
+    for k in RECALL_AT:
+        by_text, by_image = text_ranks < k, image_ranks < k
+        found |= {f"num_images_found@{k}": int(by_text.sum()), f"num_texts_found@{k}": int(by_image.sum())}
+        values[f"image_retrieval_recall@{k}"] = by_text.double().mean().item()
+        values[f"text_retrieval_recall@{k}"] = by_image.double().mean().item()
+        # The captions of one image are not independent: images are.
+        per_image = sums_by(by_text.double(), image_of, len(images)) / (len(texts) / len(images))
+        intervals[f"image_retrieval_recall@{k}"] = scoring.mean_interval(per_image)
+        intervals[f"text_retrieval_recall@{k}"] = scoring.proportion_interval(int(by_image.sum()), len(images))
+        if k == 1:
+            both = (per_image + by_image.double()) / 2
+            values["mean_recall@1"] = both.mean().item()
+            intervals["mean_recall@1"] = scoring.mean_interval(both)
+    samples = {
+        "key": [picture.key for picture in data.pictures],
+        "text_rank": image_ranks.tolist(),
+        "image_ranks": [part.tolist() for part in text_ranks.split(counts.tolist())],
+    }
+    return Measured(values, intervals, {"num_captions": len(texts), **found}, samples)
+
+
+def sums_by(values: Float[Tensor, "m"], group: Int[Tensor, "m"], num_groups: int) -> Float[Tensor, "g"]:
+    return torch.zeros(num_groups, dtype=torch.float64).index_add_(0, group, values)
+
+
+def measure_pairs(data: EvaluationSet, images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"]) -> Measured:
+    """How often the true caption is strictly more similar than the false one (SugarCrepe, arXiv 2306.14610)."""
+    true, false = texts.view(len(images), 2, -1).unbind(dim=1)
+    margin = (images * true).sum(dim=1) - (images * false).sum(dim=1)
+    same = torch.tensor([captions[0] == captions[1] for captions in data.captions])
+    correct = (margin > 0) & ~same
+    num, ties = int(correct.sum()), int(((margin == 0) | same).sum())
+    samples = {
+        "key": [picture.key for picture in data.pictures],
+        "correct": correct.tolist(),
+        "margin": margin.tolist(),
+    }
+    accuracy: dict[str, float | None] = {"acc": num / len(images)}
+    interval = {"acc": scoring.proportion_interval(num, len(images))}
+    return Measured(accuracy, interval, {"num_correct": num, "num_ties": ties}, samples)

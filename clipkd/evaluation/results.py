@@ -1,0 +1,149 @@
+"""Results in the schemas that others read, and complete or absent: a row is written last, after what belongs to it."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from clipkd import metrics_log
+from clipkd.evaluation.embed import Embedder
+from clipkd.evaluation.measure import Measured
+from clipkd.evaluation.tasks import Subject
+
+TASK_NAMES = {
+    "classification": "zeroshot_classification",
+    "multilabel": "zeroshot_classification",
+    "retrieval": "zeroshot_retrieval",
+    "pairs": "image_caption_selection",
+}
+"""CLIP_benchmark's words."""
+
+RESULT_VERSION = 1
+"""Changes when the same model and data would give another row."""
+
+
+def result_row(subject: Subject, embedder: Embedder, measured: Measured, seconds: float) -> dict[str, Any]:
+    """The fields of DataComp's eval_results.jsonl and of CLIP_benchmark's JSON, and what one needs to trust and check them."""
+    data = subject.data
+    main = measured.metrics.get(subject.metric)
+    calibration = None if measured.calibration is None else asdict(measured.calibration)
+    return {
+        "key": subject.name,
+        "dataset": subject.task.title or subject.name,
+        "model": embedder.encoder.name,
+        "task": TASK_NAMES[data.kind],
+        "metrics": {**measured.metrics, "main_metric": main},
+        "main_metric_name": subject.metric,
+        "ci95": {**measured.ci95, "main_metric": measured.ci95.get(subject.metric)},
+        "chance": subject.chance,
+        "n": len(data),
+        **measured.counts,
+        **({"num_classes": data.num_classes} if data.num_classes else {}),
+        **({} if calibration is None else {"calibration": calibration}),
+        "language": "en",
+        "precision": embedder.precision,
+        "logit_scale": embedder.encoder.logit_scale.item(),
+        "seconds": round(seconds, 2),
+        "id": result_id(subject, embedder),
+        "weights_sha256": embedder.encoder.weights_sha256(),
+        "model_sha256": embedder.sha256,
+        "data_sha256": data.sha256(),
+        "prompts_sha256": subject.prompts_sha256(),
+        "data": data.root,
+        "versions": {
+            package: importlib.metadata.version(package) for package in ("clipkd", "torch", "open_clip_torch")
+        },
+    }
+
+
+def result_id(subject: Subject, embedder: Embedder) -> str:
+    """Equal for the same model, data, prompts and metric: then the row need not be made again."""
+    about = [RESULT_VERSION, subject.name, subject.metric, embedder.sha256, subject.data.sha256()]
+    return hashlib.sha256(json.dumps([*about, subject.prompts_sha256()]).encode()).hexdigest()[:32]
+
+
+def describe_result(row: dict[str, Any]) -> str:
+    """A row in a line, in percent, with the main metric's interval."""
+    main, interval = row["metrics"]["main_metric"], row["ci95"]["main_metric"]
+    parts = [f"{row['main_metric_name']} {main:.2%}"]
+    if interval is not None:
+        parts[0] += f" [{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]"
+    shown = ("acc1", "acc5", "mean_per_class_recall", "image_retrieval_recall@1", "text_retrieval_recall@1")
+    parts += [
+        f"{name} {value:.2%}"
+        for name in shown
+        if name != row["main_metric_name"] and (value := row["metrics"].get(name)) is not None
+    ]
+    return f"{row['key']}: {', '.join(parts)}, n {row['n']}"
+
+
+@dataclass(frozen=True)
+class Results:
+    """eval_results.jsonl (DataComp), clip_benchmark/*.json, samples/*.parquet and cache/ in one folder."""
+
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "eval_results.jsonl"
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The latest of each model and task, in the order in which they came."""
+        latest = {(row["model"], row.get("weights"), row["key"]): row for row in metrics_log.read(self.path)}
+        return list(latest.values())
+
+    def find(self, id: str, model: str) -> dict[str, Any] | None:
+        """A row that was written before, whose samples are still there."""
+        rows = [row for row in metrics_log.read(self.path) if (row.get("id"), row.get("model")) == (id, model)]
+        return rows[-1] if rows and (self.folder / rows[-1]["samples"]).is_file() else None
+
+    def add(self, row: dict[str, Any], samples: dict[str, list[Any]]) -> dict[str, Any]:
+        """The samples, CLIP_benchmark's file, then the row. Call on one process."""
+        name = file_name(f"{row['model']}--{row.get('weights', 'student')}--{row['key']}--{row['precision']}")
+        row = {**row, "samples": f"samples/{name}.parquet"}
+        write_samples(self.folder / row["samples"], samples)
+        fields = ("dataset", "model", "pretrained", "task", "metrics", "language")
+        benchmark = {field: row.get(field) for field in fields} | {"dataset": row["key"]}
+        write_whole(self.folder / "clip_benchmark" / f"{name}.json", metrics_log.to_json(benchmark, indent=1))
+        metrics_log.append(self.path, row)
+        return row
+
+
+def file_name(text: str) -> str:
+    """Readable where it can be, and never another's: what is left out shows in the digest."""
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', text)[-120:]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def write_samples(path: Path, samples: dict[str, list[Any]]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    parquet.write_table(pyarrow.table(samples), temporary)
+    os.replace(temporary, path)
+
+
+def read_samples(path: Path) -> dict[str, list[Any]]:
+    """Raises: ValueError if it is no table of samples."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        return parquet.read_table(path).to_pydict()
+    except (OSError, ArrowException) as error:
+        raise ValueError(f"{path} is no whole table of samples ({error}); evaluate again") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
