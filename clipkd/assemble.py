@@ -13,7 +13,7 @@ from clipkd import data, distributed, models, optim, progress
 from clipkd.closed_set import closed_set_fingerprint, open_closed_set
 from clipkd.config import TeacherConfig, TrainConfig
 from clipkd.distill import Distiller, require_fitting_teachers
-from clipkd.evaluation import Subject, as_tuple, open_subjects
+from clipkd.evaluation import METRICS, Subject, as_tuple, open_subjects
 from clipkd.models import Encoder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -89,9 +89,23 @@ def open_data(config: TrainConfig) -> data.Pairs:
 
 
 def open_tasks(config: TrainConfig) -> list[Subject]:
-    """The evaluations on the way, with their data."""
+    """The evaluations on the way, with their data. Raises: ValueError if the best checkpoint's metric is none of theirs."""
     options = config.evaluation
-    return open_subjects(as_tuple(options.task), options.data) if options.data else []
+    subjects = open_subjects(as_tuple(options.task), options.data) if options.data else []
+    if options.best is not None:
+        task, metric = parse_best(options.best)
+        found = [subject for subject in subjects if subject.name == task]
+        if not found:
+            raise ValueError(f"evaluation.best is {options.best!r}; tasks here: {[s.name for s in subjects]}")
+        if metric not in (known := ("main_metric", *METRICS[found[0].data.kind])):
+            raise ValueError(f"evaluation.best is {options.best!r}; metrics of {task}: {list(known)}")
+    return subjects
+
+
+def parse_best(best: str) -> tuple[str, str]:
+    """TASK or TASK:METRIC → task, metric."""
+    task, _, metric = best.partition(":")
+    return task, metric or "main_metric"
 
 
 def identify(

@@ -81,6 +81,20 @@ def prune(run: Path, keep: int) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def keep_best(run: Path, step: int) -> Path:
+    """RUN/best becomes that step's checkpoint: the same files under a second name, which pruning leaves alone."""
+    folder, temporary = run / "best", run / "best.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        shutil.copytree(checkpoint_folder(run, step), temporary, copy_function=os.link)
+    except OSError:  # a file system without hard links, which copytree tells of as one error of many
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(checkpoint_folder(run, step), temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    return folder
+
+
 def whole_checkpoints(run: Path) -> list[Path]:
     """Checkpoints of a run whose files are all there in their length, oldest first."""
     return [folder for folder in step_folders(run) if find_fault(folder) is None]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clipkd import checkpoint, data, distributed, metrics_log, momentum, progress
 from clipkd import config as configuration
-from clipkd.assemble import Parts, assemble, identify, make_distiller, make_optimizer
+from clipkd.assemble import Parts, assemble, identify, make_distiller, make_optimizer, parse_best
 from clipkd.config import TrainConfig
 from clipkd.distill import Distiller
 from clipkd.evaluation import Embedder, Subject, describe_result, measure, result_row
@@ -227,10 +227,27 @@ def evaluate_tasks(run: Run, step: int) -> None:
             encoder.train(training)
             rows.append(row | {"model": str(run.folder), "weights": weights, "step": step})
     if run.accelerator.is_main_process:
+        if is_best(run, rows) and checkpoint.checkpoint_folder(run.folder, step).is_dir():
+            progress.console.print(f"step {step} is the best so far: {checkpoint.keep_best(run.folder, step)}")
         for row in rows:
             metrics_log.append(run.folder / "results.jsonl", row)
             who = f"step {step}{', moving average' if row['weights'] == 'ema' else ''}"
             progress.console.print(f"{who}: {describe_result(row)}", soft_wrap=True, markup=False)
+
+
+def is_best(run: Run, rows: list[dict[str, Any]]) -> bool:
+    """Whether no earlier evaluation was as good by the metric of evaluation.best."""
+    if run.config.evaluation.best is None:
+        return False
+    task, metric = parse_best(run.config.evaluation.best)
+    weights = "student" if run.ema is None else "ema"
+
+    def values(found: list[dict[str, Any]]) -> list[float]:
+        own = [row for row in found if (row.get("key"), row.get("weights")) == (task, weights)]
+        return [value for row in own if (value := row["metrics"].get(metric)) is not None]
+
+    earlier = values(metrics_log.read(run.folder / "results.jsonl"))
+    return any(value > max(earlier, default=-1.0) for value in values(rows))
 
 
 def save(run: Run, step: int, seconds: float) -> None:

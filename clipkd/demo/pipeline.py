@@ -73,7 +73,7 @@ def run(config: DemoConfig) -> Path:
     for row in (*rows, *exported):  # what the README's table is made from
         metrics_log.append(output / "results.jsonl", row)
     draw_samples(output, rows, ("teacher", "alone", best))
-    for folder in runs.values():
+    for folder in (*runs.values(), output / "results"):
         write_report(ReportConfig(run=str(folder)))
     print_summary(rows, best, output, config)
     return output
@@ -171,7 +171,7 @@ def print_summary(rows: list[dict[str, Any]], best: str, output: Path, config: D
         table.add_row(label, *sizes, *shares, str(row["n"]), str(row["step"]), f"{row['training_seconds']:.0f}")
     Console(width=max(100, Console().width)).print(table)
     print(
-        f"results {output / 'results.jsonl'}   curves {output / 'runs'}/*/report.html   pictures {output / 'samples.png'}"
+        f"results {output / 'results'}/report.html   curves {output / 'runs'}/*/report.html   pictures {output / 'samples.png'}"
     )
     print(
         f"teacher {output / 'teacher'}   student {output / 'student'}: loads with open_clip as local-dir:{output / 'student'}"

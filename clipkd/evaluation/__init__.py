@@ -3,9 +3,10 @@
 from clipkd.evaluation.embed import Embedder, Precision
 from clipkd.evaluation.measure import Measured, measure
 from clipkd.evaluation.results import Results, describe_result, result_row
-from clipkd.evaluation.tasks import Subject, Task, as_tuple, load_task, open_subject, open_subjects
+from clipkd.evaluation.tasks import METRICS, Subject, Task, as_tuple, load_task, open_subject, open_subjects
 
 __all__ = [
+    "METRICS",
     "Embedder",
     "Measured",
     "Precision",

@@ -58,7 +58,9 @@ class Embedder:
         """Every n-th image, and where it stands."""
         share = range(distributed.rank(), len(data), distributed.world_size())
         images = Subset(Images(data.pictures, self.encoder.preprocess), share)
-        loader = DataLoader(images, batch_size=self.batch_size, num_workers=self.num_workers)
+        loader = DataLoader(
+            images, batch_size=self.batch_size, num_workers=self.num_workers, pin_memory=self.device.type == "cuda"
+        )
         features = [torch.empty(0, self.encoder.dim)]
         positions: list[int] = []
         for pixels, where in progress.track(loader, title, len(loader), visible=distributed.rank() == 0):

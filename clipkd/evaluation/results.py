@@ -54,6 +54,7 @@ def result_row(subject: Subject, embedder: Embedder, measured: Measured, seconds
         "data_sha256": data.sha256(),
         "prompts_sha256": subject.prompts_sha256(),
         "data": data.root,
+        "task_options": asdict(subject.task),
         "versions": {
             package: importlib.metadata.version(package) for package in ("clipkd", "torch", "open_clip_torch")
         },

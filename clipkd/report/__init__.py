@@ -1,82 +1,21 @@
-"""A run folder → one HTML page: curves, evaluations, skipped samples, configuration. The page loads nothing."""
+"""A run, and what `clipkd eval` found → one HTML page. The page loads nothing."""
 
-import contextlib
 import itertools
-import json
 import os
-import re
-import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from clipkd import metrics_log
-from clipkd.config import TrainConfig, flatten, to_dict
-from clipkd.report.figures import (
-    Curve,
-    Panel,
-    Rows,
-    escape,
-    evaluation_panels,
-    loss_panels,
-    percentage,
-    pick,
-    read_curves,
-    render_figure,
-    show,
-    smoothing_window,
-)
-
-STYLE = """
-:root { color-scheme: light; } dd, td { white-space: pre-line; }
-body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1d232b; background: #fafaf8;
-  max-width: 1100px; margin: 0 auto; padding: 24px 20px 60px; overflow-wrap: anywhere; }
-h1 { font-size: 26px; margin: 0; } h2 { font-size: 19px; margin: 38px 0 8px; border-bottom: 1px solid #dcdcd6; }
-h3 { font-size: 15px; margin: 0; } p { margin: 4px 0 12px; } .quiet { color: #5f6670; font-size: 13px; }
-.banner { border-left: 5px solid #b5433d; background: #fbeceb; padding: 10px 16px; margin: 16px 0; }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 240px), 1fr)); gap: 12px 24px; }
-.facts div { border-top: 2px solid #dcdcd6; padding-top: 4px; } dt { color: #5f6670; font-size: 13px; } dd { margin: 0; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 18px; margin: 12px 0; }
-figure { margin: 0; padding: 12px 14px; background: #fff; border: 1px solid #e4e4de; border-radius: 6px; display: flex;
-  flex-direction: column; break-inside: avoid; } figure .quiet { margin: 4px 0 0; }
-figure svg { width: 100%; height: auto; overflow: visible; } svg text { font-family: inherit !important; }
-figcaption ul { list-style: none; margin: 2px 0 6px; padding: 0; display: flex; flex-wrap: wrap; gap: 0 16px; font-size: 13px; }
-figcaption i { display: inline-block; width: 20px; margin-right: 6px; vertical-align: middle; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; background: #fff; min-width: 60%; }
-th, td { text-align: left; padding: 5px 12px; border: 1px solid #e4e4de; vertical-align: top; }
-th { background: #f1f1ec; white-space: nowrap; } .words td { min-width: 7em; }
-.words td:first-child { overflow-wrap: normal; } .words td:last-child:nth-child(4) { min-width: 18em; }
-.numbers th + th, .numbers td + td { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-pre { font-size: 12.5px; line-height: 1.4; background: #fff; border: 1px solid #e4e4de; padding: 12px; white-space: pre-wrap; }
-summary { cursor: pointer; margin: 12px 0 8px; } tr { break-inside: avoid; }
-@media print { body { background: #fff; max-width: none; padding: 0; } .grid { grid-template-columns: 1fr 1fr; } }
-"""
+from clipkd.report import evaluation, page, training
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     run: str
-    """A run folder of clipkd train, finished or not."""
+    """A run folder of clipkd train, finished or not, or a results folder of clipkd eval."""
+    results: str | None = None
+    """Results folder of clipkd eval to show beside the run: cost, calibration, what a student lost of its teacher."""
     output: str | None = None
-    """HTML file to write; null writes report.html into the run folder."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What a run folder holds. Only `metrics` is never empty."""
-
-    folder: Path
-    config_text: str
-    options: dict[str, Any]
-    """The configuration by dotted names."""
-    metrics: Rows
-    results: dict[tuple[str, str], Rows]
-    """By data set and weights, in the order of the steps."""
-    skipped: Rows
+    """HTML file to write; null writes report.html into the folder."""
 
 
 def write_report(config: ReportConfig) -> Path:
@@ -88,189 +27,25 @@ def write_report(config: ReportConfig) -> Path:
         import matplotlib
     except ImportError:
         raise ValueError("clipkd report needs matplotlib, which is missing: pip install 'clipkd[report]'") from None
-    run = read_run(Path(config.run))
-    output = run.folder / "report.html" if config.output is None else Path(config.output)
+    folder, number = Path(config.run), itertools.count(1)
+    found = evaluation.read_results(folder if config.results is None else Path(config.results))
+    if config.results is not None and not found:
+        raise ValueError(f"{config.results} holds no results (eval_results.jsonl); make them with clipkd eval --output")
+    run = None if found and config.results is None else training.read_run(folder)
+    output = folder / "report.html" if config.output is None else Path(config.output)
     if output.is_dir():
         raise ValueError(f"{output} is a folder; name an HTML file with --output")
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # not the user's style
         # Text stays text, in the page's font; with a salt, ids depend on the drawing only.
         matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "clipkd", "font.size": 9})
-        page = render_page(run)
+        body = "" if run is None else training.render_run(run, number)
+        body += evaluation.render_results(found, number) if found else ""
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".tmp")
     try:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page.render(folder, body), encoding="utf-8")
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
     return output
-
-
-def read_run(folder: Path) -> Run:
-    """Raises: ValueError if there is no such folder or no whole line of metrics.jsonl."""
-    if not folder.is_dir():
-        raise ValueError(f"no run folder {folder}; name the output of a clipkd train")
-    metrics, results, skipped = (
-        [row for row in metrics_log.read(folder / name) if isinstance(row, dict) and isinstance(row.get("step"), int)]
-        for name in ("metrics.jsonl", "results.jsonl", "skipped.jsonl")
-    )
-    if not metrics:
-        raise ValueError(f"{folder / 'metrics.jsonl'} has no whole line yet; a run writes one after its first step")
-    path, options = folder / "config.yaml", None
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    with contextlib.suppress(yaml.YAMLError):  # cut short by a kill, like the lines of the logs
-        options = yaml.safe_load(text)
-    options = flatten(options) if isinstance(options, dict) else {}
-    groups: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-    for row in results:  # of a step that was evaluated twice, the later row
-        name = (str(row.get("key") or row.get("dataset")), str(row.get("weights") or "student"))
-        groups.setdefault(name, {})[row["step"]] = row
-    grouped = {name: [rows[step] for step in sorted(rows)] for name, rows in groups.items()}
-    return Run(folder=folder, config_text=text, options=options, metrics=metrics, results=grouped, skipped=skipped)
-
-
-def render_page(run: Run) -> str:
-    curves = read_curves(run.metrics)
-    if "data_wait" in curves:
-        curves["data_wait"] = replace(curves["data_wait"], values=100 * curves["data_wait"].values)
-    scales, rates = [name for name in curves if name.endswith("logit_scale")], pick(curves, "images_per_second")
-    optimisation = [
-        Panel("learning rate", pick(curves, "lr"), "learning rate", "from zero"),
-        Panel("gradient norm before clipping", pick(curves, "grad_norm"), "L2 norm", "log", noisy=True),
-        Panel("logit scales", pick(curves, *scales), "multiplier of cosines"),
-        Panel("logit bias", pick(curves, "logit_bias"), "added to logits"),
-    ]
-    throughput = [
-        Panel("images per second", rates, "images/s", "from zero", noisy=True),
-        Panel("waiting for data", pick(curves, "data_wait"), "% of the time", "from zero", noisy=True),
-    ]
-    window = smoothing_window(len(run.metrics))
-    smoothed = f" Faint: every logged step. Line: running mean over {window} of them." if window > 1 else ""
-    sections = {
-        "Learning curves": (loss_panels(curves, run.options), f"<p>A term is shown before its weight.{smoothed}</p>"),
-        "Optimisation": (optimisation, ""),
-        "Throughput": (throughput, ""),
-        "Evaluation": (evaluation_panels(run.results), evaluation_table(run.results)),
-        "Skipped samples": ([], skipped_table(run.skipped)),
-        "Configuration": ([], configuration(run)),
-    }
-    number, body = itertools.count(1), ""
-    for title, (panels, text) in sections.items():
-        figures = "".join(render_figure(panel, next(number)) for panel in panels if panel.curves)
-        body += f'<h2>{title}</h2>\n{text}<div class="grid">{figures}</div>\n'
-    last_step, stops = run.metrics[-1]["step"], sorted(run.folder.glob("nonfinite_step_*.json"))
-    name = escape(run.folder.resolve().name)
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"/>
-<title>clipkd report: {name}</title><style>{STYLE}</style></head>
-<body><h1>{name}</h1><p class="quiet">{escape(run.folder)}</p>
-{"".join(stop_banner(path, last_step) for path in stops)}{facts(run, curves)}
-{body}</body></html>
-"""
-
-
-def stop_banner(path: Path, last_step: int) -> str:
-    """A non-finite stop; the file may be cut short, its name is whole."""
-    stop: dict[str, Any] = {}
-    with contextlib.suppress(ValueError, TypeError):
-        stop |= json.loads(path.read_text(encoding="utf-8"))
-    step, keys = int("0" + re.sub(r"\D", "", path.stem)), stop.get("keys") or []
-    text = f"(loss {plain(stop.get('loss'))}, gradient norm {plain(stop.get('grad_norm'))})."
-    if last_step > step:
-        text += f" The run went on since, to step {last_step:,}."
-    if keys:
-        text += (
-            f" Samples of that batch: {', '.join(map(str, keys[:8]))}{f' and {len(keys) - 8} more' * (len(keys) > 8)}."
-        )
-    return f'<p class="banner"><b>Stopped at step {step:,}: the loss was not finite</b> {escape(text)}</p>'
-
-
-def facts(run: Run, curves: dict[str, Curve]) -> str:
-    """What one asks first, a dash where the files do not say."""
-    options, last = run.options, run.metrics[-1]
-    medians = {name: statistics.median(curve.finite()) for name, curve in curves.items() if curve.finite()}
-    teachers = [(options.get("teacher.model"), options.get("teacher.pretrained"))]
-    teachers += [(teacher.get("model"), teacher.get("pretrained")) for teacher in options.get("ensemble") or ()]
-    replaced, indexed = (sum(counts) for counts in zip((0, 0), *count_skipped(run.skipped).values(), strict=True))
-    if not run.skipped:
-        replaced = last.get("skipped") or 0
-    checkpoints = sorted(path.name for path in run.folder.glob("checkpoints/step_*") if path.name[5:].isdigit())
-    top1 = {name: show(percentage(rows[-1], "acc1"), "%") for name, rows in run.results.items()}
-    sources = [options.get("data.path"), *(source.get("path") for source in options.get("data.mix") or ())]
-    paths = [path for source in sources for path in (source if isinstance(source, list) else [source])]
-    seconds = curves["seconds"].finite() if "seconds" in curves else []
-    planned = f" of {options['steps']:,}" if isinstance(options.get("steps"), int) else ""
-    pairs = {
-        "student": join(options.get("student.model"), options.get("student.pretrained")),
-        "teacher": "\n".join(join(*teacher) for teacher in teachers if teacher[0]) or ("none" if options else ""),
-        "training data": "\n".join(str(path) for path in paths if path),
-        "steps": f"{last['step']:,}{planned}",
-        "batch size, processes": f"{options.get('batch_size', '–')}, {last.get('world_size', '–')}",
-        "training time (h:min:s)": str(timedelta(seconds=round(seconds[-1]))) if seconds else "",
-        "images per second, median": show(medians.get("images_per_second")),
-        "waiting for data, median": show(medians.get("data_wait"), "%"),
-        "samples skipped": f"{replaced:,} while training, {indexed:,} at indexing",
-        "newest checkpoint": checkpoints[-1] if checkpoints else "none",
-        "last top-1": "\n".join(f"{name} ({weights}) {value}" for (name, weights), value in top1.items()),
-    }
-    cells = (f"<div><dt>{name}</dt><dd>{escape(value or '–')}</dd></div>" for name, value in pairs.items())
-    return f'<dl class="facts">{"".join(cells)}</dl>'
-
-
-def join(*words: Any) -> str:
-    return " ".join(str(word) for word in words if word)
-
-
-def evaluation_table(results: dict[tuple[str, str], Rows]) -> str:
-    rows = []
-    for name, group in results.items():
-        last, best = group[-1], max(group, key=lambda row: percentage(row, "acc1") or 0)
-        scores = [show(percentage(last, metric), "%") for metric in ("acc1", "acc5", "mean_per_class_recall")]
-        best_text = f"{show(percentage(best, 'acc1'), '%')} at step {best['step']:,}"
-        rows.append((*name, f"{last['step']:,}", *scores, f"{last.get('n', 0):,}", best_text))
-    header = ("data set", "weights", "step", "top-1", "top-5", "mean per class", "images", "best top-1")
-    return table(header, rows, "numbers") if rows else "<p>No evaluation yet.</p>"
-
-
-def count_skipped(skipped: Rows) -> dict[str, tuple[int, int]]:
-    """Cause → samples that were replaced while training, and those left out when the data was indexed (step 0)."""
-    causes: dict[str, tuple[int, int]] = {}
-    for row in skipped:
-        for cause, count in (row.get("counts") or {}).items():
-            trained, indexed = causes.get(cause, (0, 0))
-            causes[cause] = (trained + count, indexed) if row["step"] else (trained, indexed + count)
-    return dict(sorted(causes.items(), key=lambda item: -sum(item[1])))
-
-
-def skipped_table(skipped: Rows) -> str:
-    rows = []
-    for cause, counts in count_skipped(skipped).items():
-        found = [example for row in skipped for example in row.get("examples") or () if example.get("cause") == cause]
-        text = "\n".join(f"{example.get('key')}: {example.get('message')}" for example in found[:3])
-        rows.append((cause, *(f"{count:,}" for count in counts), text))
-    return table(("cause", "while training", "at indexing", "examples"), rows) if rows else "<p>None recorded.</p>"
-
-
-def configuration(run: Run) -> str:
-    """The options that are not at their default, then the whole file."""
-    if not run.options:
-        return "<p>No readable config.yaml.</p>"
-    changed = ""
-    with contextlib.suppress(ValueError):  # defaults that do not stand on their own
-        defaults = {name: plain(value) for name, value in flatten(to_dict(TrainConfig())).items()}
-        rows = [(name, plain(value), defaults.get(name, "no such option")) for name, value in run.options.items()]
-        differing = [row for row in rows if row[1] != row[2]]
-        changed = "<p>Options that differ from the defaults:</p>" + table(("option", "this run", "default"), differing)
-    return f"{changed}<details><summary>The whole configuration</summary><pre>{escape(run.config_text)}</pre></details>"
-
-
-def plain(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(value, default=str, ensure_ascii=False)
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "words") -> str:
-    lines = [f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in header)}</tr>"]
-    lines += [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
-    return f'<div class="wide"><table class="{kind}">{"".join(lines)}</table></div>'

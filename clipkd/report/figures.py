@@ -186,6 +186,10 @@ def draw(panel: Panel, number: int) -> str:
     axes.set_ylabel(panel.unit + (", log scale" if logarithmic else ""))
     axes.grid(color="#e6e6e0", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
+    return to_svg(figure, number)
+
+
+def to_svg(figure: Any, number: int) -> str:
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = re.sub(r"<metadata>.*?</metadata>", "", "<svg " + file.getvalue().split("<svg ", 1)[1], flags=re.DOTALL)

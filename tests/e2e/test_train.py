@@ -330,3 +330,28 @@ def test_an_evaluation_that_a_kill_took_is_made_up_for(clipkd: Run, data: Path, 
     (run / "results.jsonl").write_text("")
     clipkd("train", *arguments, *evaluation, "--resume", "latest")
     assert [json.loads(line)["step"] for line in (run / "results.jsonl").read_text().splitlines()] == [2, 4]
+
+
+def test_the_best_checkpoint_by_a_metric_stays(clipkd: Run, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 6, "--checkpoint.keep", 1, "--output", run)
+    evaluation = ("--evaluation.data", f"[{data / 'noto'}]", "--evaluation.every_steps", 1, "--optim.ema_momentum", 0.5)
+    done = clipkd("train", *arguments, *evaluation, "--evaluation.best", "noto:acc5")
+    rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    scores = {row["step"]: row["metrics"]["acc5"] for row in rows if row["weights"] == "ema"}
+    assert len(scores) == 6
+    best = min(step for step, score in scores.items() if score == max(scores.values()))
+    assert json.loads((run / "best" / "state.json").read_text())["step"] == best
+    assert f"step {best} is the best so far" in done.stderr
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000006"]
+    clipkd(
+        "eval", "--model", run / "best", "--weights", "ema", "--data", data / "noto", "--output", tmp_path / "results"
+    )
+    (row,) = [json.loads(line) for line in (tmp_path / "results" / "eval_results.jsonl").read_text().splitlines()]
+    assert row["metrics"]["acc5"] == scores[best]
+    for wrong, words in (("fluent", "tasks here: ['noto']"), ("noto:recall", "metrics of noto")):
+        refused = clipkd(
+            "train", *arguments, *evaluation, "--evaluation.best", wrong, "--output", tmp_path / "x", check=False
+        )
+        assert refused.returncode == 2
+        assert words in refused.stderr

@@ -67,10 +67,13 @@ def panels(page: str) -> dict[str, list[str]]:
     return {text(f.find(".//h3")): [text(line) for line in f.iter("li")] for f in parse(page).iter("figure")}
 
 
+def tables(page: str) -> list[list[list[str]]]:
+    return [[[text(cell) for cell in row] for row in table] for table in parse(page).iter("table")]
+
+
 def table(page: str, corner: str) -> list[list[str]]:
     """Rows below the header of the table whose first header is `corner`."""
-    tables = [[[text(cell) for cell in row] for row in table] for table in parse(page).iter("table")]
-    return next(rows[1:] for rows in tables if rows[0][0] == corner)
+    return next(rows[1:] for rows in tables(page) if rows[0][0] == corner)
 
 
 @pytest.fixture(scope="module")
@@ -287,3 +290,37 @@ def test_what_cannot_be_reported_is_one_clear_line(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"pip install 'clipkd\[report\]'"):
         report(tmp_path / "run")
+
+
+def evaluated(model: str, task: str, top1: float, **more: Any) -> dict[str, Any]:
+    bins = {"counts": [1, 2], "confidences": [0.2, 0.7], "accuracies": [0.1, None], "ece": 0.25}
+    cost = {name: {"image": top1 * 1e6, "text": 5e5} for name in ("parameters", "macs", "latency_ms")}
+    row = {"model": model, "key": task, "weights": "student", "metrics": {"acc1": top1, "main_metric": top1}, "n": 4}
+    row |= {"ci95": {"main_metric": [top1 / 2, 0.9]}, "main_metric_name": "acc1", "chance": 0.01, "calibration": bins}
+    return row | {"cost": {**cost, "device": "cpu, 2 threads"}, "samples": f"samples/{model}-{task}.parquet"} | more
+
+
+def test_results_of_eval_are_shown_alone_or_beside_a_run(full: Path, tmp_path: Path) -> None:
+    lost = [{"class": 1, "name": "wren <small>", "recall": 0.0, "teacher_recall": 0.75}]
+    beside = {"model": "big", "retained": 0.5, "agreement": 0.25, "kl": 1.5, "lost_classes": lost}
+    rows = [
+        evaluated("big", "birds", 0.5),
+        evaluated("small", "birds", 0.25, teacher=beside, task_options={}, data="gone"),
+    ]
+    for row in rows:
+        metrics_log.append(tmp_path / "results" / "eval_results.jsonl", row)
+    page = report(tmp_path / "results")
+    scores = {row[1]: row for row in table(page, "task")}
+    assert scores["small"][3:9] == ["25.00%", "12.50 to 90.00", "1.00%", "4", "50.00%", "25.00%"]
+    assert scores["big"][7] == "–"
+    assert ["birds", "small", "wren <small>", "0.00%", "75.00%"] in [row[:5] for t in tables(page) for row in t]
+    shown = panels(page)
+    assert shown["parameters of both towers"] == ["big 50.00% at 1", "small 25.00% at 0.75"]
+    assert shown["birds"] == ["big ECE 25.00%", "small ECE 25.00%"]
+    assert "No pictures: " in page
+    both = write_report(
+        ReportConfig(run=str(full), results=str(tmp_path / "results"), output=str(tmp_path / "both.html"))
+    )
+    assert {"loss", "birds"} <= panels(both.read_text(encoding="utf-8")).keys()
+    with pytest.raises(ValueError, match="holds no results"):
+        write_report(ReportConfig(run=str(full), results=str(tmp_path)))

@@ -1,0 +1,252 @@
+"""What `clipkd eval` found as sections of a page: scores, cost, calibration, and what a student lost of its teacher."""
+
+import base64
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from clipkd.data.evaluation_sets import EvaluationSet
+from clipkd.data.images import open_image
+from clipkd.evaluation import Results, Task, open_subject
+from clipkd.evaluation.results import read_samples
+from clipkd.report.figures import COLOURS, Rows, escape, show, to_svg
+from clipkd.report.page import section, table
+
+COSTS = {
+    "parameters": ("parameters of both towers", 1e6, "million"),
+    "macs": ("multiply-accumulates of one image", 1e6, "million"),
+    "latency_ms": ("latency of one image", 1.0, "milliseconds, median"),
+}
+MOST_PICTURES = 12
+MOST_CLASSES = 5
+PIXELS = 144
+
+
+@dataclass(frozen=True)
+class Found:
+    folder: Path
+    rows: Rows
+
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(row["key"] for row in self.rows))
+
+    def models(self) -> list[str]:
+        return list(dict.fromkeys(name_of(row) for row in self.rows))
+
+    def colour(self, row: dict[str, Any]) -> str:
+        return COLOURS[self.models().index(name_of(row)) % len(COLOURS)]
+
+
+def name_of(row: dict[str, Any]) -> str:
+    return f"{row['model']} (moving average)" if row.get("weights") == "ema" else str(row["model"])
+
+
+def read_results(folder: Path) -> Found | None:
+    rows = [row for row in Results(folder).rows() if isinstance(row.get("metrics"), dict) and "ci95" in row]
+    return Found(folder, rows) if rows else None
+
+
+def render_results(found: Found, number: Iterator[int]) -> str:
+    """number: of the next figure."""
+    body = section("Zero-shot evaluation", score_table(found))
+    body += section("Accuracy against cost", pareto_text(found), "".join(pareto_figures(found, number)))
+    if calibrated := [row for row in found.rows if row.get("calibration")]:
+        figures = "".join(reliability_figure(found, task, calibrated, number) for task in found.tasks())
+        text = (
+            "<p>Accuracy among images of a confidence (softmax at the model's own scale); the grey line is perfect.</p>"
+        )
+        body += section("Calibration", text, figures)
+    students = [row for row in found.rows if row.get("teacher")]
+    if students:
+        body += section("Classes that lost most", lost_table(students))
+        body += section(
+            "What the teacher gets right and the student wrong", "".join(map(pictures, *picture_rows(found)))
+        )
+    return body
+
+
+def score_table(found: Found) -> str:
+    rows = []
+    for row in found.rows:
+        low, high = row["ci95"].get("main_metric") or (None, None)
+        interval = "–" if low is None or high is None else f"{100 * low:.2f} to {100 * high:.2f}"
+        beside = row.get("teacher") or {}
+        calibration = row.get("calibration") or {}
+        rows.append(
+            (
+                row["key"],
+                name_of(row),
+                row["main_metric_name"],
+                percent(row["metrics"]["main_metric"]),
+                interval,
+                percent(row.get("chance")),
+                f"{row['n']:,}",
+                percent(beside.get("retained")),
+                percent(beside.get("agreement")),
+                "–" if beside.get("kl") is None else f"{beside['kl']:.3f}",
+                percent(calibration.get("ece")),
+                row.get("precision", "–"),
+            )
+        )
+    header = ("task", "model", "metric", "score", "95 % interval", "chance", "n", "share kept", "same answer")
+    header += ("KL from teacher", "ECE", "precision")
+    note = '<p class="quiet">Share kept, same answer and KL are beside the teacher; ECE is the expected calibration error.</p>'
+    return table(header, rows, "numbers") + note
+
+
+def percent(value: Any) -> str:
+    return show(None if value is None else 100 * value, "%")
+
+
+def mean_scores(found: Found) -> tuple[list[str], dict[str, float]]:
+    """The tasks that every model was evaluated on, and each model's mean main metric over them."""
+    scores = {(name_of(row), row["key"]): row["metrics"]["main_metric"] for row in found.rows}
+    models = found.models()
+    common = [task for task in found.tasks() if all(scores.get((model, task)) is not None for model in models)]
+    return common, {m: sum(scores[m, task] for task in common) / len(common) for m in models} if common else {}
+
+
+def pareto_text(found: Found) -> str:
+    common, _ = mean_scores(found)
+    if not common:
+        return "<p>The models share no task.</p>"
+    named = escape(common[0]) if len(common) == 1 else f"the mean over {len(common)} tasks"
+    devices = sorted({str(row["cost"]["device"]) for row in found.rows if row.get("cost")})
+    return (
+        f"<p>Score: main metric, {named}. The line joins the models that none beats at less cost. "
+        f"Latency was measured on {escape('; '.join(devices))}, batch 1.</p>"
+    )
+
+
+def pareto_figures(found: Found, number: Iterator[int]) -> Iterator[str]:
+    _, scores = mean_scores(found)
+    costs = {name_of(row): row["cost"] for row in found.rows if row.get("cost")}
+    for cost, (title, unit, word) in COSTS.items():
+        points = []
+        for model, score in scores.items():
+            if model in costs:
+                value = costs[model][cost]
+                total = value["image"] + value["text"] if cost == "parameters" else value["image"]
+                points.append((total / unit, 100 * score, model))
+        if points:
+            yield figure(title, draw_pareto(found, points, f"{word}, log scale", next(number)), legend(found, points))
+
+
+def legend(found: Found, points: list[tuple[float, float, str]]) -> str:
+    models = found.models()
+    return "".join(
+        f'<li><i style="border-top: 3px solid {COLOURS[models.index(model) % len(COLOURS)]}"></i>{escape(model)} '
+        f"<b>{y:.2f}%</b> at {show(x)}</li>"
+        for x, y, model in points
+    )
+
+
+def figure(title: str, svg: str, items: str, note: str = "") -> str:
+    caption = f"<figcaption><h3>{escape(title)}</h3><ul>{items}</ul></figcaption>"
+    return f'<figure>{caption}{svg}<p class="quiet">{escape(note)}</p></figure>'
+
+
+def draw_pareto(found: Found, points: list[tuple[float, float, str]], unit: str, number: int) -> str:
+    from matplotlib import ticker
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(5.6, 3.0))
+    axes = drawing.add_axes((0.12, 0.18, 0.85, 0.78))
+    front: list[tuple[float, float]] = []
+    for x, y, _ in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    axes.plot(*zip(*front, strict=True), color="#9aa3ad", linewidth=1, zorder=1)
+    models = found.models()
+    for x, y, model in points:
+        axes.plot([x], [y], "o", color=COLOURS[models.index(model) % len(COLOURS)], markersize=6, zorder=2)
+    low, high = min(x for x, _, _ in points), max(x for x, _, _ in points)
+    axes.set_xscale("log")
+    axes.set(xlim=(low / 1.5, high * 1.5), xlabel=unit, ylabel="score, %")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7) if high < 10 * low else (1, 3)))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.grid(color="#e6e6e0", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    return to_svg(drawing, number)
+
+
+def reliability_figure(found: Found, task: str, rows: Rows, number: Iterator[int]) -> str:
+    from matplotlib.figure import Figure
+
+    own = [row for row in rows if row["key"] == task]
+    if not own:
+        return ""
+    drawing = Figure(figsize=(5.6, 3.0))
+    axes = drawing.add_axes((0.12, 0.18, 0.85, 0.78))
+    axes.plot([0, 100], [0, 100], color="#c4c7cb", linewidth=1)
+    items = ""
+    for row in own:
+        bins = zip(row["calibration"]["confidences"], row["calibration"]["accuracies"], strict=True)
+        points = [(100 * x, 100 * y) for x, y in bins if x is not None and y is not None]
+        axes.plot(*zip(*points, strict=True), "o-", color=found.colour(row), linewidth=1.4, markersize=3.5)
+        line = f"border-top: 3px solid {found.colour(row)}"
+        items += (
+            f'<li><i style="{line}"></i>{escape(name_of(row))} <b>ECE {percent(row["calibration"]["ece"])}</b></li>'
+        )
+    axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence, %", ylabel="accuracy, %")
+    axes.grid(color="#e6e6e0", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure(task, to_svg(drawing, next(number)), items)
+
+
+def lost_table(students: Rows) -> str:
+    rows = [
+        (row["key"], name_of(row), lost["name"], percent(lost["recall"]), percent(lost["teacher_recall"]))
+        for row in students
+        for lost in row["teacher"]["lost_classes"][:MOST_CLASSES]
+    ]
+    header = ("task", "student", "class", "student's recall", "teacher's recall")
+    return table(header, rows, "numbers") if rows else "<p>No class has a lower recall than under the teacher.</p>"
+
+
+def picture_rows(found: Found) -> tuple[list[Found], Rows]:
+    students = [row for row in found.rows if row.get("teacher")]
+    return [found] * len(students), students
+
+
+def pictures(found: Found, student: dict[str, Any]) -> str:
+    """Images of the student's mistakes that the teacher was surest about."""
+    title = f"<h3>{escape(student['key'])}: {escape(name_of(student))}</h3>"
+    teacher = next(
+        (r for r in found.rows if (r["key"], r["model"]) == (student["key"], student["teacher"]["model"])), None
+    )
+    if teacher is None:
+        return f"{title}<p>The teacher's own results are not in {escape(found.folder)}.</p>"
+    try:
+        ours, theirs = (read_samples(found.folder / row["samples"]) for row in (student, teacher))
+        options: dict[str, Any] = student["task_options"]
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+        data = open_subject(Task(**options), student["data"]).data
+        if data.sha256() != student["data_sha256"]:
+            raise ValueError(f"{student['data']} holds other data now")
+        lost = [place for place in range(len(data)) if theirs["correct"][place] and not ours["correct"][place]]
+        lost.sort(key=lambda place: -theirs["margin"][place])
+        shown = "".join(picture(data, place, ours["top5"][place][0]) for place in lost[:MOST_PICTURES])
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        return f"{title}<p>No pictures: {escape(error)}.</p>"
+    count = f"{len(lost):,} of {len(data):,} images; those that the teacher was surest about."
+    return f'{title}<p class="quiet">{count}</p><div class="thumbs">{shown}</div>'
+
+
+def picture(data: EvaluationSet, place: int, guess: int) -> str:
+    assert data.classnames is not None
+    found = data.pictures[place]
+    image = open_image(found.read(), found.key).convert("RGBA")
+    image.thumbnail((PIXELS, PIXELS))
+    flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    file = io.BytesIO()
+    flat.save(file, "JPEG", quality=80)
+    source = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    truth, wrong = data.classnames[data.labels[place]], data.classnames[guess]
+    text = f'<span class="right">{escape(truth)}</span><span class="wrong">{escape(wrong)}</span>'
+    return f'<figure><img src="{source}" alt="{escape(found.key)}"/>{text}</figure>'
