@@ -115,7 +115,7 @@ def table(results: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("eval/results/eval_speed.jsonl"))
-    parser.add_argument("--models", nargs="+", default=["RN50", "ViT-B-32"], help="open_clip names")
+    parser.add_argument("--models", nargs="+", default=["ViT-S-32-alt", "ViT-S-16-alt"], help="open_clip names")
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--classes", type=int, default=50)
     parser.add_argument("--templates", type=int, default=8, help="prompts per class")

@@ -27,25 +27,28 @@ from clipkd.data.tar_index import as_text, index_whole_tar
 def open_evaluation_set(
     root: str | Path,
     *,
-    layout: Layout = "webdataset",
-    split: str = "test",
+    layout: Layout | None = None,
+    split: str | None = None,
     kind: Kind | None = None,
     columns: tuple[str, str, str] = ("image", "label", "caption"),
 ) -> EvaluationSet:
-    """columns: of image, label and captions in a Hugging Face data set. kind: None asks dataset_type.txt of the folder.
+    """layout: None takes webdataset for a folder with tars in its folders, else imagefolder. split: None takes test, or val of
+    class folders. kind: None asks dataset_type.txt of the folder. columns: of image, label and captions in a Hugging Face set.
 
     Raises: FileNotFoundError or ValueError naming the file that is missing or wrong.
     """
     if layout == "huggingface":
-        return open_hugging_face(str(root), split, kind or "classification", columns)
+        return open_hugging_face(str(root), split or "test", kind or "classification", columns)
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"no data folder {root}")
+    if layout is None:
+        layout = "webdataset" if any(root.glob("*/*.tar")) or any(root.glob("*/nshards.txt")) else "imagefolder"
     if layout == "imagefolder":
         if kind not in (None, "classification"):
             raise ValueError(f"{root}: class folders hold a classification task, not {kind}")
         return open_imagefolder(root, split)
-    return open_webdataset(root, split, kind or find_kind(root))
+    return open_webdataset(root, split or "test", kind or find_kind(root))
 
 
 def find_kind(root: Path) -> Kind:
@@ -138,9 +141,10 @@ def parse_member(kind: Kind, content: bytes, num_classes: int, where: str) -> An
         raise ValueError(f"{where}: its captions are not UTF-8 ({error})") from error
 
 
-def open_imagefolder(root: Path, split: str) -> EvaluationSet:
-    """ROOT/SPLIT/CLASS/*.jpg, class index = order of the sorted folder names; SPLIT may be ROOT."""
-    folder = root / split if (root / split).is_dir() else root
+def open_imagefolder(root: Path, split: str | None) -> EvaluationSet:
+    """ROOT/SPLIT/CLASS/*.jpg, class index = order of the sorted folder names; ROOT may hold the classes itself."""
+    splits = [root / name for name in ((split,) if split else ("val", "test"))]
+    folder = next((path for path in splits if path.is_dir()), root)
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     if not classes:
         raise ValueError(f"{folder} has no class folders; sort the images into one folder per class (synset id)")
@@ -181,8 +185,14 @@ def open_hugging_face(path: str, split: str, kind: Kind, columns: tuple[str, str
     ]
     found = list(rows["found"])
     whole = EvaluationSet(path, kind, pictures, classnames=names)
-    if kind in CLASS_KINDS:  # class names may come from the task: their number is checked there
-        return with_found(whole, [np.asarray(value, bool) if kind == "multilabel" else value for value in found])
+
+    def where(number: int) -> str:
+        return f"{path}, row {number}"
+
+    if kind == "classification":  # class names may come from the task, which then checks the numbers
+        return with_found(whole, found)
+    if kind == "multilabel":
+        width = len(found[0]) if found and isinstance(found[0], list) else 0
+        return with_found(whole, [check_vector(value, width, where(number)) for number, value in enumerate(found)])
     texts = ([value] if isinstance(value, str) else value for value in found)
-    checked = [check_captions(kind, value, f"{path}, row {number}") for number, value in enumerate(texts)]
-    return with_found(whole, checked)
+    return with_found(whole, [check_captions(kind, value, where(number)) for number, value in enumerate(texts)])

@@ -32,10 +32,10 @@ class Task:
     """What people call the data set."""
     kind: Kind | None = None
     """classification, multilabel, retrieval (captions) or pairs (a true and a false caption); null asks the data folder."""
-    layout: Layout = "webdataset"
-    """webdataset: CLIP_benchmark's; imagefolder: SPLIT/CLASS/*.jpg; huggingface: a hub name or a folder of parquet files."""
-    split: str = "test"
-    """Folder of the split below the data folder, or split of a Hugging Face data set."""
+    layout: Layout | None = None
+    """webdataset: CLIP_benchmark's; imagefolder: SPLIT/CLASS/*.jpg; huggingface: a hub name or a folder of parquet files; null takes one of the first two, by what lies there."""  # noqa: E501
+    split: str | None = None
+    """Folder of the split below the data folder, or split of a Hugging Face set; null takes test, or val of class folders."""
     prompts: str = "data"
     """Class names and templates: data takes the data folder's, imagenet OpenAI's for ImageNet (80 templates)."""
     classnames: tuple[str, ...] = ()
@@ -102,10 +102,10 @@ def load_task(path: str | Path | None) -> Task:
 
 
 def find_task_files(names: tuple[str, ...]) -> list[Path]:
-    """YAML files, and all those of folders. Raises: FileNotFoundError."""
+    """YAML files, and those of folders that name their task. Raises: FileNotFoundError."""
     found: list[Path] = []
     for path in map(Path, names):
-        files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+        files = [file for file in sorted(path.glob("*.yaml")) if load_task(file).name] if path.is_dir() else [path]
         if not files or not files[0].is_file():
             raise FileNotFoundError(f"no task {path}; name a YAML of eval/ or a folder of them (clipkd eval ls)")
         found += files
@@ -167,9 +167,16 @@ def open_subject(task: Task, root: str | Path) -> Subject:
         ("captions", sum(map(len, data.captions)), task.num_captions),
     ):
         if expected not in (None, found):
-            raise ValueError(f"{root} has {found} {what} in split {task.split!r}; the task expects {expected}")
+            raise ValueError(
+                f"{root} has {found} {what} in split {task.split or 'test'!r}; the task expects {expected}"
+            )
+    known = METRICS[data.kind]
+    if task.metric not in (None, *known):
+        raise ValueError(
+            f"{root} holds a {data.kind} task, whose metrics are {list(known)}; the task asks for {task.metric!r}"
+        )
     name = task.name or Path(root).resolve().name
-    return Subject(task, name, data, task.metric or METRICS[data.kind][0])
+    return Subject(task, name, data, task.metric or known[0])
 
 
 def with_prompts(task: Task, data: EvaluationSet) -> EvaluationSet:
