@@ -87,10 +87,10 @@ def build_parser(kind: type, command: str, description: str, positional: tuple[t
 
 
 def spell_out(kind: type, arguments: list[str]) -> list[str]:
-    """--quick → --quick true, and --task a b → --task [a,b], for the fields of a command that are flags and lists."""
+    """--max-drop → --max_drop, and for the fields of a command --quick → --quick true and --task a b → --task [a,b]."""
     fields = {f"--{field.name}": field.type for field in dataclasses.fields(kind)}
     spelled: list[str] = []
-    rest = list(arguments)
+    rest = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
     while rest:
         argument = rest.pop(0)
         spelled.append(argument)

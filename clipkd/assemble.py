@@ -91,7 +91,7 @@ def open_data(config: TrainConfig) -> data.Pairs:
 def open_tasks(config: TrainConfig) -> list[Subject]:
     """The evaluations on the way, with their data. Raises: ValueError if the best checkpoint's metric is none of theirs."""
     options = config.evaluation
-    subjects = open_subjects(as_tuple(options.task), options.data) if options.data else []
+    subjects = open_subjects(as_tuple(options.task), as_tuple(options.data)) if options.data else []
     if options.best is not None:
         task, metric = parse_best(options.best)
         found = [subject for subject in subjects if subject.name == task]

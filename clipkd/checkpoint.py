@@ -84,15 +84,28 @@ def prune(run: Path, keep: int) -> None:
 def keep_best(run: Path, step: int) -> Path:
     """RUN/best becomes that step's checkpoint: the same files under a second name, which pruning leaves alone."""
     folder, temporary = run / "best", run / "best.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in (temporary, run / "best_before.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         shutil.copytree(checkpoint_folder(run, step), temporary, copy_function=os.link)
     except OSError:  # a file system without hard links, which copytree tells of as one error of many
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(checkpoint_folder(run, step), temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    if folder.is_dir():  # there is a moment without either; the run evaluates that step again after a kill
+        os.replace(folder, old := run / "best_before.tmp")
+        os.replace(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(temporary, folder)
     return folder
+
+
+def best_step(run: Path) -> int | None:
+    """Step of RUN/best; None where there is none."""
+    try:
+        return int(read_state(run / "best")["step"])
+    except (OSError, ValueError):
+        return None
 
 
 def whole_checkpoints(run: Path) -> list[Path]:

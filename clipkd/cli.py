@@ -145,7 +145,7 @@ def eval_list_command(arguments: list[str]) -> None:
     from clipkd.evaluation import validate
 
     config = parse_into(validate.ListConfig, arguments, "eval ls", "List the tasks of a folder.")
-    Console(width=None if sys.stdout.isatty() else 200).print(validate.list_tasks(config))
+    Console(width=None if sys.stdout.isatty() else 1000).print(validate.list_tasks(config))
 
 
 def eval_validate_command(arguments: list[str]) -> None:
@@ -158,7 +158,7 @@ def eval_validate_command(arguments: list[str]) -> None:
     for problem in problems:
         print(f"clipkd eval validate: problem: {problem}", file=sys.stderr)
     if problems:
-        raise SystemExit(1)
+        raise SystemExit(2)
 
 
 def eval_compare_command(arguments: list[str]) -> None:
@@ -171,11 +171,12 @@ def eval_compare_command(arguments: list[str]) -> None:
     config = parse_into(
         compare.CompareConfig, arguments, "eval compare", "Compare two models, paired.", positional=positional
     )
-    rows = compare.compare(config)
+    rows, problems = compare.compare(config)
     for row in rows:
         print(compare.describe_comparison(row))
-    if config.max_drop is not None and (worse := [r for r in rows if -100 * r["difference"] > config.max_drop]):
-        print(f"clipkd eval compare: {worse[0]['task']} fell by more than {config.max_drop:g} points", file=sys.stderr)
+    for problem in problems:
+        print(f"clipkd eval compare: {problem}", file=sys.stderr)
+    if problems:
         raise SystemExit(1)
 
 

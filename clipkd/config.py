@@ -139,7 +139,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    data: tuple[str, ...] = ()
+    data: tuple[str, ...] | str = ()
     """Data folders to evaluate on during training; empty evaluates nothing."""
     task: tuple[str, ...] | str = ()
     """Task YAML for those folders (see eval/), or several for one folder that holds all their data; none reads CLIP_benchmark's layout."""

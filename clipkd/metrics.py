@@ -52,23 +52,27 @@ def recall_interval(correct: Bool[Tensor, "n"], labels: Int[Tensor, "n"], num_cl
 
 
 def mean_interval(values: Float[Tensor, "n"]) -> Interval:
-    """95 % interval of the mean of independent values in [0, 1], such as each image's share of captions that were found."""
-    if len(values) < 2:
-        return 0.0, 1.0
-    return around(values.double().mean().item(), values.double().std().item() / math.sqrt(len(values)))
+    """95 % interval of the mean of independent values, mostly in [0, 1], such as each image's share of found captions."""
+    # As in recall_interval: two values more of each end, so that equal values do not make one certain.
+    n, total, squares = len(values) + Z95**2, values.double().sum().item(), values.double().square().sum().item()
+    mean = (total + Z95**2 / 2) / n
+    variance = max(0.0, (squares + Z95**2 / 2) / n - mean**2)
+    return around(values.double().mean().item(), math.sqrt(variance / n))
 
 
 def bootstrap_interval(
     scores: Float[Tensor, "n k"], targets: Bool[Tensor, "n k"], *, resamples: int = 200, seed: int = 0
 ) -> Interval:
-    """95 % interval of the mean average precision: percentiles over resampled images."""
+    """95 % interval of the mean average precision, from the spread over resampled images.
+
+    Not their percentiles: an image drawn twice raises an average precision.
+    """
     generator = torch.Generator().manual_seed(seed)
     means = []
     for _ in range(resamples):
         drawn = torch.randint(len(scores), (len(scores),), generator=generator)
         means.append(average_precisions(scores[drawn], targets[drawn]).mean())
-    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+    return around(average_precisions(scores, targets).mean().item(), torch.stack(means).std().item())
 
 
 def around(mean: float, standard_error: float) -> Interval:
@@ -91,12 +95,19 @@ class Paired:
 
 
 def compare_paired(first: Bool[Tensor, "n"], second: Bool[Tensor, "n"]) -> Paired:
-    """first, second: whether each sample is right."""
+    """first, second: whether each sample is right. The interval is Agresti and Min's (2005): half a sample more per cell."""
     won, lost, n = int((second & ~first).sum()), int((first & ~second).sum()), len(first)
-    difference = (won - lost) / n
-    variance = max(0.0, ((won + lost) / n - difference**2) / n)
-    half = Z95 * math.sqrt(variance)
-    return Paired(n, difference, (difference - half, difference + half), mcnemar_p(won, lost), won, lost)
+    centre, spread = (won - lost) / (n + 2), (won + lost + 1) / (n + 2)
+    half = Z95 * math.sqrt(max(0.0, spread - centre**2) / (n + 2))
+    interval = max(-1.0, centre - half), min(1.0, centre + half)
+    return Paired(n, (won - lost) / n, interval, mcnemar_p(won, lost), won, lost)
+
+
+def difference_interval(differences: Float[Tensor, "n"]) -> Interval:
+    """95 % interval of the mean of paired differences in [−1, 1] that are no yes or no."""
+    mean, n = differences.double().mean().item(), len(differences)
+    half = Z95 * differences.double().std(correction=0).item() / math.sqrt(n)
+    return max(-1.0, mean - half), min(1.0, mean + half)
 
 
 def mcnemar_p(won: int, lost: int) -> float:

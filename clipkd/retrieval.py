@@ -18,10 +18,12 @@ def best_ranks(
     """
     ranks = torch.empty(len(queries), dtype=torch.long)
     order = positives[:, 0].argsort(stable=True)
-    query, key = positives[order].unbind(dim=1)
+    query, key = positives[order].T.contiguous()
+    # Equal keys (a caption that comes twice) must get equal cosines to the bit, which a matrix product does not promise.
+    distinct, copy_of = keys.unique(dim=0, return_inverse=True)
     index = torch.arange(len(keys), device=keys.device)
     for start in range(0, len(queries), chunk):
-        cosines = queries[start : start + chunk] @ keys.T
+        cosines = (queries[start : start + chunk] @ distinct.T)[:, copy_of]
         first, last = (int(torch.searchsorted(query, place)) for place in (start, start + len(cosines)))
         rows, columns = (query[first:last] - start).to(keys.device), key[first:last].to(keys.device)
         is_positive = torch.zeros(cosines.shape, dtype=torch.bool, device=keys.device)

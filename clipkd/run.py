@@ -216,6 +216,7 @@ def evaluate_tasks(run: Run, step: int) -> None:
     for subject in run.subjects:
         for weights, encoder in candidates.items():
             training, started = encoder.training, time.perf_counter()
+            distributed.copy_from_main(encoder.buffers())  # BatchNorm's: each process has seen its own share
             embedder = Embedder(
                 encoder.eval(),
                 run.accelerator.device,
@@ -236,7 +237,7 @@ def evaluate_tasks(run: Run, step: int) -> None:
 
 
 def is_best(run: Run, rows: list[dict[str, Any]]) -> bool:
-    """Whether no earlier evaluation was as good by the metric of evaluation.best."""
+    """Whether the checkpoint in RUN/best, if there is one of these steps, was worse by the metric of evaluation.best."""
     if run.config.evaluation.best is None:
         return False
     task, metric = parse_best(run.config.evaluation.best)
@@ -246,7 +247,8 @@ def is_best(run: Run, rows: list[dict[str, Any]]) -> bool:
         own = [row for row in found if (row.get("key"), row.get("weights")) == (task, weights)]
         return [value for row in own if (value := row["metrics"].get(metric)) is not None]
 
-    earlier = values(metrics_log.read(run.folder / "results.jsonl"))
+    best = checkpoint.best_step(run.folder)
+    earlier = values([row for row in metrics_log.read(run.folder / "results.jsonl") if row.get("step") == best])
     return any(value > max(earlier, default=-1.0) for value in values(rows))
 
 

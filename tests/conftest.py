@@ -9,7 +9,16 @@ import torch
 
 # Before clipkd is imported: a wrong shape or dtype then fails where it arises, not three functions later.
 jaxtyping.install_import_hook(
-    ["clipkd.losses", "clipkd.zeroshot", "clipkd.distill", "clipkd.terms", "clipkd.comparison", "clipkd.momentum"],
+    [
+        *("clipkd.losses", "clipkd.distill", "clipkd.terms", "clipkd.comparison", "clipkd.momentum"),
+        *(
+            "clipkd.zeroshot",
+            "clipkd.retrieval",
+            "clipkd.metrics",
+            "clipkd.evaluation.measure",
+            "clipkd.evaluation.embed",
+        ),
+    ],
     "beartype.beartype",
 )
 

@@ -1,6 +1,10 @@
 """The layouts that evaluation data come in: CLIP_benchmark's webdataset folders, class folders, Hugging Face data sets."""
 
 import io
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,12 @@ from clipkd.data.sources import IMAGE_EXTENSIONS
 from clipkd.data.tables import load_rows
 from clipkd.data.tar_index import as_text, index_whole_tar
 
+OPENED = (*(f".{extension}" for extension in IMAGE_EXTENSIONS), ".bmp", ".tif", ".tiff", ".gif")
+"""Suffixes of images in class folders: what torchvision's ImageFolder takes, as far as we open it."""
+
+IMAGE_ORDER = ("webp", "png", "jpg", "jpeg")
+NOT_OPENED = (".ppm", ".pgm", ".pbm")
+
 
 def open_evaluation_set(
     root: str | Path,
@@ -43,7 +53,8 @@ def open_evaluation_set(
     if not root.is_dir():
         raise FileNotFoundError(f"no data folder {root}")
     if layout is None:
-        layout = "webdataset" if any(root.glob("*/*.tar")) or any(root.glob("*/nshards.txt")) else "imagefolder"
+        inside = root / (split or "test")
+        layout = "webdataset" if any(inside.glob("*.tar")) or (inside / "nshards.txt").is_file() else "imagefolder"
     if layout == "imagefolder":
         if kind not in (None, "classification"):
             raise ValueError(f"{root}: class folders hold a classification task, not {kind}")
@@ -53,7 +64,7 @@ def open_evaluation_set(
 
 def find_kind(root: Path) -> Kind:
     path = root / "dataset_type.txt"
-    kind = path.read_text(encoding="utf-8").strip().lower() if path.is_file() else "classification"
+    kind = path.read_text(encoding="utf-8", errors="replace").strip().lower() if path.is_file() else "classification"
     if kind not in ("retrieval", "multilabel", "classification"):
         raise ValueError(f"{path} says {kind[:50]!r}; known are retrieval and multilabel")
     return kind  # type: ignore[return-value]
@@ -63,10 +74,10 @@ def read_lines(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"no {path}; the CLIP_benchmark layout needs it (eval/README.md)")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error})") from error
-    return [line.strip() for line in text.rstrip("\n").split("\n")]
+    return [line.strip() for line in text.removesuffix("\n").split("\n")]
 
 
 def read_prompts(root: Path) -> dict[str, Any]:
@@ -107,7 +118,11 @@ def read_shard(shard: Path, extension: str) -> list[tuple[Span, bytes]]:
     """Every sample's image, and the member that says what is in it."""
     index = index_whole_tar(shard)
     keys = [as_text(key) for key in index.keys]
-    image_offset, image_size = index.select(IMAGE_EXTENSIONS)
+    image_offset, image_size = index.select(IMAGE_ORDER[:1])
+    for other in IMAGE_ORDER[1:]:  # of a sample with several, the one that CLIP_benchmark takes
+        places, sizes = index.select((other,))
+        image_offset = np.where(image_size < 0, places, image_offset)
+        image_size = np.where(image_size < 0, sizes, image_size)
     offset, size = index.select((extension,))
     if (incomplete := np.flatnonzero((image_size < 0) | (size < 0))).size:
         raise ValueError(
@@ -124,15 +139,13 @@ def read_shard(shard: Path, extension: str) -> list[tuple[Span, bytes]]:
 
 def parse_member(kind: Kind, content: bytes, num_classes: int, where: str) -> Any:
     if kind == "classification":
-        try:
-            label = int(content)
-        except ValueError:
-            raise ValueError(f"{where} has the label {content[:20]!r}, not a number") from None
-        return check_label(label, num_classes, where)
+        if not re.fullmatch(rb"-?\d{1,9}", content.strip()):
+            raise ValueError(f"{where} has the label {content[:20]!r}, not a number")
+        return check_label(int(content), num_classes, where)
     if kind == "multilabel":
         try:
             vector = np.load(io.BytesIO(content), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{where}: its .npy cannot be read ({error})") from error
         return check_vector(vector, num_classes, where)
     try:
@@ -145,18 +158,33 @@ def open_imagefolder(root: Path, split: str | None) -> EvaluationSet:
     """ROOT/SPLIT/CLASS/*.jpg, class index = order of the sorted folder names; ROOT may hold the classes itself."""
     splits = [root / name for name in ((split,) if split else ("val", "test"))]
     folder = next((path for path in splits if path.is_dir()), root)
-    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    if split and folder == root and any((root / name).is_dir() for name in ("train", "val", "test")):
+        raise FileNotFoundError(f"no split {splits[0]}")
+    if any(root.glob("*.parquet")) or any(root.glob("data/*.parquet")):
+        raise ValueError(f"{root} holds parquet files; set layout: huggingface in a task (eval/README.md)")
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
         raise ValueError(f"{folder} has no class folders; sort the images into one folder per class (synset id)")
     pictures: list[Picture] = []
     labels = []
     for label, class_folder in enumerate(classes):
         for path in sorted(class_folder.rglob("*")):
-            if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS:
+            suffix = path.suffix.lower()
+            if any(part.startswith(".") for part in path.relative_to(folder).parts):
+                continue
+            if suffix in NOT_OPENED:
+                raise ValueError(f"{path} is of a format that clipkd does not open; convert it, to PNG for example")
+            if suffix in OPENED:
                 pictures.append(Span(str(path.relative_to(folder)), path))
                 labels.append(label)
     if not pictures:
-        raise ValueError(f"{folder}: no image ({', '.join(IMAGE_EXTENSIONS)}) in its {len(classes)} class folders")
+        raise ValueError(
+            f"{folder}: no image ({', '.join(OPENED)}) in its {len(classes)} class folders; a folder of several data sets "
+            "takes --task with their tasks"
+        )
+    found = set(labels)
+    if empty := [path.name for label, path in enumerate(classes) if label not in found]:
+        warnings.warn(f"{folder}: {len(empty)} class folders hold no image, such as {empty[0]}", stacklevel=2)
     prompts = read_prompts(root) if (root / "classnames.txt").is_file() else {}
     if prompts and len(prompts["classnames"]) != len(classes):
         count = len(prompts["classnames"])
@@ -180,8 +208,8 @@ def open_hugging_face(path: str, split: str, kind: Kind, columns: tuple[str, str
     rows = rows.select_columns([image, wanted]).cast_column(image, datasets.Image(decode=False))
     rows = rows.rename_columns({image: "image", wanted: "found"}) if (image, wanted) != ("image", "found") else rows
     pictures: list[Picture] = [
-        Row(f"row {number}", path, rows, number, len((row["image"] or {}).get("bytes") or b""))
-        for number, row in enumerate(rows)
+        Row(f"row {number}", path, rows, number, Path(file) if file else None, size)
+        for number, (file, size) in enumerate(lengths(rows))
     ]
     found = list(rows["found"])
     whole = EvaluationSet(path, kind, pictures, classnames=names)
@@ -196,3 +224,15 @@ def open_hugging_face(path: str, split: str, kind: Kind, columns: tuple[str, str
         return with_found(whole, [check_vector(value, width, where(number)) for number, value in enumerate(found)])
     texts = ([value] if isinstance(value, str) else value for value in found)
     return with_found(whole, [check_captions(kind, value, where(number)) for number, value in enumerate(texts)])
+
+
+def lengths(rows: Any) -> Iterator[tuple[str | None, int]]:
+    """Path, where there are no bytes, and number of bytes of every image, without reading one."""
+    import pyarrow.compute
+
+    compute: Any = pyarrow.compute  # its functions are made when it is imported
+    for batch in rows.with_format("arrow").iter(10_000):
+        images = batch["image"].combine_chunks()
+        sizes = compute.binary_length(compute.struct_field(images, "bytes")).to_pylist()
+        paths = compute.struct_field(images, "path").to_pylist()
+        yield from ((path if size is None else None, size or 0) for path, size in zip(paths, sizes, strict=True))

@@ -1,7 +1,9 @@
 """What a model is evaluated on: pictures, wherever they lie, and what there is to find in each of them."""
 
+import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +33,7 @@ class Picture(Protocol):
 
     def read(self) -> bytes: ...
 
-    def stamp(self) -> tuple[int, int | str]:
+    def stamp(self, stat: Callable[[Path], os.stat_result]) -> tuple[int, int | str]:
         """Length in bytes, and a time or name that changes when the content does."""
         ...
 
@@ -55,9 +57,9 @@ class Span:
             file.seek(self.offset)
             return file.read(self.size)
 
-    def stamp(self) -> tuple[int, int]:
-        stat = self.path.stat()
-        return self.size if self.size >= 0 else stat.st_size, stat.st_mtime_ns
+    def stamp(self, stat: Callable[[Path], os.stat_result]) -> tuple[int, int]:
+        found = stat(self.path)
+        return self.size if self.size >= 0 else found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Row:
     where: str
     rows: Any
     number: int
+    path: Path | None
+    """Where the rows hold paths."""
     size: int
 
     def read(self) -> bytes:
@@ -76,7 +80,9 @@ class Row:
             raise ValueError("it has no image")
         return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
-    def stamp(self) -> tuple[int, str]:
+    def stamp(self, stat: Callable[[Path], os.stat_result]) -> tuple[int, int | str]:
+        if self.path is not None and self.path.is_file():
+            return stat(self.path).st_size, stat(self.path).st_mtime_ns
         return self.size, str(self.rows._fingerprint)
 
 
@@ -106,22 +112,28 @@ class EvaluationSet:
     def num_classes(self) -> int:
         return len(self.folders or self.classnames or ())
 
+    @functools.cached_property
+    def stamps(self) -> list[tuple[str, int, int | str]]:
+        stat = functools.cache(os.stat)  # of a tar once, not once per image
+        return [(picture.key, *picture.stamp(stat)) for picture in self.pictures]
+
+    @functools.cached_property
     def sha256(self) -> str:
         """Of keys, lengths and what there is to find: the same wherever the data lies."""
         found: Any = self.labels or self.captions
         if self.targets is not None:
             found = self.targets.astype(int).tolist()
-        about = [self.kind, [(p.key, p.stamp()[0]) for p in self.pictures], found]
+        about = [self.kind, [(key, size) for key, size, _ in self.stamps], found]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
+    @functools.cached_property
     def stamps_sha256(self) -> str:
         """Changes as well when a file is written anew."""
-        about = [(picture.key, *picture.stamp()) for picture in self.pictures]
-        return hashlib.sha256(json.dumps([self.root, about]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.root, self.stamps, self.sha256]).encode()).hexdigest()
 
 
 class Images(Dataset):
-    """(preprocessed image, position) of every picture."""
+    """(preprocessed image, position) of every picture, RGB before anything else: a palette cannot be interpolated."""
 
     def __init__(self, pictures: Sequence[Picture], preprocess: Callable[[Image.Image], Any]) -> None:
         self.pictures, self.preprocess = pictures, preprocess
@@ -132,8 +144,8 @@ class Images(Dataset):
     def __getitem__(self, position: int) -> tuple[Any, int]:
         picture = self.pictures[position]
         try:
-            return self.preprocess(open_image(picture.read(), picture.key)), position
-        except (OSError, ValueError, SyntaxError) as error:
+            return self.preprocess(open_image(picture.read(), picture.key).convert("RGB")), position
+        except Exception as error:  # Pillow raises anything on damaged files
             raise ValueError(f"{picture.where}, sample {picture.key}: cannot be decoded ({error})") from error
 
 

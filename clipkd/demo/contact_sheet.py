@@ -23,7 +23,7 @@ def draw_contact_sheet(path: Path, pairs: Path, held_out: Path, guesses: Mapping
     source = open_pairs(DataConfig(path=str(pairs), caption_key="captions"))
     assert isinstance(source, PairSet)
     found = open_evaluation_set(held_out)
-    images = Images(found.pictures, lambda image: image.convert("RGB"))
+    images = Images(found.pictures, lambda image: image)
     assert found.classnames is not None
     cell = (TILE + TEXT_WIDTH, max(TILE, LINE * (2 + len(guesses))) + MARGIN)
     sheet = Image.new("RGB", (COLUMNS * cell[0] + MARGIN, 6 * cell[1] + 3 * 32), "white")

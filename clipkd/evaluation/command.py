@@ -1,5 +1,6 @@
 """`clipkd eval`: models × tasks → results, going on where an earlier call ended."""
 
+import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +8,12 @@ from typing import Any, Literal
 
 import torch
 
-from clipkd import checkpoint, cost, distributed, models
+from clipkd import checkpoint, distributed, models
+from clipkd.cost import measure_cost
 from clipkd.evaluation.compare import beside_teacher
 from clipkd.evaluation.embed import Embedder, Precision
 from clipkd.evaluation.measure import Measured, measure
-from clipkd.evaluation.results import Results, describe_result, result_id, result_row
+from clipkd.evaluation.results import Results, describe_result, label, result_id, result_row
 from clipkd.evaluation.tasks import Subject, as_tuple, open_subjects
 from clipkd.requirements import require
 
@@ -63,8 +65,11 @@ def run(config: EvalConfig) -> list[dict[str, Any]]:
     Raises: FileNotFoundError or ValueError before anything is evaluated if a model or a data folder cannot be used; later
         if an image cannot be decoded. Rows that are finished stay.
     """
-    subjects = open_subjects(as_tuple(config.task), as_tuple(config.data), skip_missing=config.skip_missing)
-    harness = Harness(config)
+    distributed.join_processes()
+    subjects = distributed.together(
+        lambda: open_subjects(as_tuple(config.task), as_tuple(config.data), skip_missing=config.skip_missing)
+    )
+    harness = distributed.together(lambda: Harness(config))
     return [row for subject in subjects for row in harness.evaluate(subject)]
 
 
@@ -72,19 +77,24 @@ class Harness:
     """Models at the ready, and the results that there are."""
 
     def __init__(self, config: EvalConfig) -> None:
+        """Raises: ValueError or OSError if a model cannot be loaded, or the output not be written."""
         self.config, self.results = config, Results(Path(config.output))
-        state = distributed.join_processes()
-        self.device = torch.device(state.device or "cpu")
+        self.device = torch.device(distributed.join_processes().device or "cpu")
         names = [*([config.teacher] if config.teacher else []), *config.models]
+        self.checkpoints = {name: find_checkpoint(name) for name in names}
         self.embedders = {name: self.load(name) for name in names}  # the teacher first, and once
         self.costs: dict[str, Any] = {}
+        self.results.folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, name: str) -> Embedder:
-        config = self.config
-        pretrained = config.pretrained if name in config.models else None
-        ema = config.weights == "ema" and name in config.models
+        config, own = self.config, name in self.config.models
+        encoder = models.load(
+            str(self.checkpoints[name] or name),
+            pretrained=config.pretrained if own else None,
+            ema=config.weights == "ema" and own,
+        )
         return Embedder(
-            models.load(name, pretrained=pretrained, ema=ema).to(self.device),
+            encoder.to(self.device),
             self.device,
             batch_size=config.batch_size,
             num_workers=config.num_workers,
@@ -97,8 +107,7 @@ class Harness:
         rows: list[dict[str, Any]] = []
         teacher: Measured | None = None
         for name in self.embedders:
-            of = self.config.teacher if subject.data.kind == "classification" else None
-            of = None if of == name else of
+            of = self.config.teacher if name != self.config.teacher else None
             row = self.find(subject, name, teacher=of)
             before = row is not None
             if row is None:
@@ -107,20 +116,28 @@ class Harness:
                     teacher = measured
                 if of is not None:
                     teacher = teacher or measure(self.embedders[of], subject, title=f"{subject.name}: teacher")
-                    row["teacher"] = beside_teacher(subject, measured, teacher)
-                    row["teacher"] |= {"model": of, "model_sha256": self.embedders[of].sha256}
-                if distributed.rank() == 0:
-                    row = self.results.add(row, measured.samples)
+                    row["teacher"] = {"model": of, "model_sha256": self.embedders[of].sha256}
+                    row["teacher"] |= beside_teacher(subject, measured, teacher)
+                row = distributed.together(functools.partial(self.keep, row, measured))
             if distributed.rank() == 0:
                 print(describe_row(row) + " (evaluated before)" * before, flush=True)
             rows.append(row)
         return rows
 
+    def keep(self, row: dict[str, Any], measured: Measured) -> dict[str, Any]:
+        return self.results.add(row, measured.samples) if distributed.rank() == 0 else row
+
     def find(self, subject: Subject, name: str, *, teacher: str | None) -> dict[str, Any] | None:
-        """A row of an earlier call, beside that teacher if one is wanted; what the main process finds holds for all."""
-        row = self.results.find(result_id(subject, self.embedders[name]), name)
+        """A row of an earlier call, beside that teacher if one is wanted; what the main process finds holds for all.
+
+        Raises: ValueError if the processes are about to evaluate different things.
+        """
+        id = result_id(subject, self.embedders[name])
+        if len(set(distributed.gather_objects(id))) > 1:
+            raise ValueError(f"the processes have different data of {subject.name} or weights of {name}; share both")
+        row = self.results.find(id, name)
         if row is not None and teacher is not None:
-            row = row if row.get("teacher", {}).get("model_sha256") == self.embedders[teacher].sha256 else None
+            row = row if (row.get("teacher") or {}).get("model_sha256") == self.embedders[teacher].sha256 else None
         return distributed.gather_objects(row)[0]
 
     def measure(self, subject: Subject, name: str) -> tuple[dict[str, Any], Measured]:
@@ -128,19 +145,27 @@ class Harness:
         started = time.perf_counter()
         measured = measure(embedder, subject, title=f"{subject.name}: {Path(name).name}")
         row = result_row(subject, embedder, measured, time.perf_counter() - started)
-        row |= {"model": name, "pretrained": config.pretrained or (name.partition("@")[2] or None)}
-        row |= {"weights": config.weights if name in config.models else "student"}
-        if Path(name).is_dir() and checkpoint.is_run(Path(name)):
-            row["checkpoint"] = str(checkpoint.resolve(Path(name)))
-        if name not in self.costs:
-            self.costs[name] = cost.measure_cost(embedder.encoder, self.device)
+        own = name in config.models
+        row |= {"model": name, "pretrained": (config.pretrained if own else None) or name.partition("@")[2] or None}
+        row |= {"weights": config.weights if own else "student"}
+        if folder := self.checkpoints[name]:
+            row["checkpoint"] = str(folder)
+        if name not in self.costs:  # one process alone, so that the others do not take its cores
+            cost = measure_cost(embedder.encoder, self.device) if distributed.rank() == 0 else None
+            self.costs[name] = distributed.gather_objects(cost)[0]
         return {**row, "cost": self.costs[name]}, measured
+
+
+def find_checkpoint(model: str) -> Path | None:
+    """Of a run, the checkpoint to evaluate: fixed now, as training may go on."""
+    return checkpoint.resolve(Path(model)) if Path(model).is_dir() and checkpoint.is_run(Path(model)) else None
 
 
 def describe_row(row: dict[str, Any]) -> str:
     """A row in a line, with what the student kept of its teacher."""
-    line = f"{row['model']}  {describe_result(row)}"
+    line = f"{label(row)}  {describe_result(row)}"
     if beside := row.get("teacher"):
-        kept = f"{beside['retained']:.1%} of" if beside["retained"] is not None else "beside"
-        line += f"; {kept} {beside['model']}, same answer {beside['agreement']:.1%}, KL {beside['kl']:.3g}"
+        line += f"; {beside['retained']:.1%} of {beside['model']}" if beside["retained"] is not None else ""
+        if "agreement" in beside:
+            line += f", same answer {beside['agreement']:.1%}, KL {beside['kl']:.3g}"
     return line

@@ -6,14 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from clipkd import metrics
 from clipkd.evaluation.measure import Measured
-from clipkd.evaluation.results import Results, read_samples
+from clipkd.evaluation.results import Results, label, read_samples
 from clipkd.evaluation.tasks import Subject
 from clipkd.requirements import require
 
 LOST_CLASSES = 10
+RESAMPLES = 200
+COLUMNS = {
+    "acc1": {"key", "label", "top5", "correct"},
+    "mean_recall@1": {"key", "text_rank", "image_ranks"},
+    "mean_average_precision": {"key", "label", "scores"},
+    "acc": {"key", "correct", "margin"},
+}
+"""Of a kind's usual main metric, what its table of samples has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,18 +32,27 @@ class CompareConfig:
     second: str
     """What is compared with it."""
     first_model: str | None = None
-    """Which model of the first folder, as its rows call it; needed where it holds several."""
+    """Which model of the first folder, as `clipkd report` calls it; needed where it holds several."""
     second_model: str | None = None
     """Which model of the second folder."""
     max_drop: float | None = None
-    """Largest drop of accuracy, in points, that is no failure; null judges nothing."""
+    """Largest drop of a main metric, in points, that is no failure; a task that only the first has is one. Null: no verdict."""
 
     def __post_init__(self) -> None:
         require(self.max_drop is None or self.max_drop >= 0, f"max_drop is {self.max_drop}; it is 0 or more points")
 
 
-def compare(config: CompareConfig) -> list[dict[str, Any]]:
-    """One row per task that both have been evaluated on.
+@dataclass(frozen=True)
+class Table:
+    """One model's samples on one task."""
+
+    path: Path
+    metric: str | None = None
+    data_sha256: str | None = None
+
+
+def compare(config: CompareConfig) -> tuple[list[dict[str, Any]], list[str]]:
+    """One row per task that both have been evaluated on; and what is wrong if max_drop is set.
 
     Raises: ValueError if there is none, or samples differ.
     """
@@ -42,94 +60,161 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
         find_tables(config.first, config.first_model, "first"),
         find_tables(config.second, config.second_model, "second"),
     )
-    if len(first) == len(second) == 1:  # two files, or two runs on one task
-        common = [(*first, *second)]
-    else:
-        common = [(task, task) for task in first if task in second]
-    if not common:
+    if Path(config.first).is_file() and Path(config.second).is_file():
+        first, second = {"samples": next(iter(first.values()))}, {"samples": next(iter(second.values()))}
+    rows = [compare_tables(task, first[task], second[task]) for task in first if task in second]
+    if not rows:
         raise ValueError(f"{config.first} and {config.second} have no task in common: {list(first)}, {list(second)}")
-    rows = []
-    for task, other in common:
-        samples = read_samples(first[task]), read_samples(second[other])
-        rows.append({"task": task, **compare_samples(*samples, where=f"{first[task]} and {second[other]}")})
-    return rows
+    problems = []
+    if config.max_drop is not None:
+        for row in rows:
+            if -100 * row["difference"] > config.max_drop + 1e-9:
+                problems.append(
+                    f"{row['task']} fell by {-100 * row['difference']:.2f} points, more than {config.max_drop:g}"
+                )
+        problems += [f"{task} was evaluated in {config.first} alone" for task in first if task not in second]
+    return rows, problems
 
 
-def find_tables(path: str, model: str | None, option: str) -> dict[str, Path]:
+def find_tables(path: str, model: str | None, option: str) -> dict[str, Table]:
     """Task → table of samples."""
     if Path(path).is_file():
-        return {Path(path).stem: Path(path)}
+        return {Path(path).stem: Table(Path(path))}
     results = Results(Path(path))
     rows = results.rows()
     if not rows:
         raise ValueError(f"{path} holds no results (eval_results.jsonl); make them with clipkd eval --output {path}")
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    if model is None and len(models) > 1:
-        raise ValueError(f"{path} holds results of {models}; choose one with --{option}_model")
-    chosen = model or models[0]
-    if chosen not in models:
-        raise ValueError(f"{path} has no results of {chosen!r}, only of {models}; see --{option}_model")
-    return {row["key"]: results.folder / row["samples"] for row in rows if row["model"] == chosen}
+    names = list(dict.fromkeys(label(row) for row in rows))
+    if model is None and len(names) > 1:
+        raise ValueError(f"{path} holds results of {names}; choose one with --{option}_model")
+    chosen = model or names[0]
+    if chosen not in names:
+        raise ValueError(f"{path} has no results of {chosen!r}, only of {names}; see --{option}_model")
+    return {
+        row["key"]: Table(results.folder / row["samples"], row["main_metric_name"], row.get("data_sha256"))
+        for row in rows
+        if label(row) == chosen
+    }
 
 
-def compare_samples(first: dict[str, list], second: dict[str, list], *, where: str) -> dict[str, Any]:
-    """Paired by key. Raises: ValueError if the samples are not the same, or not right or wrong each."""
-    if first.keys() != second.keys():
-        raise ValueError(f"{where} are of different kinds of tasks")
+def compare_tables(task: str, first: Table, second: Table) -> dict[str, Any]:
+    where = f"{first.path} and {second.path}"
+    if first.data_sha256 != second.data_sha256 and None not in (first.data_sha256, second.data_sha256):
+        raise ValueError(f"{where} were measured on other data; evaluate both on the same")
+    samples = read_samples(first.path), read_samples(second.path)
+    return {"task": task, **compare_samples(*samples, metric=first.metric, where=where)}
+
+
+def compare_samples(
+    first: dict[str, list], second: dict[str, list], *, metric: str | None, where: str
+) -> dict[str, Any]:
+    """Paired by key, in the main metric. Raises: ValueError if the samples are not the same."""
+    usual = next((name for name, columns in COLUMNS.items() if columns <= first.keys()), None)
+    if first.keys() != second.keys() or usual is None or not first["key"]:
+        raise ValueError(f"{where} are of different kinds of tasks, or no tables of samples")
     places = {key: place for place, key in enumerate(second["key"])}
-    if places.keys() != set(first["key"]) or len(places) != len(first["key"]):
+    if not len(places) == len(second["key"]) == len(first["key"]) or places.keys() != set(first["key"]):
         missing = next(iter(places.keys() ^ set(first["key"])), "a key that comes twice")
         raise ValueError(f"{where} hold other samples, such as {missing}; compare runs on the same data")
     order = [places[key] for key in first["key"]]
-    if "label" in first and [second["label"][place] for place in order] != first["label"]:
+    second = {name: [column[place] for place in order] for name, column in second.items()}
+    if first.get("label") != second.get("label"):
         raise ValueError(f"{where} hold other labels; compare runs on the same data")
-    guesses = None
-    if "text_rank" in first:
-        right = [torch.tensor([rank == 0 for rank in table["text_rank"]]) for table in (first, second)]
-    elif "correct" in first:
-        right = [torch.tensor(table["correct"]) for table in (first, second)]
-        guesses = ([row[0] for row in table["top5"]] for table in (first, second)) if "top5" in first else None
-    else:
-        raise ValueError(f"{where}: multilabel samples are not right or wrong; compare their rows")
-    right[1] = right[1][order]
-    paired = metrics.compare_paired(*right)
-    row = {"first": right[0].double().mean().item(), "second": right[1].double().mean().item(), **asdict(paired)}
-    if guesses is not None:
-        ours, theirs = guesses
-        row["agreement"] = sum(a == theirs[place] for a, place in zip(ours, order, strict=True)) / len(order)
+    metric = metric or usual
+    row = {"metric": metric, "n": len(order), **compare_values(first, second, metric)}
+    if "top5" in first:
+        same = [a[0] == b[0] for a, b in zip(first["top5"], second["top5"], strict=True)]
+        row["agreement"] = sum(same) / len(same)
     return row
+
+
+def compare_values(first: dict[str, list], second: dict[str, list], metric: str) -> dict[str, Any]:
+    if metric == "mean_average_precision":
+        return compare_precisions(first, second)
+    ours, theirs = (sample_values(table, metric) for table in (first, second))
+    row = {"first": ours.mean().item(), "second": theirs.mean().item()}
+    if metric in ("acc1", "acc5", "acc"):
+        return row | asdict(metrics.compare_paired(ours > 0, theirs > 0))
+    interval = metrics.difference_interval(theirs - ours)
+    return row | {"difference": (theirs - ours).mean().item(), "ci95": interval}
+
+
+def sample_values(table: dict[str, list], metric: str) -> Tensor:
+    """Per sample, what the metric is the mean of."""
+    if metric == "acc5":
+        pairs = zip(table["label"], table["top5"], strict=True)
+        return torch.tensor([float(label in top) for label, top in pairs], dtype=torch.float64)
+    if metric in ("acc1", "acc"):
+        return torch.tensor(table["correct"], dtype=torch.float64)
+    if metric == "mean_per_class_recall":  # every class weighs the same, however many images it has
+        labels = torch.tensor(table["label"])
+        images = torch.bincount(labels).double()
+        weights = len(labels) / ((images > 0).sum() * images[labels])
+        return torch.tensor(table["correct"], dtype=torch.float64) * weights
+    side, _, k = metric.partition("@")
+    captions = sum(len(ranks) for ranks in table["image_ranks"]) / len(table["image_ranks"])
+    by_text = [sum(rank < int(k) for rank in ranks) / captions for ranks in table["image_ranks"]]
+    by_image = [float(rank < int(k)) for rank in table["text_rank"]]
+    chosen = {"mean_recall": [(a + b) / 2 for a, b in zip(by_text, by_image, strict=True)]}
+    chosen |= {"image_retrieval_recall": by_text, "text_retrieval_recall": by_image}
+    return torch.tensor(chosen[side], dtype=torch.float64)
+
+
+def compare_precisions(first: dict[str, list], second: dict[str, list]) -> dict[str, Any]:
+    """Difference of the mean average precision, its interval from resampled images."""
+    ours, theirs = (torch.tensor(table["scores"]) for table in (first, second))
+    targets = torch.zeros(ours.shape, dtype=torch.bool)
+    for row, labels in enumerate(first["label"]):
+        targets[row, labels] = True
+    generator = torch.Generator().manual_seed(0)
+
+    def mean(scores: Tensor, drawn: Tensor) -> float:
+        return metrics.average_precisions(scores[drawn], targets[drawn]).mean().item()
+
+    everything = torch.arange(len(ours))
+    values = [mean(scores, everything) for scores in (ours, theirs)]
+    drawn = [torch.randint(len(ours), (len(ours),), generator=generator) for _ in range(RESAMPLES)]
+    spread = torch.tensor([mean(theirs, places) - mean(ours, places) for places in drawn]).std().item()
+    difference, half = values[1] - values[0], metrics.Z95 * spread
+    return {
+        "first": values[0],
+        "second": values[1],
+        "difference": difference,
+        "ci95": (difference - half, difference + half),
+    }
 
 
 def describe_comparison(row: dict[str, Any]) -> str:
     """A row in a line, in percent and points."""
     low, high = row["ci95"]
-    agreement = f", same answer {row['agreement']:.1%}" if "agreement" in row else ""
-    return (
-        f"{row['task']}: {row['first']:.2%} → {row['second']:.2%}, {100 * row['difference']:+.2f} points "
-        f"[{100 * low:+.2f}, {100 * high:+.2f}], McNemar p {row['mcnemar_p']:.3g}, won {row['won']}, lost {row['lost']}, "
-        f"n {row['n']}{agreement}"
+    line = (
+        f"{row['task']}: {row['metric']} {row['first']:.2%} → {row['second']:.2%}, {100 * row['difference']:+.2f} points "
+        f"[{100 * low:+.2f}, {100 * high:+.2f}]"
     )
+    if "won" in row:
+        line += f", McNemar p {row['mcnemar_p']:.3g}, won {row['won']}, lost {row['lost']}"
+    line += f", same answer {row['agreement']:.1%}" if "agreement" in row else ""
+    return f"{line}, n {row['n']}"
 
 
 def beside_teacher(subject: Subject, student: Measured, teacher: Measured) -> dict[str, Any]:
-    """What a student kept of its teacher on a classification task, and where it lost most."""
-    assert student.scores is not None
-    assert teacher.scores is not None
-    theirs, ours = (torch.tensor(measured.samples["correct"]) for measured in (teacher, student))
-    agreement = sum(a[0] == b[0] for a, b in zip(student.samples["top5"], teacher.samples["top5"], strict=True))
+    """What a student kept of its teacher; on a classification task also where it lost most."""
+    main, own = teacher.metrics[subject.metric], student.metrics[subject.metric]
+    row: dict[str, Any] = {
+        "main_metric": main,
+        "retained": own / main if main and own is not None else None,
+        "paired": compare_samples(teacher.samples, student.samples, metric=subject.metric, where=subject.name),
+    }
+    if student.scores is None or teacher.scores is None:
+        return row
     divergence = 0.0
     for p, q in zip(teacher.scores.log_probabilities(), student.scores.log_probabilities(), strict=True):
         divergence += (p.exp() * (p - q)).sum().item()
-    top1 = teacher.metrics["acc1"] or math.nan
-    main, own = teacher.metrics[subject.metric], student.metrics[subject.metric]
-    return {
-        "main_metric": main,
-        "acc1": top1,
-        "retained": own / main if main and own is not None else None,
-        "agreement": agreement / len(ours),
-        "kl": divergence / len(ours),
+    return row | {
+        "acc1": teacher.metrics["acc1"],
+        "agreement": row["paired"]["agreement"],
+        "kl": divergence / len(subject.data),
         "ece": None if teacher.calibration is None else teacher.calibration.ece,
-        "paired": asdict(metrics.compare_paired(theirs, ours)),
         "lost_classes": lost_classes(subject, student.recalls, teacher.recalls),
     }
 

@@ -147,7 +147,9 @@ def measure_retrieval(data: EvaluationSet, images: Float[Tensor, "n d"], texts: 
         values[f"image_retrieval_recall@{k}"] = by_text.double().mean().item()
         values[f"text_retrieval_recall@{k}"] = by_image.double().mean().item()
         # The captions of one image are not independent: images are.
-        per_image = sums_by(by_text.double(), image_of, len(images)) / (len(texts) / len(images))
+        share = by_text.double().mean()
+        hits = sums_by(by_text.double(), image_of, len(images))
+        per_image = share + (hits - share * counts) / counts.double().mean()
         intervals[f"image_retrieval_recall@{k}"] = scoring.mean_interval(per_image)
         intervals[f"text_retrieval_recall@{k}"] = scoring.proportion_interval(int(by_image.sum()), len(images))
         if k == 1:

@@ -22,6 +22,9 @@ TASK_NAMES = {
 }
 """CLIP_benchmark's words."""
 
+REQUIRED = {"id", "key", "model", "metrics", "main_metric_name", "ci95", "samples"}
+"""What a row of ours has."""
+
 RESULT_VERSION = 1
 """Changes when the same model and data would give another row."""
 
@@ -49,9 +52,9 @@ def result_row(subject: Subject, embedder: Embedder, measured: Measured, seconds
         "logit_scale": embedder.encoder.logit_scale.item(),
         "seconds": round(seconds, 2),
         "id": result_id(subject, embedder),
-        "weights_sha256": embedder.encoder.weights_sha256(),
+        "weights_sha256": embedder.weights_sha256,
         "model_sha256": embedder.sha256,
-        "data_sha256": data.sha256(),
+        "data_sha256": data.sha256,
         "prompts_sha256": subject.prompts_sha256(),
         "data": data.root,
         "task_options": asdict(subject.task),
@@ -62,8 +65,8 @@ def result_row(subject: Subject, embedder: Embedder, measured: Measured, seconds
 
 
 def result_id(subject: Subject, embedder: Embedder) -> str:
-    """Equal for the same model, data, prompts and metric: then the row need not be made again."""
-    about = [RESULT_VERSION, subject.name, subject.metric, embedder.sha256, subject.data.sha256()]
+    """Equal for the same model, data (where they lie and unchanged), prompts and metric: then the row need not be made again."""
+    about = [RESULT_VERSION, subject.name, subject.metric, embedder.sha256, subject.data.stamps_sha256]
     return hashlib.sha256(json.dumps([*about, subject.prompts_sha256()]).encode()).hexdigest()[:32]
 
 
@@ -82,6 +85,15 @@ def describe_result(row: dict[str, Any]) -> str:
     return f"{row['key']}: {', '.join(parts)}, n {row['n']}"
 
 
+def label(row: dict[str, Any]) -> str:
+    """What a model is called where several are shown: with its weights, average and precision, if they are not the usual."""
+    name = str(row["model"])
+    if row.get("pretrained") and "@" not in name:
+        name += f"@{row['pretrained']}"
+    name += " (ema)" if row.get("weights") == "ema" else ""
+    return name if row.get("precision", "fp32") == "fp32" else f"{name} ({row['precision']})"
+
+
 @dataclass(frozen=True)
 class Results:
     """eval_results.jsonl (DataComp), clip_benchmark/*.json, samples/*.parquet and cache/ in one folder."""
@@ -97,30 +109,43 @@ class Results:
         return self.folder / "cache"
 
     def rows(self) -> list[dict[str, Any]]:
-        """The latest of each model and task, in the order in which they came."""
-        latest = {(row["model"], row.get("weights"), row["key"]): row for row in metrics_log.read(self.path)}
-        return list(latest.values())
+        """One per model, weights, precision and task; rows of other programs in the file are left alone."""
+        rows = [row for row in metrics_log.read(self.path) if row.keys() >= REQUIRED]
+        return list({(label(row), row["key"]): row for row in rows}.values())
 
     def find(self, id: str, model: str) -> dict[str, Any] | None:
         """A row that was written before, whose samples are still there."""
-        rows = [row for row in metrics_log.read(self.path) if (row.get("id"), row.get("model")) == (id, model)]
+        rows = [row for row in self.rows() if (row["id"], row["model"]) == (id, model)]
         return rows[-1] if rows and (self.folder / rows[-1]["samples"]).is_file() else None
 
     def add(self, row: dict[str, Any], samples: dict[str, list[Any]]) -> dict[str, Any]:
-        """The samples, CLIP_benchmark's file, then the row. Call on one process."""
-        name = file_name(f"{row['model']}--{row.get('weights', 'student')}--{row['key']}--{row['precision']}")
+        """The samples, CLIP_benchmark's file, then the row, in place of an older one of the same name. Call on one process."""
+        name = file_name(f"{label(row)}--{row['key']}", row["id"])
         row = {**row, "samples": f"samples/{name}.parquet"}
         write_samples(self.folder / row["samples"], samples)
-        fields = ("dataset", "model", "pretrained", "task", "metrics", "language")
-        benchmark = {field: row.get(field) for field in fields} | {"dataset": row["key"]}
+        benchmark = {
+            field: row.get(field) for field in ("dataset", "model", "pretrained", "task", "metrics", "language")
+        }
+        benchmark |= {"dataset": row["key"], "model": str(row["model"]).partition("@")[0]}
         write_whole(self.folder / "clip_benchmark" / f"{name}.json", metrics_log.to_json(benchmark, indent=1))
-        metrics_log.append(self.path, row)
+        kept, replaced = [], []
+        for old in metrics_log.read(self.path):
+            same = old.keys() >= REQUIRED and (label(old), old["key"]) == (label(row), row["key"])
+            (replaced if same else kept).append(old)
+        if replaced:
+            write_whole(self.path, "".join(metrics_log.to_json(old) + "\n" for old in (*kept, row)))
+        else:
+            metrics_log.append(self.path, row)
+        for old in replaced:
+            if old["samples"] != row["samples"]:
+                (self.folder / old["samples"]).unlink(missing_ok=True)
+                (self.folder / "clip_benchmark" / f"{Path(old['samples']).stem}.json").unlink(missing_ok=True)
         return row
 
 
-def file_name(text: str) -> str:
-    """Readable where it can be, and never another's: what is left out shows in the digest."""
-    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', text)[-120:]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+def file_name(text: str, id: str) -> str:
+    """Readable where it can be, and one for each result."""
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', text)[-120:]}-{hashlib.sha256((text + id).encode()).hexdigest()[:12]}"
 
 
 def write_samples(path: Path, samples: dict[str, list[Any]]) -> None:

@@ -98,14 +98,15 @@ def as_tuple(value: tuple[str, ...] | str) -> tuple[str, ...]:
 
 def load_task(path: str | Path | None) -> Task:
     """A task YAML (see eval/); None is CLIP_benchmark's webdataset layout. Exits with one line if the file is wrong."""
-    return parse_into(Task, [] if path is None else ["--config", str(path)], "eval --task", "A zero-shot task.")
+    arguments = [] if path is None else ["--config", str(path)]
+    return parse_into(Task, arguments, f"eval --task {path or ''}".strip(), "A zero-shot task.")
 
 
 def find_task_files(names: tuple[str, ...]) -> list[Path]:
-    """YAML files, and those of folders that name their task. Raises: FileNotFoundError."""
+    """YAML files, and all those of folders. Raises: FileNotFoundError."""
     found: list[Path] = []
     for path in map(Path, names):
-        files = [file for file in sorted(path.glob("*.yaml")) if load_task(file).name] if path.is_dir() else [path]
+        files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
         if not files or not files[0].is_file():
             raise FileNotFoundError(f"no task {path}; name a YAML of eval/ or a folder of them (clipkd eval ls)")
         found += files
@@ -127,6 +128,8 @@ def open_subjects(tasks: tuple[str, ...], roots: tuple[str, ...], *, skip_missin
     several tasks lie, under the tasks' names.
     Raises: FileNotFoundError naming the tasks without data; ValueError for data that are not what their task says.
     """
+    if not roots:
+        raise ValueError("data is empty; name a data folder")
     files: list[Path | None] = list(find_task_files(tasks)) or [None]
     loaded = [(file, load_task(file)) for file in files]
     if len(files) == 1:
@@ -137,9 +140,13 @@ def open_subjects(tasks: tuple[str, ...], roots: tuple[str, ...], *, skip_missin
             raise ValueError("several tasks take one data folder, below which the data of all of them lie")
         root = roots[0]
         where = [(file, task, find_data(task, file, root)) for file, task in loaded]
-        missing = [str(file) for file, _, folder in where if folder is None]
-        if missing and (not skip_missing or len(missing) == len(files)):
-            named = ", ".join(missing[:10]) + " …" * (len(missing) > 10)
+        missing = [str(file) for file, task, folder in where if folder is None and task.name]  # others fit any data
+        named = ", ".join(missing[:10]) + " …" * (len(missing) > 10)
+        if all(folder is None for *_, folder in where):
+            raise FileNotFoundError(
+                f"{root} has no data folder for any task ({named}); see eval/README.md for their names"
+            )
+        if missing and not skip_missing:
             raise FileNotFoundError(
                 f"{root} has no data folder for {named} ({len(missing)} of {len(files)} tasks); see `clipkd eval ls "
                 f"--data {root}`, or leave them out with --skip_missing"
@@ -148,7 +155,7 @@ def open_subjects(tasks: tuple[str, ...], roots: tuple[str, ...], *, skip_missin
     found = [open_subject(task, folder) for task, folder in pairs]
     names = [subject.name for subject in found]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"two tasks are called {twice[0]!r}; give each a name of its own")
+        raise ValueError(f"two tasks or data folders are called {twice[0]!r}; give each a name: in a task of its own")
     return found
 
 
@@ -168,13 +175,15 @@ def open_subject(task: Task, root: str | Path) -> Subject:
     ):
         if expected not in (None, found):
             raise ValueError(
-                f"{root} has {found} {what} in split {task.split or 'test'!r}; the task expects {expected}"
+                f"{root} has {found} {what}; the task expects {expected} (leave num_{what} out to take what there is)"
             )
     known = METRICS[data.kind]
     if task.metric not in (None, *known):
         raise ValueError(
             f"{root} holds a {data.kind} task, whose metrics are {list(known)}; the task asks for {task.metric!r}"
         )
+    if task.metric == "acc5" and data.num_classes < 5:
+        raise ValueError(f"{root} has {data.num_classes} classes, too few for the metric acc5")
     name = task.name or Path(root).resolve().name
     return Subject(task, name, data, task.metric or known[0])
 
@@ -210,6 +219,10 @@ def with_imagenet_prompts(data: EvaluationSet) -> EvaluationSet:
     if wrong := [name for name, number in zip(data.folders, numbers, strict=True) if not 0 <= number < len(names)]:
         raise ValueError(
             f"{data.root}: the folder {wrong[0]!r} ({len(wrong)} such) is no synset id of ImageNet-1k, such as n01440764"
+        )
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(
+            f"{data.root}: two class folders stand for the same ImageNet class; name them all by synset id"
         )
     order = np.argsort(numbers, kind="stable")
     rank = np.argsort(order)

@@ -40,6 +40,8 @@ def list_tasks(config: ListConfig) -> Table:
         table.add_column(heading, justify="right" if right else "left", no_wrap=not right)
     for file in find_task_files(as_tuple(config.task)):
         task = load_task(file)
+        if task.name is None:
+            continue  # fits any data
         metric = task.metric or METRICS[task.kind or "classification"][0]
         numbers = ["" if value is None else f"{value:,}" for value in (task.num_images, task.num_classes)]
         chance = "" if task.chance is None else f"{100 * task.chance:.2f}"
@@ -76,7 +78,7 @@ def validate(config: ValidateConfig) -> list[str]:
 
 def decode_some(subject: Subject, number: int) -> None:
     """Raises: ValueError naming the image that cannot be decoded."""
-    images = Images(subject.data.pictures, lambda image: image.convert("RGB"))
+    images = Images(subject.data.pictures, lambda image: image)
     count = min(number or len(images), len(images))
     for place in range(count):
         images[place * len(images) // count]
@@ -91,4 +93,4 @@ def describe(subject: Subject) -> str:
             parts.append(f"{idle} classes without images")
     if data.captions:
         parts.append(f"{sum(map(len, data.captions)):,} captions")
-    return f"{data.root}: {data.kind} {subject.name}, {', '.join(parts)}, sha256 {data.sha256()[:16]}"
+    return f"{data.root}: {data.kind} {subject.name}, {', '.join(parts)}, sha256 {data.sha256[:16]}"

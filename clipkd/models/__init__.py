@@ -10,6 +10,8 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from safetensors import SafetensorError
+from torch import Tensor
 
 from clipkd import checkpoint, students
 from clipkd.config import StudentConfig
@@ -119,7 +121,7 @@ def build_open_clip(
                 require_pretrained=pretrained is not None,
             )
             tokenizer = open_clip.get_tokenizer(model_name=registered)
-        except (RuntimeError, OSError, TypeError, KeyError, AssertionError, AttributeError) as error:
+        except (RuntimeError, OSError, TypeError, KeyError, AssertionError, AttributeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300] or "the weights are of another architecture"
             raise ValueError(f"open_clip cannot make {name!r} with weights {pretrained!r}: {reason}") from error
     return wrap_open_clip(model, tokenizer, name=name, model_config=model_config)
@@ -130,7 +132,7 @@ def load_open_clip(model: str) -> Encoder:
     try:
         network = open_clip.create_model(model_name=model, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(model_name=model)
-    except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"open_clip cannot load {model}: {error}") from error
     model_config = None
     if model.startswith("local-dir:"):
@@ -156,12 +158,36 @@ def wrap_open_clip(model: Any, tokenizer: Any, *, name: str, model_config: dict[
         name=name,
         image_tower=lambda clip, images: clip.encode_image(images),
         text_tower=lambda clip, texts: clip.encode_text(texts),
+        short_text_tower=encode_short if may_be_cut(model) else None,
         preprocess_config=preprocess_config,
         tokenize=tokenizer,
         tokenizer_name=tokenizer_name(tokenizer),
         dim=dim,
         model_config=deepcopy(model_config),
     )
+
+
+def may_be_cut(model: Any) -> bool:
+    """Whether a text tower has the causal mask and the embeddings that encode_short knows how to cut."""
+    tower, _ = find_text_tower(model)
+    causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
+    return causal and type(model) in (open_clip.CLIP, open_clip.CustomTextCLIP)
+
+
+def find_text_tower(model: Any) -> tuple[Any, str]:
+    """Where an open_clip model keeps its positional embedding and mask, and what its names begin with."""
+    return (model, "") if hasattr(model, "positional_embedding") else (getattr(model, "text", model), "text.")
+
+
+def encode_short(model: Any, texts: Tensor) -> Tensor:
+    """open_clip's text tower with its positional embedding and causal mask cut to the texts' length."""
+    (tower, prefix), length = find_text_tower(model), texts.shape[1]
+    cut = {
+        f"{prefix}positional_embedding": tower.positional_embedding[:length],
+        f"{prefix}attn_mask": tower.attn_mask[:length, :length],
+    }
+    found = torch.func.functional_call(model, cut, (), {"text": texts})
+    return found["text_features"] if isinstance(found, dict) else found[1]
 
 
 def tokenizer_name(tokenizer: Any) -> str:

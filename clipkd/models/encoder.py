@@ -1,6 +1,7 @@
 """One interface to every CLIP: unit-norm features, a logit scale, and the preprocessing of its own."""
 
 import hashlib
+import re
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -28,11 +29,13 @@ class Encoder(nn.Module):
         tokenizer_name: str,
         dim: int,
         model_config: dict[str, Any] | None = None,
+        short_text_tower: Callable[[Any, Tensor], Tensor] | None = None,
     ) -> None:
+        """short_text_tower: a text tower that also takes fewer tokens than its context; tried before it is used."""
         super().__init__()
         self.model, self.name, self.dim = model, name, dim
-        self.dtype = torch.float32
-        self.image_tower, self.text_tower = image_tower, text_tower
+        self.dtype, self.short_is_tried = torch.float32, False
+        self.image_tower, self.text_tower, self.short_text_tower = image_tower, text_tower, short_text_tower
         self.preprocess_config, self.model_config = preprocess_config, model_config
         """open_clip's preprocess_cfg, and its model_cfg where the model is one of open_clip's."""
         size = preprocess_config["size"]
@@ -65,6 +68,34 @@ class Encoder(nn.Module):
     def encode_text(self, texts: Int[Tensor, "b t"]) -> Float[Tensor, "b d"]:
         return F.normalize(self.text_tower(self.model, texts).float(), dim=-1)
 
+    def encode_prompts(self, texts: Int[Tensor, "b t"]) -> Float[Tensor, "b d"]:
+        """encode_text for texts much shorter than the context: the padding behind the longest of them is cut off.
+
+        A causal tower never looks there, so the features are the same to rounding, at a fraction of the work. Whether a
+        tower is one is tried on the first texts; any other gets the whole context.
+        """
+        length = longest_text(texts)
+        if self.short_text_tower is None or length == texts.shape[1]:
+            return self.encode_text(texts)
+        if not self.short_is_tried:
+            self.short_is_tried = True
+            if not self.looks_back_only(texts[:8]):
+                self.short_text_tower = None
+                return self.encode_text(texts)
+        return self.encode_short(texts[:, :length])
+
+    def looks_back_only(self, texts: Int[Tensor, "b t"]) -> bool:
+        try:
+            with torch.autocast(texts.device.type, enabled=False):
+                whole, short = self.encode_text(texts), self.encode_short(texts[:, : longest_text(texts)])
+        except (RuntimeError, TypeError, IndexError):  # a tower that must have its whole context
+            return False
+        return torch.allclose(whole, short, rtol=0, atol=1e-5 if self.dtype == torch.float32 else 1e-2)
+
+    def encode_short(self, texts: Int[Tensor, "b t"]) -> Float[Tensor, "b d"]:
+        assert self.short_text_tower is not None
+        return F.normalize(self.short_text_tower(self.model, texts).float(), dim=-1)
+
     def hold_in(self, dtype: torch.dtype) -> "Encoder":
         """Weights in another dtype, to save memory; for inference. Features stay float32.
 
@@ -79,6 +110,20 @@ class Encoder(nn.Module):
     def features(self, view: View) -> Features:
         return Features(self.encode_image(view.images), self.encode_text(view.texts), self.logit_scale, self.logit_bias)
 
+    def architecture(self) -> list[Any]:
+        """What equal weights may still differ in: activations, heads, pooling, whatever the configuration says."""
+        config = getattr(self.model, "config", None)
+        configured = dict(self.model_config or (config.to_dict() if config is not None else {}))
+        configured.pop("_name_or_path", None)
+        names = ("num_heads", "n_head", "pool_type", "text_pool_type", "eos_id", "text_eos_id")
+        parts = [
+            (n, getattr(m, n))
+            for m in self.model.modules()
+            for n in names
+            if isinstance(getattr(m, n, None), int | str)
+        ]
+        return [re.sub(r" at 0x[0-9a-f]+", "", repr(self.model)), configured, parts]
+
     def weights_sha256(self) -> str:
         """What a result says of the weights it was measured with, and a checkpoint of its frozen teacher."""
         digest = hashlib.sha256()
@@ -86,3 +131,9 @@ class Encoder(nn.Module):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
+
+
+def longest_text(texts: Int[Tensor, "b t"]) -> int:
+    """Tokens up to the padding, which repeats the last token of a row; one of it is kept, as it may be the text's end."""
+    is_padding = (texts == texts[:, -1:]).flip(1).cumprod(dim=1).sum(dim=1)
+    return int(texts.shape[1] - is_padding.min() + 1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from open_clip.transform import PreprocessCfg
+from safetensors import SafetensorError
 from torch import Tensor
 
 from clipkd.models.encoder import Encoder
@@ -62,7 +63,7 @@ def load_transformers(folder: Path) -> Encoder:
         model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         processor = getattr(transformers, family.processor).from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ValueError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
     if report["missing_keys"]:
         raise ValueError(f"{folder}: its weight file lacks {sorted(report['missing_keys'])[:3]} and others")
@@ -81,13 +82,18 @@ def load_transformers(folder: Path) -> Encoder:
         raise ValueError(f"{folder}: its tokenizer cannot be used: {' '.join(str(error).split())[:300]}") from error
     if len(tokenizer) > texts.vocab_size:
         raise ValueError(f"{folder}: its tokenizer knows {len(tokenizer)} tokens, its text tower {texts.vocab_size}")
+
+    def text_tower(clip: Any, texts: Tensor) -> Tensor:
+        # No attention mask. CLIP: attention is causal, and the pooled token stands before the padding. SigLIP was
+        # trained on padded texts without one.
+        return clip.get_text_features(input_ids=texts).pooler_output
+
     return Encoder(
         model,
         name=str(folder),
         image_tower=lambda clip, images: clip.get_image_features(pixel_values=images).pooler_output,
-        # No attention mask. CLIP: attention is causal, and the pooled token stands before the padding. SigLIP was
-        # trained on padded texts without one.
-        text_tower=lambda clip, texts: clip.get_text_features(input_ids=texts).pooler_output,
+        text_tower=text_tower,
+        short_text_tower=text_tower,
         preprocess_config=asdict(
             PreprocessCfg(
                 size=model.config.vision_config.image_size,

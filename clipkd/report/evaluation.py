@@ -12,7 +12,7 @@ from PIL import Image
 from clipkd.data.evaluation_sets import EvaluationSet
 from clipkd.data.images import open_image
 from clipkd.evaluation import Results, Task, open_subject
-from clipkd.evaluation.results import read_samples
+from clipkd.evaluation.results import label, read_samples
 from clipkd.report.figures import COLOURS, Rows, escape, show, to_svg
 from clipkd.report.page import section, table
 
@@ -35,18 +35,14 @@ class Found:
         return list(dict.fromkeys(row["key"] for row in self.rows))
 
     def models(self) -> list[str]:
-        return list(dict.fromkeys(name_of(row) for row in self.rows))
+        return list(dict.fromkeys(label(row) for row in self.rows))
 
     def colour(self, row: dict[str, Any]) -> str:
-        return COLOURS[self.models().index(name_of(row)) % len(COLOURS)]
-
-
-def name_of(row: dict[str, Any]) -> str:
-    return f"{row['model']} (moving average)" if row.get("weights") == "ema" else str(row["model"])
+        return COLOURS[self.models().index(label(row)) % len(COLOURS)]
 
 
 def read_results(folder: Path) -> Found | None:
-    rows = [row for row in Results(folder).rows() if isinstance(row.get("metrics"), dict) and "ci95" in row]
+    rows = Results(folder).rows()
     return Found(folder, rows) if rows else None
 
 
@@ -61,6 +57,7 @@ def render_results(found: Found, number: Iterator[int]) -> str:
         )
         body += section("Calibration", text, figures)
     students = [row for row in found.rows if row.get("teacher")]
+    students = [row for row in students if "lost_classes" in row["teacher"]]
     if students:
         body += section("Classes that lost most", lost_table(students))
         body += section(
@@ -79,7 +76,7 @@ def score_table(found: Found) -> str:
         rows.append(
             (
                 row["key"],
-                name_of(row),
+                label(row),
                 row["main_metric_name"],
                 percent(row["metrics"]["main_metric"]),
                 interval,
@@ -104,7 +101,7 @@ def percent(value: Any) -> str:
 
 def mean_scores(found: Found) -> tuple[list[str], dict[str, float]]:
     """The tasks that every model was evaluated on, and each model's mean main metric over them."""
-    scores = {(name_of(row), row["key"]): row["metrics"]["main_metric"] for row in found.rows}
+    scores = {(label(row), row["key"]): row["metrics"]["main_metric"] for row in found.rows}
     models = found.models()
     common = [task for task in found.tasks() if all(scores.get((model, task)) is not None for model in models)]
     return common, {m: sum(scores[m, task] for task in common) / len(common) for m in models} if common else {}
@@ -124,7 +121,7 @@ def pareto_text(found: Found) -> str:
 
 def pareto_figures(found: Found, number: Iterator[int]) -> Iterator[str]:
     _, scores = mean_scores(found)
-    costs = {name_of(row): row["cost"] for row in found.rows if row.get("cost")}
+    costs = {label(row): row["cost"] for row in found.rows if row.get("cost")}
     for cost, (title, unit, word) in COSTS.items():
         points = []
         for model, score in scores.items():
@@ -190,9 +187,7 @@ def reliability_figure(found: Found, task: str, rows: Rows, number: Iterator[int
         points = [(100 * x, 100 * y) for x, y in bins if x is not None and y is not None]
         axes.plot(*zip(*points, strict=True), "o-", color=found.colour(row), linewidth=1.4, markersize=3.5)
         line = f"border-top: 3px solid {found.colour(row)}"
-        items += (
-            f'<li><i style="{line}"></i>{escape(name_of(row))} <b>ECE {percent(row["calibration"]["ece"])}</b></li>'
-        )
+        items += f'<li><i style="{line}"></i>{escape(label(row))} <b>ECE {percent(row["calibration"]["ece"])}</b></li>'
     axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence, %", ylabel="accuracy, %")
     axes.grid(color="#e6e6e0", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
@@ -201,7 +196,7 @@ def reliability_figure(found: Found, task: str, rows: Rows, number: Iterator[int
 
 def lost_table(students: Rows) -> str:
     rows = [
-        (row["key"], name_of(row), lost["name"], percent(lost["recall"]), percent(lost["teacher_recall"]))
+        (row["key"], label(row), lost["name"], percent(lost["recall"]), percent(lost["teacher_recall"]))
         for row in students
         for lost in row["teacher"]["lost_classes"][:MOST_CLASSES]
     ]
@@ -210,15 +205,20 @@ def lost_table(students: Rows) -> str:
 
 
 def picture_rows(found: Found) -> tuple[list[Found], Rows]:
-    students = [row for row in found.rows if row.get("teacher")]
+    students = [row for row in found.rows if "lost_classes" in (row.get("teacher") or {})]
     return [found] * len(students), students
 
 
 def pictures(found: Found, student: dict[str, Any]) -> str:
     """Images of the student's mistakes that the teacher was surest about."""
-    title = f"<h3>{escape(student['key'])}: {escape(name_of(student))}</h3>"
+    title = f"<h3>{escape(student['key'])}: {escape(label(student))}</h3>"
     teacher = next(
-        (r for r in found.rows if (r["key"], r["model"]) == (student["key"], student["teacher"]["model"])), None
+        (
+            r
+            for r in found.rows
+            if (r["key"], r["model_sha256"]) == (student["key"], student["teacher"]["model_sha256"])
+        ),
+        None,
     )
     if teacher is None:
         return f"{title}<p>The teacher's own results are not in {escape(found.folder)}.</p>"
@@ -227,7 +227,7 @@ def pictures(found: Found, student: dict[str, Any]) -> str:
         options: dict[str, Any] = student["task_options"]
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
         data = open_subject(Task(**options), student["data"]).data
-        if data.sha256() != student["data_sha256"]:
+        if data.sha256 != student["data_sha256"]:
             raise ValueError(f"{student['data']} holds other data now")
         lost = [place for place in range(len(data)) if theirs["correct"][place] and not ours["correct"][place]]
         lost.sort(key=lambda place: -theirs["margin"][place])

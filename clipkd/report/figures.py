@@ -109,7 +109,10 @@ def term_panels(term: str, names: list[str], curves: dict[str, Curve], *, square
 def evaluation_panels(results: dict[tuple[str, str], Rows]) -> list[Panel]:
     """Top-1 and top-5 over time; one point in time says nothing that the table does not."""
     names, panels = list(dict.fromkeys(name for name, _ in results)), []
-    for title, metric in (("top-1 accuracy", "acc1"), ("top-5 accuracy", "acc5")):
+    every = [row for rows in results.values() for row in rows if "main_metric_name" in row]
+    others = {str(row["main_metric_name"]) for row in every if "acc1" not in row["metrics"]}
+    first = " or ".join(["top-1 accuracy", *sorted(others)])
+    for title, metric in ((first, "acc1"), ("top-5 accuracy", "acc5")):
         lines = []
         for (name, weights), rows in results.items():
             curve = read_curves([{"step": row["step"], metric: percentage(row, metric)} for row in rows])[metric]
@@ -120,8 +123,11 @@ def evaluation_panels(results: dict[tuple[str, str], Rows]) -> list[Panel]:
 
 
 def percentage(row: dict[str, Any], metric: str) -> float | None:
+    """A metric in percent; in place of the top-1 accuracy the main metric, where a task has another."""
     metrics = row.get("metrics")
     value = metrics.get(metric) if isinstance(metrics, dict) else None
+    if metric == "acc1" and isinstance(metrics, dict) and "acc1" not in metrics:
+        value = metrics.get("main_metric")
     return 100 * value if isinstance(value, int | float) and math.isfinite(value) else None
 
 

@@ -296,13 +296,21 @@ def evaluated(model: str, task: str, top1: float, **more: Any) -> dict[str, Any]
     bins = {"counts": [1, 2], "confidences": [0.2, 0.7], "accuracies": [0.1, None], "ece": 0.25}
     cost = {name: {"image": top1 * 1e6, "text": 5e5} for name in ("parameters", "macs", "latency_ms")}
     row = {"model": model, "key": task, "weights": "student", "metrics": {"acc1": top1, "main_metric": top1}, "n": 4}
+    row |= {"id": f"{model} {task}", "model_sha256": model, "precision": "fp32"}
     row |= {"ci95": {"main_metric": [top1 / 2, 0.9]}, "main_metric_name": "acc1", "chance": 0.01, "calibration": bins}
     return row | {"cost": {**cost, "device": "cpu, 2 threads"}, "samples": f"samples/{model}-{task}.parquet"} | more
 
 
 def test_results_of_eval_are_shown_alone_or_beside_a_run(full: Path, tmp_path: Path) -> None:
     lost = [{"class": 1, "name": "wren <small>", "recall": 0.0, "teacher_recall": 0.75}]
-    beside = {"model": "big", "retained": 0.5, "agreement": 0.25, "kl": 1.5, "lost_classes": lost}
+    beside = {
+        "model": "big",
+        "model_sha256": "big",
+        "retained": 0.5,
+        "agreement": 0.25,
+        "kl": 1.5,
+        "lost_classes": lost,
+    }
     rows = [
         evaluated("big", "birds", 0.5),
         evaluated("small", "birds", 0.25, teacher=beside, task_options={}, data="gone"),
