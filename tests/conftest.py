@@ -11,13 +11,7 @@ import torch
 jaxtyping.install_import_hook(
     [
         *("clipkd.losses", "clipkd.distill", "clipkd.terms", "clipkd.comparison", "clipkd.momentum"),
-        *(
-            "clipkd.zeroshot",
-            "clipkd.retrieval",
-            "clipkd.metrics",
-            "clipkd.evaluation.measure",
-            "clipkd.evaluation.embed",
-        ),
+        *("clipkd.zeroshot", "clipkd.retrieval", "clipkd.metrics", "clipkd.evaluation.measure"),
     ],
     "beartype.beartype",
 )

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import pickle
 import tempfile
 from copy import deepcopy
 from pathlib import Path
@@ -20,6 +21,9 @@ from clipkd.models.hugging_face import load_transformers
 
 PROBES = ("A photo of a DOG, (two cats!) &amp; a naïve  “fish” in 2024; it's über-cool…", "one more word and " * 30)
 """Texts on which tokenizers differ that differ at all: case, marks, entities, spaces, numbers, length."""
+
+UNLOADABLE = (RuntimeError, OSError, TypeError, KeyError, SafetensorError, pickle.UnpicklingError, EOFError)
+"""What libraries raise for damaged weight files, and for weights of another architecture."""
 
 
 def create_student(config: StudentConfig, *, logit_bias: float | None = None) -> Encoder:
@@ -121,7 +125,7 @@ def build_open_clip(
                 require_pretrained=pretrained is not None,
             )
             tokenizer = open_clip.get_tokenizer(model_name=registered)
-        except (RuntimeError, OSError, TypeError, KeyError, AssertionError, AttributeError, SafetensorError) as error:
+        except (*UNLOADABLE, AssertionError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300] or "the weights are of another architecture"
             raise ValueError(f"open_clip cannot make {name!r} with weights {pretrained!r}: {reason}") from error
     return wrap_open_clip(model, tokenizer, name=name, model_config=model_config)
@@ -132,7 +136,7 @@ def load_open_clip(model: str) -> Encoder:
     try:
         network = open_clip.create_model(model_name=model, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(model_name=model)
-    except (RuntimeError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (*UNLOADABLE, ValueError) as error:
         raise ValueError(f"open_clip cannot load {model}: {error}") from error
     model_config = None
     if model.startswith("local-dir:"):

@@ -10,10 +10,11 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from open_clip.transformer import QuickGELU
 from PIL import Image
 from safetensors.torch import save_file
 from samples import encode
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from clipkd import checkpoint
@@ -365,3 +366,53 @@ def test_a_siglip_folder_that_lacks_a_part_is_refused(siglip_folder: Path, tmp_p
                 path.unlink()
         with pytest.raises(ValueError, match=words):
             load(str(folder))
+
+
+PROMPTS = ["a cat", "a photo of a dog.", "x"]
+
+
+def lengths_seen(encoder: Encoder, embedding: nn.Module) -> list[int]:
+    """Tokens per text that the text tower is given by encode_prompts, its first trial left out."""
+    seen: list[int] = []
+    texts = encoder.spec.tokenize(PROMPTS)
+    with torch.inference_mode():
+        whole = encoder.encode_text(texts)
+        encoder.encode_prompts(texts)
+        handle = embedding.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape[1]))
+        short = encoder.encode_prompts(texts)
+        handle.remove()
+    assert (whole - short).abs().max() < 1e-6
+    return seen
+
+
+def test_a_causal_text_tower_is_given_no_padding(clip_folder: Path) -> None:
+    student = create_student(StudentConfig(model="demo-student")).eval()
+    full = student.spec.tokenize(PROMPTS).shape[1]
+    (seen,) = lengths_seen(student, student.model.token_embedding)  # type: ignore[arg-type]
+    assert seen < full
+    transformers_model = load(str(clip_folder))
+    (seen,) = lengths_seen(transformers_model, transformers_model.model.text_model.embeddings.token_embedding)  # type: ignore[union-attr]
+    assert seen < transformers_model.spec.tokenize(PROMPTS).shape[1]
+
+
+def test_a_tower_that_looks_at_the_padding_is_given_all_of_it(siglip_folder: Path) -> None:
+    siglip = load(str(siglip_folder))
+    (seen,) = lengths_seen(siglip, siglip.model.text_model.embeddings.token_embedding)  # type: ignore[union-attr]
+    assert seen == siglip.spec.tokenize(PROMPTS).shape[1]
+    student = create_student(StudentConfig(model="demo-student")).eval()
+    student.short_text_tower = lambda model, texts: model.encode_text(texts)  # needs its whole context
+    (seen,) = lengths_seen(student, student.model.token_embedding)  # type: ignore[arg-type]
+    assert seen == student.spec.tokenize(PROMPTS).shape[1]
+
+
+def test_equal_weights_of_another_architecture_are_told_apart() -> None:
+    plain, quick = (create_student(StudentConfig(model="demo-student")) for _ in range(2))
+    quick.model.load_state_dict(plain.model.state_dict())
+    assert plain.weights_sha256() == quick.weights_sha256()
+    assert plain.architecture() == quick.architecture()
+    for module in quick.model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.GELU):
+                setattr(module, name, QuickGELU())
+    assert plain.weights_sha256() == quick.weights_sha256()
+    assert plain.architecture() != quick.architecture()
