@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
-from bench_data import draw_photo
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -38,6 +37,8 @@ SIZE = (500, 375)
 
 def write_data(folder: Path, num_images: int, num_classes: int) -> None:
     """Class folders with class names and templates beside them, as clipkd's imagefolder layout reads them."""
+    from bench_data import draw_photo  # beside this file
+
     rng = np.random.default_rng(0)
     for number in range(num_images):
         path = folder / "test" / f"class{number % num_classes:04d}" / f"{number:06d}.jpg"

@@ -15,7 +15,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.mark.parametrize(
     ("script", "results", "least"),
-    [("results_table", "demo.jsonl", 7), ("compare_losses", "losses.jsonl", 40), ("bench_data", "data.jsonl", 8)],
+    [
+        ("results_table", "demo.jsonl", 7),
+        ("compare_losses", "losses.jsonl", 40),
+        ("bench_data", "data.jsonl", 8),
+        ("bench_eval", "eval_speed.jsonl", 4),
+    ],
 )
 def test_a_table_is_made_from_the_committed_results(script: str, results: str, least: int) -> None:
     spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
