@@ -133,7 +133,7 @@ class Harness:
         Raises: ValueError if the processes are about to evaluate different things.
         """
         id = result_id(subject, self.embedders[name])
-        if len(set(distributed.gather_objects(id))) > 1:
+        if len(set(distributed.gather_objects((self.embedders[name].sha256, subject.data.sha256)))) > 1:
             raise ValueError(f"the processes have different data of {subject.name} or weights of {name}; share both")
         row = self.results.find(id, name)
         if row is not None and teacher is not None:

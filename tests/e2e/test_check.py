@@ -88,7 +88,7 @@ def test_options_that_make_no_sense_are_problems_not_crashes(
         (("--batch_size", 0), "batch_size is 0"),
         (("--threads", 0), "threads is 0"),
         (("--objective.gkl.weight", 1, "--objective.gkl.queue", "true", "--objective.queue.capacity", 64), "a teacher"),
-        (("--evaluation.data", f"[{data / 'noto'}]", "--evaluation.task", tmp_path / "none.yaml"), "evaluation.task"),
+        (("--evaluation.data", f"[{data / 'noto'}]", "--evaluation.task", tmp_path / "none.yaml"), "no task"),
     ):
         done = clipkd("check", *arguments, *options, check=False)
         assert done.returncode == 2
