@@ -259,7 +259,7 @@ def test_a_student_beside_its_teacher_by_hand() -> None:
     assert (row["paired"]["metric"], row["paired"]["difference"]) == ("mean_per_class_recall", pytest.approx(-1 / 3))
     assert row["paired"] == {
         **row["paired"],
-        **compared(seen([0, 1, 1, 2], 1).samples, seen([0, 0, 2, 1], 1).samples, "mean_per_class_recall"),
+        **compared(seen([0, 1, 1, 2], 1.0).samples, seen([0, 0, 2, 1], 1.0).samples, "mean_per_class_recall"),
     }
     assert row["lost_classes"] == [{"class": 1, "name": "dog", "recall": 0.0, "teacher_recall": 1.0}]
     assert row["ece"] == pytest.approx(abs(3 / 4 - math.exp(2) / (math.exp(2) + 3)), abs=1e-6)
