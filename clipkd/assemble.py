@@ -14,9 +14,8 @@ from clipkd.closed_set import closed_set_fingerprint, open_closed_set
 from clipkd.config import TeacherConfig, TrainConfig
 from clipkd.distill import Distiller, require_fitting_teachers
 from clipkd.evaluation import METRICS, Subject, as_tuple, open_subjects
+from clipkd.evaluation.embed import DTYPES
 from clipkd.models import Encoder
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

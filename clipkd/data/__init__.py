@@ -7,7 +7,6 @@ from clipkd.data.evaluation_sets import (
     Images,
     Kind,
     Layout,
-    Picture,
     check_label,
     check_vector,
 )
@@ -27,7 +26,6 @@ __all__ = [
     "Layout",
     "PairSet",
     "Pairs",
-    "Picture",
     "Skip",
     "Skips",
     "check_label",

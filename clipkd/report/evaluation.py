@@ -56,12 +56,11 @@ def render_results(found: Found, number: Iterator[int]) -> str:
             "<p>Accuracy among images of a confidence (softmax at the model's own scale); the grey line is perfect.</p>"
         )
         body += section("Calibration", text, figures)
-    students = [row for row in found.rows if row.get("teacher")]
-    students = [row for row in students if "lost_classes" in row["teacher"]]
+    students = [row for row in found.rows if "lost_classes" in (row.get("teacher") or {})]
     if students:
         body += section("Classes that lost most", lost_table(students))
         body += section(
-            "What the teacher gets right and the student wrong", "".join(map(pictures, *picture_rows(found)))
+            "What the teacher gets right and the student wrong", "".join(pictures(found, row) for row in students)
         )
     return body
 
@@ -202,11 +201,6 @@ def lost_table(students: Rows) -> str:
     ]
     header = ("task", "student", "class", "student's recall", "teacher's recall")
     return table(header, rows, "numbers") if rows else "<p>No class has a lower recall than under the teacher.</p>"
-
-
-def picture_rows(found: Found) -> tuple[list[Found], Rows]:
-    students = [row for row in found.rows if "lost_classes" in (row.get("teacher") or {})]
-    return [found] * len(students), students
 
 
 def pictures(found: Found, student: dict[str, Any]) -> str:
