@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_origin
 
 import jsonargparse
 import yaml
@@ -61,7 +61,7 @@ def parse_into(
 ) -> C:
     """Arguments of one command → its dataclass, whose fields and docstrings are the options and their help.
 
-    positional: fields that are given in order, without their names → their help.
+    positional: fields that are given in order, without their names → their help. A tuple takes one or more words.
     """
     parser = build_parser(kind, command, description, tuple((positional or {}).items()))
     for flag, path in itertools.pairwise(arguments):
@@ -69,8 +69,10 @@ def parse_into(
             check_yaml(Path(path), parser)
     namespace = parser.parse_args(spell_out(kind, arguments))
     try:
-        values = vars(parser.instantiate(namespace))
-        return kind(**{name: value for name, value in values.items() if name != "config"})
+        values = {name: value for name, value in vars(parser.instantiate(namespace)).items() if name != "config"}
+        return kind(
+            **values | {name: tuple(values[name]) for name in positional or {} if isinstance(values[name], list)}
+        )
     except ValueError as error:
         parser.error(str(error))
 
@@ -80,14 +82,15 @@ def build_parser(kind: type, command: str, description: str, positional: tuple[t
     """Building takes longer than parsing, and a demo parses some ten times."""
     parser = Parser(prog=f"clipkd {command}", description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML of differences from the defaults; several are stacked.")
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
     for name, text in positional:
-        parser.add_argument(name, type=str, help=text)
+        parser.add_argument(name, type=str, help=text, nargs="+" if is_tuple(types[name]) else None)
     parser.add_class_arguments(kind, as_group=False, skip={name for name, _ in positional})
     return parser
 
 
 def spell_out(kind: type, arguments: list[str]) -> list[str]:
-    """--max-drop → --max_drop, and for the fields of a command --quick → --quick true and --task a b → --task [a,b]."""
+    """--max-drop → --max_drop, and for the fields of a command --quick → --quick true, --task a b → --task [a,b]."""
     fields = {f"--{field.name}": field.type for field in dataclasses.fields(kind)}
     spelled: list[str] = []
     rest = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
@@ -97,10 +100,17 @@ def spell_out(kind: type, arguments: list[str]) -> list[str]:
         following = list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
         if fields.get(argument) is bool and following[:1] not in (["true"], ["false"]):
             spelled.append("true")
-        elif "tuple" in str(fields.get(argument)) and len(following) > 1:
+        elif "tuple" in str(fields.get(argument)) and (
+            len(following) > 1 or (following and is_tuple(fields[argument]) and not following[0].startswith("["))
+        ):
             spelled.append(json.dumps(following))
             rest = rest[len(following) :]
     return spelled
+
+
+def is_tuple(kind: Any) -> bool:
+    """Whether a field takes nothing but a tuple, so that one word is a tuple of one."""
+    return get_origin(kind) is tuple
 
 
 def check_yaml(path: Path, parser: Parser) -> None:

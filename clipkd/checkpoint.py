@@ -220,11 +220,11 @@ def load_into(module: nn.Module, path: Path, prefix: str = "") -> None:
         raise ValueError(f"{path} was written for another model: {' '.join(str(error).split())[:300]}") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
     # Cloned, since safetensors refuses tensors that share memory (tied weights).
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
-        save_file(copies, path)
+        save_file(copies, path, metadata)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error

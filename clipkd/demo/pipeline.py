@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from clipkd.demo.contact_sheet import draw_contact_sheet
 from clipkd.evaluation.command import EvalConfig
 from clipkd.evaluation.command import run as evaluate_models
 from clipkd.evaluation.results import read_samples
-from clipkd.export import ExportConfig, export
+from clipkd.export import ExportConfig, describe_artefact, export
 from clipkd.progress import console
 from clipkd.report import ReportConfig, write_report
 from clipkd.train import train
@@ -55,7 +54,7 @@ def run(config: DemoConfig) -> Path:
     require_same_demo(config, output)
     write_data(config, output / "data")
     teacher_run = train_model(config, "teacher", "demo_teacher", QUICK["teacher"])
-    export_again(teacher_run, output / "teacher")
+    export_again(teacher_run, output / "teacher", "open_clip")
     runs = {"teacher": teacher_run}
     for name, options in STUDENTS.items():
         teacher = () if name == "alone" else ("--teacher.model", f"local-dir:{output / 'teacher'}")
@@ -64,7 +63,7 @@ def run(config: DemoConfig) -> Path:
     rows = evaluate_runs(output, runs)
     scores = {row["model"]: row["metrics"]["acc5"] for row in rows if row["dataset"] == CHOOSE}
     best = max((name for name in STUDENTS if name != "alone"), key=lambda name: scores[name])
-    export_again(runs[best], output / "student")
+    artefacts = export_again(runs[best], output / "student", "open_clip,hf,onnx,onnx-int8", held_out(output))
     student = f"local-dir:{output / 'student'}"
     beside = evaluate_models(eval_config(output, (student,), str(runs["teacher"])))
     exported = [row for row in beside if row["model"] == student]
@@ -75,13 +74,18 @@ def run(config: DemoConfig) -> Path:
     draw_samples(output, rows, ("teacher", "alone", best))
     for folder in (*runs.values(), output / "results"):
         write_report(ReportConfig(run=str(folder)))
-    print_summary(rows, best, output, config)
+    print_summary(rows, artefacts, best, output, config)
     return output
 
 
+def held_out(output: Path) -> tuple[str, ...]:
+    return tuple(str(output / "data" / style) for style in pairs.HELD_OUT_STYLES)
+
+
 def eval_config(output: Path, models: tuple[str, ...], teacher: str) -> EvalConfig:
-    held_out = tuple(str(output / "data" / style) for style in pairs.HELD_OUT_STYLES)
-    return EvalConfig(model=models, teacher=teacher, data=held_out, output=str(output / "results"), num_workers=0)
+    return EvalConfig(
+        model=models, teacher=teacher, data=held_out(output), output=str(output / "results"), num_workers=0
+    )
 
 
 def evaluate_runs(output: Path, runs: dict[str, Path]) -> list[dict[str, Any]]:
@@ -114,28 +118,31 @@ def require_same_demo(config: DemoConfig, output: Path) -> None:
 def write_data(config: DemoConfig, folder: Path) -> None:
     num_concepts = QUICK_CONCEPTS if config.quick else None
     num_pairs = pairs.write_pairs(folder / "pairs", num_concepts=num_concepts, seed=config.seed)
-    held_out = {
+    drawn = {
         style: pairs.write_held_out(folder / style, style, num_concepts=num_concepts) for style in pairs.HELD_OUT_STYLES
     }
-    counts = ", ".join(f"{number} {style} drawings held out" for style, number in held_out.items())
+    counts = ", ".join(f"{number} {style} drawings held out" for style, number in drawn.items())
     console.print(f"data: {num_pairs} pairs in {' and '.join(pairs.TRAINING_STYLES)} style; {counts}")
 
 
 def train_model(config: DemoConfig, name: str, recipe_name: str, quick: tuple[str, ...], *options: str) -> Path:
     """`clipkd train` with a recipe of configs/, resumed where an earlier demo was interrupted."""
     folder = Path(config.output) / "runs" / name.replace(" + ", "_").lower()
-    held_out = ",".join(str(Path(config.output) / "data" / style) for style in pairs.HELD_OUT_STYLES)
+    data = ",".join(held_out(Path(config.output)))
     arguments = (
         *("--config", str(recipe(recipe_name)), *options, *(quick if config.quick else ())),
         *("--data.path", str(Path(config.output) / "data" / "pairs"), "--seed", str(config.seed)),
-        *("--evaluation.data", f"[{held_out}]", "--output", str(folder), "--resume", "latest"),
+        *("--evaluation.data", f"[{data}]", "--output", str(folder), "--resume", "latest"),
     )
     return train(parse(list(arguments)))
 
 
-def export_again(run_folder: Path, output: Path) -> None:
-    shutil.rmtree(output, ignore_errors=True)
-    export(ExportConfig(checkpoint=str(run_folder), output=str(output)))
+def export_again(run_folder: Path, output: Path, to: str, data: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """`clipkd export --force`; a demo has no use for a folder that misses an artefact."""
+    rows = export(ExportConfig(checkpoint=str(run_folder), output=str(output), to=to, data=data, force=True))
+    if wrong := [describe_artefact(row) for row in rows if row["error"]]:
+        raise RuntimeError("; ".join(wrong))
+    return rows
 
 
 def require_equal_counts(exported: list[dict[str, Any]], rows: list[dict[str, Any]], best: str) -> None:
@@ -153,7 +160,9 @@ def draw_samples(output: Path, rows: list[dict[str, Any]], models: tuple[str, ..
     draw_contact_sheet(output / "samples.png", output / "data" / "pairs", output / "data" / REPORT, guesses)
 
 
-def print_summary(rows: list[dict[str, Any]], best: str, output: Path, config: DemoConfig) -> None:
+def print_summary(
+    rows: list[dict[str, Any]], artefacts: list[dict[str, Any]], best: str, output: Path, config: DemoConfig
+) -> None:
     title = f"zero-shot in two unseen styles, % (seed {config.seed}; {CHOOSE} chooses the student, {REPORT} reports)"
     table = Table(title=title)
     table.add_column("model", no_wrap=True)
@@ -170,6 +179,8 @@ def print_summary(rows: list[dict[str, Any]], best: str, output: Path, config: D
         label = f"{name} → student/" if name == best else name
         table.add_row(label, *sizes, *shares, str(row["n"]), str(row["step"]), f"{row['training_seconds']:.0f}")
     Console(width=max(100, Console().width)).print(table)
+    for row in artefacts:
+        print(f"student/ as {describe_artefact(row)}")
     print(
         f"results {output / 'results'}/report.html   curves {output / 'runs'}/*/report.html   pictures {output / 'samples.png'}"
     )

@@ -18,6 +18,8 @@ from clipkd import checkpoint, students
 from clipkd.config import StudentConfig
 from clipkd.models.encoder import Encoder
 from clipkd.models.hugging_face import load_transformers
+from clipkd.models.onnx import load_onnx
+from clipkd.onnx_student import SUFFIXES, find_formats
 
 PROBES = ("A photo of a DOG, (two cats!) &amp; a naïve  “fish” in 2024; it's über-cool…", "one more word and " * 30)
 """Texts on which tokenizers differ that differ at all: case, marks, entities, spaces, numbers, length."""
@@ -46,16 +48,18 @@ def load(model: str, *, pretrained: str | None = None, ema: bool = False) -> Enc
 
     model: an open_clip name with `pretrained` (tag or file), or both as NAME@PRETRAINED, local-dir:FOLDER, hf-hub:REPO,
     a transformers CLIPModel or SiglipModel folder, an open_clip folder (such as clipkd exports), a run folder or a
-    checkpoint of one (`ema` picks its average).
+    checkpoint of one (`ema` picks its average). Of a folder with several formats, hf:FOLDER, onnx:FOLDER, onnx-fp16:FOLDER
+    and onnx-int8:FOLDER pick one.
     Raises: ValueError if it is unknown, lacks weights, tokenizer or preprocessing, or would run with another activation.
     """
     folder = Path(model.removeprefix("local-dir:"))
     if ema and not (folder.is_dir() and checkpoint.is_run(folder)):
         raise ValueError(f"{model} is no run or checkpoint of clipkd, so it has no moving average; ask for its weights")
-    if model.startswith("local-dir:") or folder.is_dir():
+    format, _, exported = model.partition(":")
+    if model.startswith("local-dir:") or folder.is_dir() or format in ("hf", *SUFFIXES):
         if pretrained:
             raise ValueError(f"{model} carries its own weights; leave pretrained={pretrained!r} out")
-        encoder = load_folder(folder, ema=ema)
+        encoder = load_export(Path(exported), format) if format in ("hf", *SUFFIXES) else load_folder(folder, ema=ema)
     elif model.startswith("hf-hub:"):
         encoder = load_open_clip(model)
     else:
@@ -80,10 +84,23 @@ def load_folder(folder: Path, *, ema: bool) -> Encoder:
         return load_open_clip(f"local-dir:{folder}")
     if (folder / "config.json").is_file():
         return load_transformers(folder)
+    if formats := find_formats(folder):
+        return load_onnx(folder, formats[0])
     raise ValueError(
-        f"{folder} is no model that clipkd knows: no open_clip_config.json (open_clip), config.json (transformers) "
-        "or checkpoints (a run)"
+        f"{folder} is no model that clipkd knows: no open_clip_config.json (open_clip), config.json (transformers), "
+        "onnx/ (ONNX) or checkpoints (a run)"
     )
+
+
+def load_export(folder: Path, format: str) -> Encoder:
+    """One format of an exported folder. Raises: ValueError if it has none such."""
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}")
+    if format != "hf":
+        return load_onnx(folder, format)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json, so it is no transformers model; clipkd export … --to hf")
+    return load_transformers(folder)
 
 
 def load_checkpoint(folder: Path, *, ema: bool) -> Encoder:

@@ -23,13 +23,11 @@ class Family:
 
     model: str
     processor: str
-    resize_mode: str
-    """open_clip's word: shortest crops the middle, squash takes the whole image."""
 
 
 FAMILIES = {
-    "clip": Family("CLIPModel", "CLIPImageProcessor", "shortest"),
-    "siglip": Family("SiglipModel", "SiglipImageProcessor", "squash"),
+    "clip": Family("CLIPModel", "CLIPImageProcessor"),
+    "siglip": Family("SiglipModel", "SiglipImageProcessor"),
 }
 
 
@@ -58,6 +56,7 @@ def load_transformers(folder: Path) -> Encoder:
         raise ValueError(f"{folder} holds a {config.get('model_type')!r} model; clipkd reads {known}")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{folder} has no tokenizer (such as tokenizer.json); transformers would invent one")
+    transformers.utils.logging.disable_progress_bar()
     try:
         kind = getattr(transformers, family.model)
         model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -100,7 +99,7 @@ def load_transformers(folder: Path) -> Encoder:
                 mean=tuple(processor.image_mean),
                 std=tuple(processor.image_std),
                 interpolation=RESAMPLING[int(processor.resample)],
-                resize_mode=family.resize_mode,
+                resize_mode="shortest" if processor.size.shortest_edge else "squash",
             )
         ),
         tokenize=tokenize,

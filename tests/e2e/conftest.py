@@ -7,8 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from clipkd.config import StudentConfig
 from clipkd.demo import pairs
+from clipkd.export.artefacts import write_formats
+from clipkd.models import create_student
 from tests.e2e.forked import start
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -71,3 +75,23 @@ def teacher(clipkd: Run, data: Path, tmp_path_factory: pytest.TempPathFactory) -
     clipkd("train", *arguments, "--output", folder / "run")
     clipkd("export", folder / "run", "--output", folder / "model")
     return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def exported(clipkd: Run, data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """softmax: a distilled student (softmax_run) in every format but ExecuTorch's, each evaluated; log: what was printed.
+
+    sigmoid: an untrained one with a logit bias, float32 and float16, without the proof that an export brings.
+    """
+    folder = tmp_path_factory.mktemp("exported")
+    paths = {name: folder / name for name in ("softmax_run", "softmax", "sigmoid", "log")}
+    distilled = ("--teacher.model", f"local-dir:{teacher}", "--objective.gkl.weight", 1, "--optim.ema_momentum", 0.5)
+    arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 4, *distilled)
+    clipkd("train", *arguments, "--output", paths["softmax_run"])
+    formats = ("--to", "open_clip,hf,onnx,onnx-fp16,onnx-int8,immich", "--data", data / "noto")
+    paths["log"].write_text(clipkd("export", paths["softmax_run"], *formats, "--output", paths["softmax"]).stdout)
+    torch.manual_seed(0)
+    encoder = create_student(StudentConfig(model="demo-student"), logit_bias=-5.0).eval()
+    paths["sigmoid"].mkdir()
+    write_formats(encoder, paths["sigmoid"], ("open_clip", "onnx", "onnx-fp16"), lambda _: None)
+    return paths

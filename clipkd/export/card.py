@@ -1,0 +1,225 @@
+"""The model card: what an exported student is, what it was made from, what it scores, and how each runtime uses it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clipkd import __version__
+from clipkd.export.snippets import snippet
+from clipkd.models import Encoder
+from clipkd.onnx_student import SUFFIXES
+from clipkd.students import count_parameters
+
+TITLES = {
+    "open_clip": "open_clip",
+    "hf": "transformers",
+    "onnx": "ONNX Runtime, float32",
+    "onnx-fp16": "ONNX Runtime, float16",
+    "onnx-int8": "ONNX Runtime, int8",
+    "executorch": "ExecuTorch",
+    "immich": "immich",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of where a student comes from; of a folder of weights, only its path."""
+
+    checkpoint: str
+    weights: str
+    config: dict[str, Any] | None = None
+    """The training run's, resolved."""
+    step: int | None = None
+    teachers: tuple[str, ...] = ()
+    """SHA-256 of the teachers' weights."""
+    results: tuple[dict[str, Any], ...] = ()
+    """Evaluations of these weights while they were trained."""
+
+
+def write_card(
+    folder: Path, encoder: Encoder, source: Source, rows: list[dict[str, Any]], *, name: str, license: str | None
+) -> None:
+    """README.md, with the training's config beside it as training.yaml."""
+    parts = [
+        front_matter(license),
+        f"# {name}\n",
+        introduction(encoder, source),
+        facts(encoder, source),
+        recipe(folder, source),
+        evaluation(source, rows),
+        parity(rows),
+        usage(rows),
+        licence(license),
+    ]
+    (folder / "README.md").write_text("\n".join(filter(None, parts)), encoding="utf-8")
+
+
+def front_matter(license: str | None) -> str:
+    about = {
+        **({"license": license} if license else {"license": "other", "license_name": "not-stated"}),
+        "library_name": "open_clip",
+        "pipeline_tag": "zero-shot-image-classification",
+        "tags": ["clip", "clipkd", "knowledge-distillation", "zero-shot-image-classification"],
+    }
+    return f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n"
+
+
+def introduction(encoder: Encoder, source: Source) -> str:
+    image, text = (f"{count_parameters(encoder.model)[tower] / 1e6:.2f}M" for tower in ("image", "text"))
+    teacher = teacher_name(source.config)
+    made = f"distilled from {teacher}" if teacher else "trained" if source.config else "exported"
+    return f"A CLIP with {image} parameters in the image tower and {text} in the text tower, {made} with clipkd {__version__}.\n"
+
+
+def teacher_name(config: dict[str, Any] | None) -> str | None:
+    teacher = (config or {}).get("teacher") or {}
+    if not teacher.get("model"):
+        return None
+    others = [each["model"] for each in (config or {}).get("ensemble") or []]
+    name = teacher["model"] + (f" ({teacher['pretrained']})" if teacher.get("pretrained") else "")
+    return " and ".join([name, *others])
+
+
+def facts(encoder: Encoder, source: Source) -> str:
+    counts = count_parameters(encoder.model)
+    height, width = encoder.spec.size
+    context = encoder.spec.tokenize(["a"]).shape[1]
+    rows = {
+        "architecture": source.config["student"]["model"] if source.config else encoder.name,
+        "parameters, image + text": f"{counts['image']:,} + {counts['text']:,}",
+        "input": f"{height} × {width} pixels, {encoder.spec.interpolation}; up to {context} tokens",
+        "features": f"{encoder.dim}, unit norm; logit scale {encoder.logit_scale.item():.2f}",
+        "teacher": teacher_name(source.config),
+        "teacher's weights": ", ".join(f"sha256 {each[:16]}…" for each in source.teachers) or None,
+        "data": data_name(source.config),
+        "weights": f"{source.weights} of {source.checkpoint}" + (f", step {source.step}" if source.step else ""),
+        "weights' hash": f"sha256 {encoder.weights_sha256()}",
+    }
+    if encoder.logit_bias is not None:
+        rows["logit bias"] = f"{encoder.logit_bias.item():.3f} (added to the logits before a sigmoid)"
+    return table(("", ""), [(key, value) for key, value in rows.items() if value])
+
+
+def data_name(config: dict[str, Any] | None) -> str | None:
+    if config is None:
+        return None
+    data = config["data"]
+    sources = [data, *data.get("mix", [])]
+    return (
+        ", ".join(f"{each['path']} ({each.get('format', 'webdataset')})" for each in sources if each.get("path"))
+        or None
+    )
+
+
+def recipe(folder: Path, source: Source) -> str | None:
+    if source.config is None:
+        return None
+    own = {key: value for key, value in source.config.items() if key not in ("output", "resume")}
+    (folder / "training.yaml").write_text(yaml.safe_dump(own, sort_keys=False), encoding="utf-8")
+    terms = [
+        f"{name} × {term['weight']:g}" + (f" ({term['keys']} keys)" if "keys" in term else "")
+        for name, term in own["objective"].items()
+        if isinstance(term, dict) and term.get("weight")
+    ]
+    lines = [
+        f"{source.step or own['steps']} of {own['steps']} steps, batch {own['batch_size']} per process, seed {own['seed']}; "
+        f"objective: {', '.join(terms)}. All options are in [training.yaml](training.yaml):\n",
+        "    accelerate launch -m clipkd train --config training.yaml\n",
+    ]
+    return "## Recipe\n\n" + "\n".join(lines)
+
+
+def evaluation(source: Source, rows: list[dict[str, Any]]) -> str | None:
+    """In training, and of the exported files themselves."""
+    lines: list[tuple[Any, ...]] = [
+        (
+            result["key"],
+            "checkpoint, in training",
+            *scores(result["main_metric_name"], result["metrics"]),
+            result["n"],
+            "",
+        )
+        for result in source.results
+    ]
+    for row in rows:
+        for result in row.get("zero_shot") or []:
+            interval = result["ci95"]
+            paired = f"{100 * result['difference']:+.2f}" + (
+                f" [{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]" if interval else ""
+            )
+            shown = scores(result["metric"], result["metrics"])
+            lines.append((result["task"], TITLES[row["format"]], *shown, result["n"], paired))
+    if not lines:
+        return None
+    heading = ("task", "of", "metric", "%", "others, %", "n", "points from the student, paired [95 %]")
+    return "## Evaluation, zero-shot\n\n" + table(heading, lines)
+
+
+def scores(main: str, metrics: dict[str, Any]) -> tuple[str, str, str]:
+    others = {k: v for k, v in metrics.items() if k not in (main, "main_metric") and v is not None}
+    return main, f"{100 * metrics[main]:.2f}", ", ".join(f"{name} {100 * value:.2f}" for name, value in others.items())
+
+
+def parity(rows: list[dict[str, Any]]) -> str:
+    lines: list[tuple[Any, ...]] = []
+    for row in rows:
+        size = " + ".join(f"{size / 1e6:.1f}" for size in row["files"].values())
+        with_what = ", ".join(f"{name} {version}" for name, version in row.get("versions", {}).items())
+        if row["error"]:
+            lines.append((TITLES[row["format"]], "left out: " + row["error"], "", "", "", "", with_what))
+            continue
+        cosine = min(row[tower]["min_cosine"] for tower in ("image", "text"))
+        differences = [f"{row[tower]['max_abs_difference']:.1e}" for tower in ("image", "text")]
+        flips = f"{row['argmax_flips']} of {row['num_images']}"
+        lines.append((TITLES[row["format"]], *differences, f"{cosine:.6f}", flips, size, with_what))
+    heading = ("format", "images, max abs", "texts, max abs", "min cosine", "best caption changed", "MB", "with")
+    return "## Parity\n\n" + "\n".join(
+        [
+            "Features of real images of odd sizes and of odd captions, by each runtime's own preprocessing and tokens, beside",
+            "the checkpoint's. MB: image tower + text tower where these are two files. [parity.json](parity.json) has more.\n",
+            table(heading, lines),
+        ]
+    )
+
+
+def usage(rows: list[dict[str, Any]]) -> str | None:
+    parts: list[str] = []
+    shown: str | None = None
+    """Suffix of the ONNX files whose code stands above: one long listing is enough."""
+    for row in rows:
+        format, code = row["format"], snippet(row["format"])
+        if code is None or row["error"]:
+            continue
+        if format in SUFFIXES and shown is not None:
+            files = " and ".join(f"`onnx/{tower}_model{SUFFIXES[format]}.onnx`" for tower in ("vision", "text"))
+            listing = f"The code above with {files} prints"
+        else:
+            listing = f"```python\n{code}```\n"
+            shown = SUFFIXES.get(format, shown)
+        parts.append(f"### {TITLES[format]}\n\n{listing}\n\n```text\n{row['snippet_output']}```\n")
+        if format == "hf":
+            parts.append(transformers_note(row["default_processor"]))
+    return "## Use\n\nIn this folder (from elsewhere, give its path):\n\n" + "\n".join(parts) if parts else None
+
+
+def transformers_note(default: dict[str, float]) -> str:
+    return (
+        "`trust_remote_code=True` lets transformers run `image_processing_exact.py` of this folder, which makes an image ready "
+        "as open_clip does. Without it transformers' own processor crops up to a pixel elsewhere and rounds otherwise: features "
+        f"then differ by up to {default['max_abs_difference']:.1e} (cosine ≥ {default['min_cosine']:.4f}).\n"
+    )
+
+
+def licence(license: str | None) -> str:
+    stated = f"The weights: {license}." if license else "No licence was stated for these weights."
+    return (
+        f"## Licence\n\n{stated} The terms of the teacher and of the training data may bind them too. `example.png` is from "
+        "Noto Emoji (Apache-2.0).\n"
+    )
+
+
+def table(heading: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    cells = [heading, ("---",) * len(heading), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells) + "\n"

@@ -1,0 +1,173 @@
+"""A student → the files of a transformers model (CLIPModel, SiglipModel) with tokenizer and image processor."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.model import CLIPTextCfg
+from tokenizers import Tokenizer
+
+from clipkd import checkpoint, metrics_log, models
+from clipkd.export.families import FAMILIES, RESAMPLING, find_family, misfit, rename
+from clipkd.export.tokenizer import CHECKED, END, START, sees_padding, write_tokenizer
+from clipkd.models import Encoder
+
+__all__ = ["find_family", "write_hugging_face"]
+
+EXACT = Path(__file__).with_name("image_processing_exact.py")
+"""Copied into the folder: an image processor that gives open_clip's pixels, for those who trust the folder's code."""
+
+TOLERANCE = 1e-5  # of unit-norm features
+
+
+def write_hugging_face(encoder: Encoder, folder: Path) -> None:
+    """config.json, model.safetensors, tokenizer.json and what AutoModel, AutoTokenizer and AutoProcessor want beside them.
+
+    encoder: in eval mode. folder: exists; files of these names are replaced.
+    CLIPModel has no logit bias: a student's stays readable in config.json, and no softmax sees it. The default image
+    processor is off by grey levels and, at some sizes, by a pixel of crop; with trust_remote_code=True the folder's own
+    gives open_clip's pixels.
+
+    Raises: ValueError if no transformers model or tokenizer.json has the student's features and ids.
+    """
+    family = find_family(encoder)
+    tokenizer = write_tokenizer(encoder, folder)
+    settings = tokenizer_settings(encoder, tokenizer)
+    model = build(encoder, family, special_ids(encoder, tokenizer, settings))
+    check_features(encoder, family, model)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    checkpoint.write_tensors(folder / "model.safetensors", model.state_dict(), metadata={"format": "pt"})
+    metrics_log.write(folder / "tokenizer_config.json", settings)
+    images = image_settings(encoder, family)
+    metrics_log.write(folder / "preprocessor_config.json", images)
+    metrics_log.write(
+        folder / "processor_config.json", {"image_processor": images, "processor_class": FAMILIES[family].processor}
+    )
+    shutil.copyfile(EXACT, folder / EXACT.name)
+
+
+def tokenizer_settings(encoder: Encoder, tokenizer: Tokenizer) -> dict[str, Any]:
+    """tokenizer_config.json: of a class that takes tokenizer.json as it is, where CLIPTokenizer would make its own cleaning."""
+    tokenize: Any = encoder.spec.tokenize
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": tokenize.context_length,
+        "clean_up_tokenization_spaces": False,
+        # SigLIP was trained on padding without a mask, and would be given one.
+        "model_input_names": ["input_ids"] if sees_padding(encoder) else ["input_ids", "attention_mask"],
+    }
+    if isinstance(tokenize, open_clip.SimpleTokenizer):
+        # What looks like a special token in a caption was ordinary text in training.
+        pad = (tokenizer.padding or {})["pad_token"]
+        return settings | {"bos_token": START, "eos_token": END, "pad_token": pad, "split_special_tokens": True}
+    outer = tokenize.tokenizer
+    special = {name: getattr(outer, name, None) for name in outer.SPECIAL_TOKENS_ATTRIBUTES}
+    sides = {name: getattr(outer, name) for name in ("padding_side", "truncation_side", "split_special_tokens")}
+    return settings | sides | {name: str(token) for name, token in special.items() if isinstance(token, str)}
+
+
+def special_ids(encoder: Encoder, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> dict[str, int | None]:
+    """Start, end and padding, as CLIPTextConfig and SiglipTextConfig want to know them; CLIPModel pools at the first end."""
+    names = {f"{name}_token_id": settings.get(f"{name}_token") for name in ("bos", "eos", "pad")}
+    ids = {name: None if token is None else tokenizer.token_to_id(token) for name, token in names.items()}
+    text = CLIPTextCfg(**(encoder.model_config or {})["text_cfg"])
+    return ids | ({"eos_token_id": text.eos_id} if text.pool_type == "eos" else {})
+
+
+def image_settings(encoder: Encoder, family: str) -> dict[str, Any]:
+    """preprocessor_config.json."""
+    height, width = encoder.spec.size
+    area = {"height": height, "width": width}
+    if encoder.preprocess_config["resize_mode"] == "shortest":
+        kind, resize = FAMILIES["clip"], {"size": {"shortest_edge": height}, "crop_size": area, "do_center_crop": True}
+    else:
+        kind, resize = FAMILIES[family], {"size": area, "do_center_crop": False}
+    return {
+        "image_processor_type": kind.image_processor,
+        "auto_map": {"AutoImageProcessor": f"{EXACT.stem}.ExactImageProcessor"},
+        **resize,
+        **dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"), True),
+        "resample": RESAMPLING[encoder.spec.interpolation],
+        "rescale_factor": 1 / 255,
+        "image_mean": list(encoder.spec.mean),
+        "image_std": list(encoder.spec.std),
+    }
+
+
+def build(encoder: Encoder, family: str, tokens: Mapping[str, int | None]) -> Any:
+    """The transformers model with the student's weights.
+
+    Raises: ValueError if a weight has no place in it, or a place no weight.
+    """
+    import transformers
+
+    model: Any = encoder.model
+    texts, _ = models.find_text_tower(model)
+    text = {
+        **tower_settings(encoder, family, texts.transformer.resblocks, texts.ln_final),
+        **tokens,
+        "vocab_size": texts.token_embedding.num_embeddings,
+        "max_position_embeddings": texts.positional_embedding.shape[0],
+    }
+    dims: dict[str, Any] = {}
+    if family == "clip":
+        visual, patches = model.visual, model.visual.conv1
+        vision = tower_settings(encoder, family, visual.transformer.resblocks, visual.ln_post)
+        dims["projection_dim"] = vision["projection_dim"] = text["projection_dim"] = encoder.dim
+    else:
+        trunk, patches = model.visual.trunk, model.visual.trunk.patch_embed.proj
+        vision = tower_settings(encoder, family, trunk.blocks, trunk.norm)
+        text["projection_size"] = encoder.dim
+    vision |= {"image_size": encoder.spec.size[0], "patch_size": patches.kernel_size[0]}
+
+    weights = rename(encoder, family)
+    if family == "clip" and (bias := weights.pop("logit_bias", None)) is not None:
+        dims["logit_bias"] = bias.item()
+    elif family == "siglip":
+        weights.setdefault("logit_bias", torch.zeros(1))  # trained with a softmax, which sees none
+    kind = getattr(transformers, FAMILIES[family].model)
+    found = kind(kind.config_class(text_config=text, vision_config=vision, **dims)).eval()
+    for name in weights.keys() & {"logit_scale", "logit_bias"}:  # a scalar here, a vector of one there
+        weights[name] = weights[name].reshape(getattr(found, name).shape)
+    try:
+        found.load_state_dict(weights)
+    except RuntimeError as error:
+        raise misfit(encoder, family, f"its weights do not fit ({' '.join(str(error).split())[:300]})") from error
+    return found
+
+
+def tower_settings(encoder: Encoder, family: str, blocks: Any, norm: Any) -> dict[str, Any]:
+    """What both towers' transformers configs say of a stack of blocks, read from the blocks: defaults change, modules do not."""
+    mlp = blocks[0].mlp
+    up, activation = (mlp.c_fc, mlp.gelu) if hasattr(mlp, "c_fc") else (mlp.fc1, mlp.act)
+    kind = {"QuickGELU": "quick_gelu", "GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh"}.get(type(activation).__name__)
+    if getattr(activation, "approximate", "none") == "tanh":
+        kind = "gelu_pytorch_tanh"
+    if kind is None:
+        raise misfit(encoder, family, f"its activation is {activation}")
+    return {
+        "hidden_size": norm.normalized_shape[0],
+        "intermediate_size": up.out_features,
+        "num_hidden_layers": len(blocks),
+        "num_attention_heads": blocks[0].attn.num_heads,
+        "hidden_act": kind,
+        "layer_norm_eps": norm.eps,
+    }
+
+
+def check_features(encoder: Encoder, family: str, model: Any) -> None:
+    """Raises: ValueError if random images or odd captions get other features: the config says something that we overlook."""
+    images = torch.randn(4, 3, *encoder.spec.size, generator=torch.Generator().manual_seed(0))
+    texts = encoder.spec.tokenize(list(CHECKED))
+    with torch.inference_mode():
+        ours = (encoder.encode_image(images), encoder.encode_text(texts))
+        theirs = (model.get_image_features(images).pooler_output, model.get_text_features(texts).pooler_output)
+        scale = model.logit_scale.exp().squeeze()
+    worst = max((a - F.normalize(b, dim=-1)).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+    if not worst <= TOLERANCE or not torch.isclose(scale, encoder.logit_scale):
+        raise misfit(encoder, family, f"its features there differ by {worst:.1e}, more than {TOLERANCE:.0e}")

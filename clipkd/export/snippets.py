@@ -1,0 +1,101 @@
+"""Code for the users of an exported student, one listing per runtime. Each is run when a student is exported."""
+
+import json
+
+from clipkd.export.probes import EXAMPLE_LABELS
+from clipkd.onnx_student import SUFFIXES
+
+LABELS = f"labels = {json.dumps(EXAMPLE_LABELS)}"
+SHOW = """\
+for label, probability in zip(labels, probabilities):
+    print(f"{label}: {probability:.3f}")
+"""
+
+OPEN_CLIP = f"""\
+import open_clip, torch
+from PIL import Image
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:.")
+tokenizer = open_clip.get_tokenizer("local-dir:.")
+{LABELS}
+with torch.inference_mode():
+    image = model.eval().encode_image(preprocess(Image.open("example.png"))[None], normalize=True)
+    text = model.encode_text(tokenizer(labels), normalize=True)
+    probabilities = (model.logit_scale.exp() * image @ text.T).softmax(dim=-1)[0].tolist()
+{SHOW}"""
+
+TRANSFORMERS = f"""\
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained(".")
+processor = AutoProcessor.from_pretrained(".", trust_remote_code=True)
+{LABELS}
+length = dict(padding="max_length", truncation=True)
+inputs = processor(images=Image.open("example.png"), text=labels, return_tensors="pt", **length)
+with torch.inference_mode():
+    probabilities = model(**inputs).logits_per_image.softmax(dim=-1)[0].tolist()
+{SHOW}"""
+
+PIXELS = """\
+image = Image.open("example.png").convert("RGB")
+height, width = about["image_size"]
+how = Image.Resampling[about["interpolation"].upper()]
+if about["resize_mode"] == "squash":
+    image = image.resize((width, height), how)
+else:  # the shorter side, then the middle
+    image = image.resize([int(height * side / min(image.size)) for side in image.size], how)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    image = image.crop((left, top, left + width, top + height))
+pixels = (np.asarray(image, np.float32) / 255 - about["image_mean"]) / about["image_std"]
+pixels = pixels.transpose(2, 0, 1)[None].astype(np.float32)
+"""
+LOGITS = f"""\
+logits = about["logit_scale"] * image_embeds @ text_embeds.T
+probabilities = (np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())[0]
+{SHOW}"""
+
+ONNX = f"""\
+import json
+import numpy as np, onnxruntime
+from PIL import Image
+from tokenizers import Tokenizer
+
+vision = onnxruntime.InferenceSession("onnx/vision_model%SUFFIX%.onnx")
+text = onnxruntime.InferenceSession("onnx/text_model%SUFFIX%.onnx")
+about = {{key: json.loads(value) for key, value in vision.get_modelmeta().custom_metadata_map.items()}}
+{LABELS}
+
+{PIXELS}
+tokens = Tokenizer.from_file("tokenizer.json").encode_batch(labels)
+ids = np.array([each.ids for each in tokens], np.int64)
+(image_embeds,), (text_embeds,) = vision.run(None, {{"pixel_values": pixels}}), text.run(None, {{"input_ids": ids}})
+{LOGITS}"""
+
+EXECUTORCH = f"""\
+import json
+import numpy as np, torch
+from executorch.runtime import Runtime
+from PIL import Image
+from tokenizers import Tokenizer
+
+vision = Runtime.get().load_program("executorch/vision_model.pte").load_method("forward")
+text = Runtime.get().load_program("executorch/text_model.pte").load_method("forward")
+about = json.load(open("executorch/about.json"))
+{LABELS}
+
+{PIXELS}
+tokenizer = Tokenizer.from_file("tokenizer.json")
+tokenizer.enable_padding(length=about["context_length"], pad_id=about["pad_id"])
+ids = [torch.tensor([tokenizer.encode(label).ids]) for label in labels]
+image_embeds = vision.execute([torch.from_numpy(pixels)])[0].numpy()
+text_embeds = np.concatenate([text.execute([each])[0].numpy() for each in ids])
+{LOGITS}"""
+
+
+def snippet(format: str) -> str | None:
+    """Code that a user of that runtime can paste, in the folder; None where there is none to show."""
+    if format in SUFFIXES:
+        return ONNX.replace("%SUFFIX%", SUFFIXES[format])
+    return {"open_clip": OPEN_CLIP, "hf": TRANSFORMERS, "executorch": EXECUTORCH}.get(format)

@@ -1,0 +1,164 @@
+"""An exported student's ONNX files at work: preprocessing, tokens, features. Needs onnxruntime and tokenizers, not torch."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnxruntime
+    import tokenizers
+    from PIL import Image
+
+SUFFIXES = {"onnx": "", "onnx-fp16": "_fp16", "onnx-int8": "_quantized"}
+"""Format → what follows vision_model and text_model in onnx/, as transformers.js calls them."""
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+def onnx_file(folder: Path, tower: str, format: str) -> Path:
+    """tower: vision or text."""
+    return folder / "onnx" / f"{tower}_model{SUFFIXES[format]}.onnx"
+
+
+def find_formats(folder: Path) -> list[str]:
+    """Which of its formats lie in a folder with both towers, the most exact first."""
+    return [format for format in SUFFIXES if all(onnx_file(folder, t, format).is_file() for t in ("vision", "text"))]
+
+
+@dataclass(frozen=True)
+class OnnxStudent:
+    """Two ONNX Runtime sessions and what belongs to them. Features are unit-norm float32."""
+
+    folder: Path
+    format: str
+    vision: "onnxruntime.InferenceSession"
+    text: "onnxruntime.InferenceSession"
+    tokenizer: "tokenizers.Tokenizer"
+    about: dict[str, Any]
+    """The metadata of the files: sizes, mean and std, logit scale, context length, hashes."""
+
+    @classmethod
+    def load(cls, folder: Path, format: str = "onnx", *, threads: int | None = None) -> "OnnxStudent":
+        """threads: of each session; None takes every core.
+
+        Raises: ValueError if the folder has no such files, they are damaged or not clipkd's, or onnxruntime is not installed.
+        """
+        try:
+            import onnxruntime
+            import tokenizers
+        except ImportError as error:
+            raise ValueError(f"{folder} needs {error.name}: pip install 'clipkd[onnx]'") from error
+        if format not in find_formats(folder):
+            found = find_formats(folder) or "none"
+            raise ValueError(f"{folder} has no {format} files in onnx/ (found: {found}); clipkd export … --to {format}")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        sessions = []
+        for tower in ("vision", "text"):
+            path = onnx_file(folder, tower, format)
+            try:
+                # The CPU's kernels only: what parity.json was measured with.
+                sessions.append(onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
+            except Exception as error:  # onnxruntime's own classes derive from Exception alone
+                raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        vision, text = sessions
+        stored = [session.get_modelmeta().custom_metadata_map for session in sessions]
+        if any("clipkd_version" not in each for each in stored):
+            raise ValueError(
+                f"{folder / 'onnx'} was not written by clipkd: its files lack the metadata that say how to use them"
+            )
+        if stored[0]["source_sha256"] != stored[1]["source_sha256"]:
+            raise ValueError(f"{folder / 'onnx'} mixes towers of two models; export it again")
+        about = {key: json.loads(value) for key, value in {**stored[1], **stored[0]}.items()}
+        return cls(folder, format, vision, text, load_tokenizer(folder, about, tokenizers), about)
+
+    @property
+    def logit_scale(self) -> float:
+        """Multiplier of the cosines: 1 / temperature."""
+        return self.about["logit_scale"]
+
+    def preprocess(self, image: "Image.Image") -> "np.ndarray":
+        """An image → [3, h, w], as torchvision does it, to float rounding: resize by Pillow, crop the middle, normalise."""
+        import numpy as np
+        from PIL import Image
+
+        height, width = self.about["image_size"]
+        resampling = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+        how = resampling[self.about["interpolation"]]
+        image = image.convert("RGB")
+        if self.about["resize_mode"] == "squash":
+            image = image.resize((width, height), how)
+        else:
+            shorter = min(image.size)
+            image = image.resize((int(height * image.width / shorter), int(height * image.height / shorter)), how)
+            left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+            image = image.crop((left, top, left + width, top + height))
+        mean, std = (np.array(self.about[name], np.float32) for name in ("image_mean", "image_std"))
+        pixels = (np.asarray(image, np.float32) / np.float32(255) - mean) / std
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def tokenize(self, texts: Sequence[str]) -> "np.ndarray":
+        """Texts → [n, t] token ids, padded to the longest (or the context, where the text tower looks at padding)."""
+        import numpy as np
+
+        return np.array([encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))], np.int64)
+
+    def run(self, tower: str, inputs: "np.ndarray") -> "np.ndarray":
+        """vision: [n, 3, h, w] pixels → [n, d]; text: [n, t] ids → [n, d]. One pass, whatever n is."""
+        session, name = (self.vision, "pixel_values") if tower == "vision" else (self.text, "input_ids")
+        return session.run(None, {name: inputs})[0]  # type: ignore[return-value]
+
+    def encode_pixels(self, pixels: "np.ndarray") -> "np.ndarray":
+        """[n, 3, h, w] → [n, d], which no other image of the batch has a part in."""
+        import numpy as np
+
+        if self.format != "onnx-int8":
+            return self.run("vision", pixels)
+        # int8 activations are scaled by the largest of their batch.
+        return np.concatenate([self.run("vision", each[None]) for each in pixels])
+
+    def encode_ids(self, ids: "np.ndarray") -> "np.ndarray":
+        """[n, t] → [n, d], which no other text of the batch has a part in, nor padding that the tower does not look at."""
+        import numpy as np
+
+        if self.format != "onnx-int8":
+            return self.run("text", ids)
+        return np.concatenate([self.run("text", self.without_padding(each)[None]) for each in ids])
+
+    def without_padding(self, ids: "np.ndarray") -> "np.ndarray":
+        if not self.about["dynamic_sequence"]:
+            return ids
+        is_text = ids != self.about["pad_id"]
+        return ids[: max(2, int(is_text.nonzero()[0].max(initial=0)) + 2)]  # the end token may be the padding token
+
+    def encode_images(self, images: Sequence["Image.Image"]) -> "np.ndarray":
+        import numpy as np
+
+        return self.encode_pixels(np.stack([self.preprocess(image) for image in images]))
+
+    def encode_texts(self, texts: Sequence[str]) -> "np.ndarray":
+        return self.encode_ids(self.tokenize(texts))
+
+    def files(self) -> list[Path]:
+        return [
+            *(onnx_file(self.folder, tower, self.format) for tower in ("vision", "text")),
+            self.folder / "tokenizer.json",
+        ]
+
+
+def load_tokenizer(folder: Path, about: dict[str, Any], tokenizers: Any) -> Any:
+    """Raises: ValueError if it is not the one that the towers were exported with."""
+    path = folder / "tokenizer.json"
+    try:
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != about["tokenizer_sha256"]:
+            raise ValueError("it is not the one that the towers were exported with")
+        return tokenizers.Tokenizer.from_str(content.decode())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error

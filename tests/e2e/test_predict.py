@@ -1,0 +1,310 @@
+"""`clipkd predict`: open_clip's probabilities and ranking from files that need no torch, and every image once."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from tests.e2e.conftest import Run
+
+LABELS = ("a grinning face", "two dogs", "a red car", "money")
+QUERY = "a drawing of a red heart"
+RUNTIMES = ("onnx", "onnx-fp16", "onnx-int8", "torch")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fourteen images of several formats, modes and sizes, some in a folder within the folder."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "inner").mkdir()
+    rng = np.random.default_rng(0)
+    modes = ("RGB", "L", "RGBA", "P", "CMYK", "LA")
+    for number in range(14):
+        mode = modes[number % len(modes)]
+        ending = {"RGBA": "webp", "CMYK": "jpg", "RGB": "JPG"}.get(mode, "png")
+        image = Image.fromarray(rng.integers(0, 255, (7, 5, 4), dtype=np.uint8), "RGBA").resize((40 + 9 * number, 61))
+        image.convert(mode).save(folder / ("inner" if number % 3 else "") / f"{number:02d}.{ending}")
+    (folder / "notes.txt").write_text("no image\n")
+    (folder / ".hidden.png").write_bytes(b"no image either")
+    return folder
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.rglob("[0-9]*"))
+
+
+@torch.inference_mode()
+def open_clip_features(model: Path, paths: Sequence[str], texts: Sequence[str]) -> tuple:
+    """The model, and unit-norm features, by open_clip alone."""
+    clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{model}")
+    tokenize = open_clip.get_tokenizer(f"local-dir:{model}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of the transparency of a palette
+        images = torch.stack([preprocess(Image.open(path).convert("RGB")) for path in paths])  # type: ignore[operator]
+    clip.eval()
+    return clip, clip.encode_image(images, normalize=True), clip.encode_text(tokenize(list(texts)), normalize=True)
+
+
+def rows_of(done: subprocess.CompletedProcess[str]) -> list[dict]:
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "torch"])
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_probabilities_are_those_of_open_clip(
+    clipkd: Run, exported: dict[str, Path], pictures: Path, kind: str, runtime: str
+) -> None:
+    options = ("--labels", *LABELS, "--format", runtime, "--json", "--batch_size", 4, "--template", "a photo of {c}")
+    rows = rows_of(clipkd("predict", exported[kind], pictures, *options))
+    paths = files(pictures)
+    assert sorted(row["image"] for row in rows) == paths
+    assert len(paths) == 14
+    clip, images, texts = open_clip_features(exported[kind], paths, [f"a photo of {label}" for label in LABELS])
+    logits = clip.logit_scale.exp() * images @ texts.T
+    expected = logits.softmax(dim=1) if kind == "softmax" else (logits + clip.logit_bias).sigmoid()
+    by_path = {path: dict(zip(LABELS, row.tolist(), strict=True)) for path, row in zip(paths, expected, strict=True)}
+    for row in rows:
+        found = {each["label"]: each["probability"] for each in row["labels"]}
+        assert found == pytest.approx(by_path[row["image"]], abs=1e-4)
+        assert list(found.values()) == sorted(found.values(), reverse=True)
+        assert (row["runtime"], row["probabilities"]) == (runtime, kind)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_search_ranks_as_brute_force_does(
+    clipkd: Run, exported: dict[str, Path], pictures: Path, runtime: str
+) -> None:
+    arguments = ("predict", exported["softmax"], pictures, "--query", QUERY, "--format", runtime, "--top", 14)
+    rows = rows_of(clipkd(*arguments, "--json"))
+    paths = files(pictures)
+    _, images, texts = open_clip_features(exported["softmax"], paths, [QUERY])
+    expected = dict(zip(paths, (images @ texts[0]).tolist(), strict=True))
+    within = {"onnx": 1e-5, "torch": 1e-5, "onnx-fp16": 5e-3, "onnx-int8": 5e-2}[runtime]
+    assert {row["image"]: row["cosine"] for row in rows} == pytest.approx(expected, abs=within)
+    cosines = [row["cosine"] for row in rows]
+    assert cosines == sorted(cosines, reverse=True)
+    assert [row["rank"] for row in rows] == list(range(1, 15))
+    if within == 1e-5:
+        assert [row["image"] for row in rows] == sorted(expected, key=lambda path: -expected[path])
+    lines = clipkd(*arguments).stdout.splitlines()
+    assert lines[0].startswith(runtime)
+    assert lines[1:] == [f"{row['cosine']:.4f}  {row['image']}" for row in rows]
+
+
+def test_labels_as_text_say_what_the_probability_is_of(clipkd: Run, exported: dict[str, Path], pictures: Path) -> None:
+    image = files(pictures)[0]
+    done = clipkd("predict", exported["softmax"], image, "--labels", *LABELS, "--top", 2)
+    headline, line = done.stdout.splitlines()
+    assert headline == "onnx: probability among these 4 labels (softmax)"
+    assert line.startswith(image)
+    assert line.count("%") == 2
+    done = clipkd("predict", exported["sigmoid"], image, "--labels", "money")
+    headline, line = done.stdout.splitlines()
+    assert headline == "onnx: probability of each label on its own (sigmoid)"
+    assert line.count("money") == 1
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_an_image_does_not_depend_on_its_neighbours(
+    clipkd: Run, exported: dict[str, Path], pictures: Path, runtime: str
+) -> None:
+    arguments = ("--labels", *LABELS, "--format", runtime, "--json")
+    together = {
+        row["image"]: row["labels"] for row in rows_of(clipkd("predict", exported["softmax"], pictures, *arguments))
+    }
+    image = files(pictures)[5]
+    (alone,) = rows_of(clipkd("predict", exported["softmax"], image, *arguments))
+    for first, second in zip(alone["labels"], together[image], strict=True):
+        assert first["label"] == second["label"]
+        assert first["probability"] == pytest.approx(
+            second["probability"], abs=5e-4 if runtime == "onnx-fp16" else 1e-5
+        )
+
+
+def test_onnx_files_need_neither_torch_nor_what_imports_it(exported: dict[str, Path], pictures: Path) -> None:
+    heavy = {"torch", "torchvision", "open_clip", "transformers", "timm", "datasets"}
+    code = f"import sys\nfrom clipkd.cli import main\nmain()\nprint(sorted({heavy!r} & sys.modules.keys()))"
+    arguments = ["predict", exported["softmax"], pictures, "--query", QUERY, "--index", pictures.parent / "light.npz"]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert len(done.stdout.splitlines()) == 7
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "torch"])
+def test_an_index_spares_what_was_encoded_before(
+    clipkd: Run, exported: dict[str, Path], pictures: Path, tmp_path: Path, runtime: str
+) -> None:
+    folder, index = tmp_path / "pictures", tmp_path / "kept" / "index.npz"
+    shutil.copytree(pictures, folder)
+
+    def search(query: str = QUERY, *options: object, where: Path = folder) -> tuple[list[dict], str]:
+        arguments = ("predict", exported["softmax"], where, "--query", query, "--top", 99, "--format", runtime)
+        done = clipkd(*arguments, "--json", *options)
+        return rows_of(done), done.stderr
+
+    plain, said = search()
+    assert said == ""
+    first, said = search(QUERY, "--index", index)
+    assert (first, said) == (plain, f"clipkd predict: 14 images: 14 encoded, 0 from {index}\n")
+    content = index.read_bytes()
+    again, said = search(QUERY, "--index", index)
+    assert (again, said) == (plain, f"clipkd predict: 14 images: 0 encoded, 14 from {index}\n")
+    other, said = search("two dogs", "--index", index)
+    assert (other, "0 encoded" in said) == (search("two dogs")[0], True)
+    assert index.read_bytes() == content
+
+    touched, deleted, *_ = files(folder)
+    shutil.copyfile(files(pictures)[-1], touched)
+    os.unlink(deleted)
+    shutil.copyfile(files(pictures)[3], folder / "99.png")
+    changed, said = search(QUERY, "--index", index)
+    assert "14 images: 2 encoded, 12 from" in said
+    assert changed == search()[0]
+    with np.load(index, allow_pickle=False) as stored:
+        names = {Path(name).name for name, *_ in json.loads(stored["about"].tobytes())["files"]}
+    assert names == {Path(path).name for path in files(folder)}
+
+    inner, said = search(QUERY, "--index", index, where=folder / "inner")
+    assert 0 < len(inner) < 14
+    assert "0 encoded" in said
+    assert "0 encoded, 14 from" in search(QUERY, "--index", index)[1]
+    assert [path.name for path in index.parent.iterdir()] == ["index.npz"]
+
+
+def test_an_index_keeps_what_was_done_before_an_error(
+    clipkd: Run, exported: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    good, bad, index = files(pictures)[0], tmp_path / "bad.png", tmp_path / "index.npz"
+    bad.write_bytes(b"nothing that Pillow knows")
+    options = ("--query", QUERY, "--index", index, "--batch_size", 1)
+    assert clipkd("predict", exported["softmax"], good, bad, *options, check=False).returncode == 2
+    assert "0 encoded, 1 from" in clipkd("predict", exported["softmax"], good, *options).stderr
+
+
+def test_an_index_of_another_model_and_a_file_that_is_none_are_left_alone(
+    clipkd: Run, exported: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    index = tmp_path / "index.npz"
+    options = ("predict", exported["softmax"], pictures, "--query", QUERY, "--index", index)
+    clipkd(*options)
+    whole = index.read_bytes()
+    for format, content in (("onnx-int8", whole), ("onnx", whole[: len(whole) // 2]), ("onnx", b"my notes")):
+        index.write_bytes(content)
+        refused = clipkd(*options, "--format", format, check=False)
+        assert refused.returncode == 2
+        assert f"{index} is " in refused.stderr
+        assert "name another --index" in refused.stderr
+        assert index.read_bytes() == content
+
+
+def test_what_cannot_be_decoded_is_named_and_left_out(
+    clipkd: Run, exported: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copyfile(files(pictures)[0], folder / "good.jpg")
+    (folder / "cut.jpg").write_bytes(Path(files(pictures)[0]).read_bytes()[:900])
+    (folder / "empty.png").touch()
+    (folder / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n")
+    Image.new("1", (9000, 9000)).save(folder / "vast.png")
+    (folder / "gone.png").symlink_to(folder / "nothing")
+    bad = {"cut.jpg": "truncated", "empty.png": "no image", "script.png": "none of JPEG", "vast.png": "9000 × 9000"}
+    bad["gone.png"] = "No such file"
+    done = clipkd("predict", exported["softmax"], folder, "--query", QUERY, "--json")
+    assert [row["image"] for row in rows_of(done)] == [str(folder / "good.jpg")]
+    assert len(done.stderr.splitlines()) == len(bad)
+    for name, reason in bad.items():
+        (line,) = [line for line in done.stderr.splitlines() if name in line]
+        assert line.startswith(f"clipkd predict: left out: {folder / name}: ")
+        assert reason in line
+        if name != "gone.png":
+            named = clipkd(
+                "predict", exported["softmax"], folder / "good.jpg", folder / name, "--query", "x", check=False
+            )
+            assert (named.returncode, named.stdout, len(named.stderr.splitlines())) == (2, "", 1)
+            assert f"error: {folder / name}: " in named.stderr
+            assert reason in named.stderr
+    (folder / "good.jpg").unlink()
+    nothing = clipkd("predict", exported["softmax"], folder, "--query", QUERY, check=False)
+    assert (nothing.returncode, nothing.stdout) == (2, "")
+    assert nothing.stderr.splitlines()[-1].endswith("none of 5 images can be decoded; the lines above say why")
+
+
+def test_a_file_name_that_is_no_text_is_found(
+    clipkd: Run, exported: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    name = os.path.join(os.fsencode(tmp_path), b"caf\xe9 \xff.png")
+    shutil.copyfile(files(pictures)[1], name)
+    options = ("predict", exported["softmax"], tmp_path, "--query", QUERY, "--index", tmp_path / "index.npz")
+    assert "caf? ?.png" in clipkd(*options).stdout
+    (row,) = rows_of(clipkd(*options, "--json"))
+    assert os.fsencode(row["image"]) == name
+    assert "0 encoded, 1 from" in clipkd(*options).stderr
+
+
+def test_a_run_is_used_by_torch(clipkd: Run, exported: dict[str, Path], pictures: Path) -> None:
+    run = exported["softmax"].with_name("softmax_run")
+    arguments = (pictures, "--query", QUERY, "--json")
+    (found, *_), (expected, *_) = (rows_of(clipkd("predict", each, *arguments)) for each in (run, exported["softmax"]))
+    assert (found["runtime"], expected["runtime"]) == ("torch", "onnx")
+    assert found["image"] == expected["image"]
+    assert found["cosine"] == pytest.approx(expected["cosine"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("{model}", "{images}"), ("--labels", "--query")),
+        (("{model}", "{images}", "--labels", "a", "b", "--query", "c"), ("either --labels", "--query")),
+        (("{model}", "--query", "c"), ("required: images",)),
+        (("{model}", "{images}", "--labels", "a", " "), ("empty",)),
+        (("{model}", "{images}", "--query", ""), ("empty",)),
+        (("{model}", "{images}", "--labels", "a", "b", "a"), ("labels has 'a' more than once",)),
+        (("{model}", "{images}", "--labels", "a"), ("labels has only 'a'", "100 %", "--query")),
+        (("{model}", "{images}", "--query", "a", "--template", "photo"), ("template is 'photo'", "{c}")),
+        (("{model}", "{images}", "--query", "a", "--top", "0"), ("top is 0",)),
+        (("{model}", "{images}", "--query", "a", "--batch_size", "0"), ("batch_size is 0",)),
+        (("{model}", "{images}", "--query", "a", "--format", "onnx-int4"), ("format", "onnx-int4", "onnx-int8")),
+        (("{model}", "/no/such.jpg", "--query", "a"), ("no image or folder /no/such.jpg",)),
+        (("{model}", "{model}/onnx", "--query", "a"), ("onnx holds no images", ".webp")),
+        (("/no/such/model", "{images}", "--query", "a"), ("/no/such/model", "no such folder")),
+        (("{images}", "{images}", "--query", "a"), ("no model that clipkd knows", "open_clip_config.json")),
+        (("{images}", "{images}", "--query", "a", "--format", "onnx"), ("has no onnx files", "clipkd export")),
+        (("onnx:{model}", "{images}", "--query", "a", "--format", "torch"), ("names its format", "--format torch")),
+        (("{model}_run", "{images}", "--query", "a", "--format", "onnx-int8"), ("has no onnx-int8 files",)),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("{") else "",
+)
+def test_wrong_input_is_one_line(
+    clipkd: Run, exported: dict[str, Path], pictures: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    places = {"{model}": str(exported["softmax"]), "{images}": str(pictures)}
+    for name, place in places.items():
+        arguments = tuple(argument.replace(name, place) for argument in arguments)
+    done = clipkd("predict", *arguments, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("clipkd predict: error: ")
+    assert all(word in line for word in words), line
+
+
+def test_a_folder_without_weights_for_torch_says_what_it_has(
+    clipkd: Run, exported: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(exported["softmax"] / "onnx", tmp_path / "onnx")
+    shutil.copy(exported["softmax"] / "tokenizer.json", tmp_path)
+    clipkd("predict", f"onnx-int8:{tmp_path}", pictures, "--query", QUERY)
+    done = clipkd("predict", tmp_path, pictures, "--query", QUERY, "--format", "torch", check=False)
+    assert done.returncode == 2
+    assert f"{tmp_path} has no weights for torch, only onnx, onnx-fp16, onnx-int8" in done.stderr
