@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from clipkd import __version__
@@ -186,17 +187,24 @@ def eval_compare_command(arguments: list[str]) -> None:
 
 def export_command(arguments: list[str]) -> None:
     from clipkd import export
+    from clipkd.export import hub
 
     positional = {"checkpoint": "A run folder (its newest checkpoint), one checkpoint of it, or an open_clip folder."}
     config = parse_into(
         export.ExportConfig, arguments, "export", "Write a student for other software.", positional=positional
     )
+    if config.push_to_hub:
+        hub.check_repository(config.push_to_hub)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that nothing unfinished stays
     rows = export.export(config)
     for row in rows:
         print(export.describe_artefact(row))
     print(f"exported: {config.output}/README.md says how to use it")
     if any(row["error"] for row in rows):
         raise SystemExit(1)
+    if config.push_to_hub:
+        address = hub.upload(Path(config.output), config.push_to_hub, private=config.private)
+        print(f"uploaded: {address}")
 
 
 def predict_command(arguments: list[str]) -> None:

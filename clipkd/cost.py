@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipkd import students
@@ -29,7 +30,7 @@ def measure_cost(encoder: Encoder, device: torch.device) -> dict[str, Any]:
     }
     counted: dict[str, Any] = getattr(encoder.model, "stated_cost", None) or {
         "parameters": students.count_parameters(encoder.model),
-        "macs": {tower: count_macs(run) for tower, run in towers.items()},
+        "macs": {tower: count_macs(encoder, run) for tower, run in towers.items()},
     }
     return {
         **counted,
@@ -40,14 +41,19 @@ def measure_cost(encoder: Encoder, device: torch.device) -> dict[str, Any]:
     }
 
 
-def count_macs(run: Callable[[], Any]) -> int:
+def count_macs(module: nn.Module, run: Callable[[], Any]) -> int:
+    """Multiply-accumulates of a run of the module."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the counter does not look into the fused kernel
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    module.requires_grad_(False)  # the counter stumbles over a parameter that is a module's input (attention pools)
     try:
         with FlopCounterMode(display=False) as counter:
             run()
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+        for parameter in trained:
+            parameter.requires_grad_(True)
     return counter.get_total_flops() // 2
 
 

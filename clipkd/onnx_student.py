@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,21 @@ if TYPE_CHECKING:
 
 SUFFIXES = {"onnx": "", "onnx-fp16": "_fp16", "onnx-int8": "_quantized"}
 """Format → what follows vision_model and text_model in onnx/, as transformers.js calls them."""
+
+NEEDED = {
+    *(
+        "clipkd_version",
+        "source_sha256",
+        "embed_dim",
+        "logit_scale",
+        "logit_bias",
+        "context_length",
+        "dynamic_sequence",
+    ),
+    *("image_size", "image_mean", "image_std", "interpolation", "resize_mode", "pad_id", "tokenizer_sha256"),
+    *("parameters", "macs"),
+}
+"""Metadata of the files without which they cannot be used."""
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -76,6 +91,11 @@ class OnnxStudent:
         if stored[0]["source_sha256"] != stored[1]["source_sha256"]:
             raise ValueError(f"{folder / 'onnx'} mixes towers of two models; export it again")
         about = {key: json.loads(value) for key, value in {**stored[1], **stored[0]}.items()}
+        if missing := NEEDED - about.keys():
+            raise ValueError(
+                f"{folder / 'onnx'} was exported by clipkd {about['clipkd_version']}, without {', '.join(sorted(missing))}; "
+                "export it again"
+            )
         return cls(folder, format, vision, text, load_tokenizer(folder, about, tokenizers), about)
 
     @property
@@ -84,24 +104,8 @@ class OnnxStudent:
         return self.about["logit_scale"]
 
     def preprocess(self, image: "Image.Image") -> "np.ndarray":
-        """An image → [3, h, w], as torchvision does it, to float rounding: resize by Pillow, crop the middle, normalise."""
-        import numpy as np
-        from PIL import Image
-
-        height, width = self.about["image_size"]
-        resampling = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-        how = resampling[self.about["interpolation"]]
-        image = image.convert("RGB")
-        if self.about["resize_mode"] == "squash":
-            image = image.resize((width, height), how)
-        else:
-            shorter = min(image.size)
-            image = image.resize((int(height * image.width / shorter), int(height * image.height / shorter)), how)
-            left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-            image = image.crop((left, top, left + width, top + height))
-        mean, std = (np.array(self.about[name], np.float32) for name in ("image_mean", "image_std"))
-        pixels = (np.asarray(image, np.float32) / np.float32(255) - mean) / std
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        """An image → [3, h, w]."""
+        return preprocess(image, self.about)
 
     def tokenize(self, texts: Sequence[str]) -> "np.ndarray":
         """Texts → [n, t] token ids, padded to the longest (or the context, where the text tower looks at padding)."""
@@ -150,6 +154,29 @@ class OnnxStudent:
             *(onnx_file(self.folder, tower, self.format) for tower in ("vision", "text")),
             self.folder / "tokenizer.json",
         ]
+
+
+def preprocess(image: "Image.Image", about: Mapping[str, Any]) -> "np.ndarray":
+    """An image → [3, h, w], as torchvision makes it of an RGB image, to float rounding; others become RGB first.
+
+    Resize by Pillow, crop the middle, normalise; about: the metadata of the files.
+    """
+    import numpy as np
+    from PIL import Image
+
+    height, width = about["image_size"]
+    how = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[about["interpolation"]]
+    image = image.convert("RGB")
+    if about["resize_mode"] == "squash":
+        image = image.resize((width, height), how)
+    else:
+        shorter = min(image.size)
+        image = image.resize((int(height * image.width / shorter), int(height * image.height / shorter)), how)
+        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+        image = image.crop((left, top, left + width, top + height))
+    mean, std = (np.array(about[name], np.float32) for name in ("image_mean", "image_std"))
+    pixels = (np.asarray(image, np.float32) / np.float32(255) - mean) / std
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def load_tokenizer(folder: Path, about: dict[str, Any], tokenizers: Any) -> Any:

@@ -3,9 +3,7 @@
 import json
 import os
 import platform
-import signal
 import subprocess
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from clipkd import metrics_log, progress
+from clipkd import apart, metrics_log, progress
 from clipkd.onnx_student import find_formats
 from clipkd.requirements import require
 
@@ -93,13 +91,13 @@ def find_runtimes(folder: Path) -> list[str]:
 
 def measure_apart(task: dict[str, Any]) -> dict[str, Any] | str:
     """What clipkd.bench.measure finds, in a new process; or why that one ended without."""
-    command = [sys.executable, "-m", "clipkd.bench.measure", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        return f"its process died of {name}" + (" (out of memory, most often)" if name == "SIGKILL" else "")
+    command = apart.command("clipkd.bench.measure", json.dumps(task))
+    # Threads that wait actively slow torch down a hundred times where other work wants the same cores.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
     if done.returncode:
-        return (done.stderr.strip().splitlines() or [f"its process ended with status {done.returncode}"])[-1]
+        said = done.stderr.strip().splitlines() if done.returncode > 0 else []
+        return said[-1] if said else apart.describe_end(done.returncode)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -125,9 +123,9 @@ def table(record: dict[str, Any]) -> Table:
         f"{record['cpu']}, load {record['load']} before; threads {record['threads']}; {versions}. Inputs are ready: decoding, "
         "resizing and tokenizing are not counted. Per second: at the median time. Each runtime has a process of its own, one "
         "after the other as the rows are, which holds both towers; peak MB: its most resident memory up to that row, base MB: "
-        "before it loaded the model. Texts are captions of about ten tokens; torch runs them padded to the whole context, as "
-        "open_clip's users do, ONNX to the longest if the text tower is causal (tokens). torch keeps both towers in one file: "
-        "file MB is of their weights."
+        "before it loaded the model. int8 batches are one pass, where eval and predict take one item at a time. Texts are "
+        "captions of about ten tokens; torch runs them padded to the whole context, as open_clip's users do, ONNX to the "
+        "longest if the text tower is causal (tokens). torch keeps both towers in one file: file MB is of their weights."
     )
     grid = Table(title=f"clipkd bench {record['model']}", caption=caption)
     headings = ("runtime", "tower", "batch", "tokens", "p50 ms", "p95 ms", "per second", "peak MB", "base MB")

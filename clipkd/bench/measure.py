@@ -1,4 +1,4 @@
-"""One runtime, measured: python -m clipkd.bench.measure TASK prints what it finds as JSON.
+"""One runtime, measured in a process of its own, which prints what it finds as JSON.
 
 Only what the runtime needs is imported, so that the memory of the process is the runtime's own.
 """
@@ -105,7 +105,11 @@ def open_torch(folder: str, threads: int) -> Subject:
 
     towers = {"image": images, "text": texts}
     about = {
-        tower: {"parameters": number, "macs": count_macs(towers[tower](1)[0]), "file_mb": megabytes(4 * number)}
+        tower: {
+            "parameters": number,
+            "macs": count_macs(encoder, towers[tower](1)[0]),
+            "file_mb": megabytes(4 * number),
+        }
         for tower, number in students.count_parameters(encoder.model).items()
     }
     return Subject(towers, about, baseline, ("torch", "open_clip_torch"))
@@ -145,5 +149,5 @@ def megabytes(number: int) -> float:
     return round(number / 1e6, 2)
 
 
-if __name__ == "__main__":
+def main() -> None:
     print(json.dumps(measure(**json.loads(sys.argv[1]))))

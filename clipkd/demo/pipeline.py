@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,9 @@ def train_model(config: DemoConfig, name: str, recipe_name: str, quick: tuple[st
 
 
 def export_again(run_folder: Path, output: Path, to: str, data: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """`clipkd export --force`; a demo has no use for a folder that misses an artefact."""
-    rows = export(ExportConfig(checkpoint=str(run_folder), output=str(output), to=to, data=data, force=True))
+    """`clipkd export`; a demo has no use for a folder that misses an artefact."""
+    shutil.rmtree(output, ignore_errors=True)
+    rows = export(ExportConfig(checkpoint=str(run_folder), output=str(output), to=to, data=data))
     if wrong := [describe_artefact(row) for row in rows if row["error"]]:
         raise RuntimeError("; ".join(wrong))
     return rows

@@ -21,7 +21,7 @@ from clipkd.requirements import require
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     model: tuple[str, ...] | str
-    """One or several of: an open_clip name with its weights (ViT-B-32@laion2b_s34b_b79k), local-dir:FOLDER, hf-hub:REPO, a transformers CLIPModel or SiglipModel folder, an exported student, a run or checkpoint folder."""  # noqa: E501
+    """One or several of: an open_clip name with its weights (ViT-B-32@laion2b_s34b_b79k), local-dir:FOLDER, hf-hub:REPO, a transformers CLIPModel or SiglipModel folder, an exported student (one of its formats: hf:FOLDER, onnx:FOLDER, onnx-fp16:FOLDER, onnx-int8:FOLDER), a run or checkpoint folder."""  # noqa: E501
     data: tuple[str, ...] | str
     """Data folders of one task; or a folder of the data folders of several tasks; or the name of a Hugging Face data set."""
     task: tuple[str, ...] | str = ()
@@ -143,7 +143,7 @@ class Harness:
     def measure(self, subject: Subject, name: str) -> tuple[dict[str, Any], Measured]:
         config, embedder = self.config, self.embedders[name]
         started = time.perf_counter()
-        measured = measure(embedder, subject, title=f"{subject.name}: {Path(name).name}")
+        measured = measure(embedder, subject, title=f"{subject.name}: {name.rpartition('/')[2]}")
         row = result_row(subject, embedder, measured, time.perf_counter() - started)
         own = name in config.models
         row |= {"model": name, "pretrained": (config.pretrained if own else None) or name.partition("@")[2] or None}

@@ -1,41 +1,17 @@
 """The model card: what an exported student is, what it was made from, what it scores, and how each runtime uses it."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from clipkd import __version__
+from clipkd import __version__, metrics_log
+from clipkd.export.artefacts import FORMATS
 from clipkd.export.snippets import snippet
+from clipkd.export.source import Source
 from clipkd.models import Encoder
 from clipkd.onnx_student import SUFFIXES
 from clipkd.students import count_parameters
-
-TITLES = {
-    "open_clip": "open_clip",
-    "hf": "transformers",
-    "onnx": "ONNX Runtime, float32",
-    "onnx-fp16": "ONNX Runtime, float16",
-    "onnx-int8": "ONNX Runtime, int8",
-    "executorch": "ExecuTorch",
-    "immich": "immich",
-}
-
-
-@dataclass(frozen=True)
-class Source:
-    """What is known of where a student comes from; of a folder of weights, only its path."""
-
-    checkpoint: str
-    weights: str
-    config: dict[str, Any] | None = None
-    """The training run's, resolved."""
-    step: int | None = None
-    teachers: tuple[str, ...] = ()
-    """SHA-256 of the teachers' weights."""
-    results: tuple[dict[str, Any], ...] = ()
-    """Evaluations of these weights while they were trained."""
 
 
 def write_card(
@@ -43,25 +19,26 @@ def write_card(
 ) -> None:
     """README.md, with the training's config beside it as training.yaml."""
     parts = [
-        front_matter(license),
+        front_matter(license, [row["format"] for row in rows if not row["error"]], teacher_name(source.config)),
         f"# {name}\n",
         introduction(encoder, source),
         facts(encoder, source),
-        recipe(folder, source),
+        recipe(folder, encoder, source),
         evaluation(source, rows),
         parity(rows),
-        usage(rows),
+        usage(rows, sigmoid=encoder.logit_bias is not None),
         licence(license),
     ]
     (folder / "README.md").write_text("\n".join(filter(None, parts)), encoding="utf-8")
 
 
-def front_matter(license: str | None) -> str:
+def front_matter(license: str | None, proven: list[str], teacher: str | None) -> str:
+    libraries = {"open_clip": "open_clip", "hf": "transformers", "executorch": "executorch"}
     about = {
         **({"license": license} if license else {"license": "other", "license_name": "not-stated"}),
-        "library_name": "open_clip",
+        "library_name": next((name for format, name in libraries.items() if format in proven), "onnx"),
         "pipeline_tag": "zero-shot-image-classification",
-        "tags": ["clip", "clipkd", "knowledge-distillation", "zero-shot-image-classification"],
+        "tags": ["clip", "clipkd", *(["knowledge-distillation"] if teacher else [])],
     }
     return f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n"
 
@@ -87,7 +64,7 @@ def facts(encoder: Encoder, source: Source) -> str:
     height, width = encoder.spec.size
     context = encoder.spec.tokenize(["a"]).shape[1]
     rows = {
-        "architecture": source.config["student"]["model"] if source.config else encoder.name,
+        "architecture": source.config["student"]["model"] if source.config else None,
         "parameters, image + text": f"{counts['image']:,} + {counts['text']:,}",
         "input": f"{height} × {width} pixels, {encoder.spec.interpolation}; up to {context} tokens",
         "features": f"{encoder.dim}, unit norm; logit scale {encoder.logit_scale.item():.2f}",
@@ -113,10 +90,13 @@ def data_name(config: dict[str, Any] | None) -> str | None:
     )
 
 
-def recipe(folder: Path, source: Source) -> str | None:
+def recipe(folder: Path, encoder: Encoder, source: Source) -> str | None:
     if source.config is None:
         return None
     own = {key: value for key, value in source.config.items() if key not in ("output", "resume")}
+    if own["student"]["model"].endswith(".json"):  # an architecture that nobody else has
+        own["student"] = {**own["student"], "model": "student.json"}
+        metrics_log.write(folder / "student.json", encoder.model_config or {})
     (folder / "training.yaml").write_text(yaml.safe_dump(own, sort_keys=False), encoding="utf-8")
     terms = [
         f"{name} × {term['weight']:g}" + (f" ({term['keys']} keys)" if "keys" in term else "")
@@ -125,8 +105,8 @@ def recipe(folder: Path, source: Source) -> str | None:
     ]
     lines = [
         f"{source.step or own['steps']} of {own['steps']} steps, batch {own['batch_size']} per process, seed {own['seed']}; "
-        f"objective: {', '.join(terms)}. All options are in [training.yaml](training.yaml):\n",
-        "    accelerate launch -m clipkd train --config training.yaml\n",
+        f"objective: {', '.join(terms)}. Paths are cut to their last part; [training.yaml](training.yaml) has all options:\n",
+        "    accelerate launch -m clipkd train --config training.yaml --output runs/again\n",
     ]
     return "## Recipe\n\n" + "\n".join(lines)
 
@@ -150,7 +130,7 @@ def evaluation(source: Source, rows: list[dict[str, Any]]) -> str | None:
                 f" [{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]" if interval else ""
             )
             shown = scores(result["metric"], result["metrics"])
-            lines.append((result["task"], TITLES[row["format"]], *shown, result["n"], paired))
+            lines.append((result["task"], FORMATS[row["format"]].title, *shown, result["n"], paired))
     if not lines:
         return None
     heading = ("task", "of", "metric", "%", "others, %", "n", "points from the student, paired [95 %]")
@@ -168,12 +148,12 @@ def parity(rows: list[dict[str, Any]]) -> str:
         size = " + ".join(f"{size / 1e6:.1f}" for size in row["files"].values())
         with_what = ", ".join(f"{name} {version}" for name, version in row.get("versions", {}).items())
         if row["error"]:
-            lines.append((TITLES[row["format"]], "left out: " + row["error"], "", "", "", "", with_what))
+            lines.append((FORMATS[row["format"]].title, "left out: " + row["error"], "", "", "", "", with_what))
             continue
         cosine = min(row[tower]["min_cosine"] for tower in ("image", "text"))
         differences = [f"{row[tower]['max_abs_difference']:.1e}" for tower in ("image", "text")]
         flips = f"{row['argmax_flips']} of {row['num_images']}"
-        lines.append((TITLES[row["format"]], *differences, f"{cosine:.6f}", flips, size, with_what))
+        lines.append((FORMATS[row["format"]].title, *differences, f"{cosine:.6f}", flips, size, with_what))
     heading = ("format", "images, max abs", "texts, max abs", "min cosine", "best caption changed", "MB", "with")
     return "## Parity\n\n" + "\n".join(
         [
@@ -184,31 +164,38 @@ def parity(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def usage(rows: list[dict[str, Any]]) -> str | None:
+USE = """## Use
+
+In this folder (from elsewhere, give its path). Put transparent images on a background first: made RGB, theirs turns black.
+
+"""
+
+
+def usage(rows: list[dict[str, Any]], *, sigmoid: bool) -> str | None:
     parts: list[str] = []
-    shown: str | None = None
-    """Suffix of the ONNX files whose code stands above: one long listing is enough."""
+    shown: str | None = None  # suffix of the ONNX files whose code stands above: one long listing is enough
     for row in rows:
-        format, code = row["format"], snippet(row["format"])
+        format, code = row["format"], snippet(row["format"], sigmoid=sigmoid)
         if code is None or row["error"]:
             continue
         if format in SUFFIXES and shown is not None:
             files = " and ".join(f"`onnx/{tower}_model{SUFFIXES[format]}.onnx`" for tower in ("vision", "text"))
-            listing = f"The code above with {files} prints"
+            listing = f"The code above with {files} prints\n"
         else:
             listing = f"```python\n{code}```\n"
             shown = SUFFIXES.get(format, shown)
-        parts.append(f"### {TITLES[format]}\n\n{listing}\n\n```text\n{row['snippet_output']}```\n")
+        parts.append(f"### {FORMATS[format].title}\n\n{listing}\n```text\n{row['snippet_output']}```\n")
         if format == "hf":
             parts.append(transformers_note(row["default_processor"]))
-    return "## Use\n\nIn this folder (from elsewhere, give its path):\n\n" + "\n".join(parts) if parts else None
+    return USE + "\n".join(parts) if parts else None
 
 
 def transformers_note(default: dict[str, float]) -> str:
     return (
-        "`trust_remote_code=True` lets transformers run `image_processing_exact.py` of this folder, which makes an image ready "
-        "as open_clip does. Without it transformers' own processor crops up to a pixel elsewhere and rounds otherwise: features "
-        f"then differ by up to {default['max_abs_difference']:.1e} (cosine ≥ {default['min_cosine']:.4f}).\n"
+        "`exact/` holds a processor of 40 lines that makes an image ready as open_clip does; being code, it must be trusted. "
+        '`AutoProcessor.from_pretrained(".")` and `pipeline("zero-shot-image-classification", model=".")` take transformers\' '
+        "own, which crops up to a pixel elsewhere and rounds otherwise: features then differ by up to "
+        f"{default['max_abs_difference']:.1e} (cosine ≥ {default['min_cosine']:.4f}).\n"
     )
 
 

@@ -6,7 +6,7 @@ import torch
 
 from clipkd import metrics_log
 from clipkd.export.onnx import TextTower, VisionTower, describe, plain_attention
-from clipkd.export.tokenizer import write_tokenizer
+from clipkd.export.tokenizer import convert_tokenizer, write_tokenizer
 from clipkd.models import Encoder
 
 
@@ -34,7 +34,8 @@ def write_executorch(encoder: Encoder, folder: Path) -> None:
     from executorch.exir import to_edge_transform_and_lower  # type: ignore[import-not-found]
 
     (folder / "executorch").mkdir()
-    tokenizer = write_tokenizer(encoder, folder)
+    tokenizer = convert_tokenizer(encoder)
+    write_tokenizer(tokenizer, folder)
     metrics_log.write(folder / "executorch" / "about.json", describe(encoder, tokenizer, dynamic=False))
     pixels = torch.zeros(1, 3, *encoder.spec.size)
     texts = encoder.spec.tokenize(["a photo of a cat"])

@@ -3,8 +3,26 @@
 from pathlib import Path
 
 
+def check_repository(repository: str) -> None:
+    """Before anything is written. Raises: ValueError if the name is none, or nobody is signed in."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ValueError(f"push_to_hub is {repository!r}, no name of a repository: {error}") from error
+    if "/" not in repository:
+        raise ValueError(f"push_to_hub is {repository!r}; write USER/NAME")
+    if get_token() is None:
+        raise ValueError("push_to_hub needs a token of the hub: sign in with `hf auth login`, or set HF_TOKEN")
+
+
 def upload(folder: Path, repository: str, *, private: bool) -> str:
-    """Make the repository if there is none, upload the whole folder as one commit; returns its address.
+    """Make the repository if there is none, upload the whole folder as one commit; returns the commit's address.
+
+    Files of an earlier upload that this folder lacks stay. private: of a repository that is made here.
 
     Raises: ValueError with what the hub says; the folder stays.
     """

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from clipkd import checkpoint, metrics_log, models
 from clipkd.export.families import FAMILIES, RESAMPLING, find_family, misfit, rename
-from clipkd.export.tokenizer import CHECKED, END, START, sees_padding, write_tokenizer
+from clipkd.export.tokenizer import CHECKED, END, START, convert_tokenizer, sees_padding, write_tokenizer
 from clipkd.models import Encoder
 
 __all__ = ["find_family", "write_hugging_face"]
@@ -29,26 +29,35 @@ def write_hugging_face(encoder: Encoder, folder: Path) -> None:
 
     encoder: in eval mode. folder: exists; files of these names are replaced.
     CLIPModel has no logit bias: a student's stays readable in config.json, and no softmax sees it. The default image
-    processor is off by grey levels and, at some sizes, by a pixel of crop; with trust_remote_code=True the folder's own
-    gives open_clip's pixels.
+    processor is off by grey levels and, at some sizes, by a pixel of crop; the one in exact/, which is code and so must be
+    trusted, gives open_clip's pixels. It lies apart, since transformers asks about code wherever it finds some.
 
     Raises: ValueError if no transformers model or tokenizer.json has the student's features and ids.
     """
     family = find_family(encoder)
-    tokenizer = write_tokenizer(encoder, folder)
+    tokenizer = convert_tokenizer(encoder)
     settings = tokenizer_settings(encoder, tokenizer)
     model = build(encoder, family, special_ids(encoder, tokenizer, settings))
     check_features(encoder, family, model)
+    write_tokenizer(tokenizer, folder)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     checkpoint.write_tensors(folder / "model.safetensors", model.state_dict(), metadata={"format": "pt"})
-    metrics_log.write(folder / "tokenizer_config.json", settings)
-    images = image_settings(encoder, family)
+    write_processor(folder, family, settings, image_settings(encoder, family))
+    exact = folder / "exact"
+    exact.mkdir(exist_ok=True)
+    shutil.copyfile(folder / "tokenizer.json", exact / "tokenizer.json")
+    shutil.copyfile(EXACT, exact / EXACT.name)
+    own = {"auto_map": {"AutoImageProcessor": f"{EXACT.stem}.ExactImageProcessor"}}
+    write_processor(exact, family, settings, image_settings(encoder, family) | own)
+
+
+def write_processor(folder: Path, family: str, tokenizer: dict[str, Any], images: dict[str, Any]) -> None:
+    """Beside a tokenizer.json, what AutoTokenizer, AutoImageProcessor and AutoProcessor read."""
+    metrics_log.write(folder / "tokenizer_config.json", tokenizer)
     metrics_log.write(folder / "preprocessor_config.json", images)
-    metrics_log.write(
-        folder / "processor_config.json", {"image_processor": images, "processor_class": FAMILIES[family].processor}
-    )
-    shutil.copyfile(EXACT, folder / EXACT.name)
+    processor = {"image_processor": images, "processor_class": FAMILIES[family].processor}
+    metrics_log.write(folder / "processor_config.json", processor)
 
 
 def tokenizer_settings(encoder: Encoder, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -89,7 +98,6 @@ def image_settings(encoder: Encoder, family: str) -> dict[str, Any]:
         kind, resize = FAMILIES[family], {"size": area, "do_center_crop": False}
     return {
         "image_processor_type": kind.image_processor,
-        "auto_map": {"AutoImageProcessor": f"{EXACT.stem}.ExactImageProcessor"},
         **resize,
         **dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"), True),
         "resample": RESAMPLING[encoder.spec.interpolation],

@@ -1,6 +1,7 @@
-"""Pixels as open_clip makes them: RGB first, PIL's resizing, a centre crop rounded half to even. Lies beside exported weights.
+"""Pixels as open_clip makes them of RGB images: PIL's resizing, a centre crop rounded half to even. Lies beside exported weights.
 
-AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True) uses it, without that transformers' own, which differs slightly.
+Other images become RGB first. AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True) uses it, without that
+transformers' own, which differs slightly.
 """
 
 import numpy as np

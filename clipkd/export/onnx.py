@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from clipkd import metrics_log
 from clipkd.cost import count_macs
-from clipkd.export.tokenizer import write_tokenizer
+from clipkd.export.tokenizer import convert_tokenizer, write_tokenizer
 from clipkd.models import Encoder
 from clipkd.onnx_student import onnx_file
 from clipkd.students import count_parameters
@@ -65,12 +65,16 @@ def require_onnx() -> None:
 def check_preprocessing(encoder: Encoder) -> None:
     """Raises: ValueError if an image is made ready in a way that the files' metadata cannot tell."""
     mode, (height, width) = encoder.preprocess_config["resize_mode"], encoder.spec.size
-    if mode == "squash" or (mode == "shortest" and height == width):
-        return
-    raise ValueError(
-        f"{encoder.name} resizes images by {mode!r} to {height} × {width}; ONNX export knows 'squash', and 'shortest' to a "
-        "square; use --to open_clip"
-    )
+    if not (mode == "squash" or (mode == "shortest" and height == width)):
+        raise ValueError(
+            f"{encoder.name} resizes images by {mode!r} to {height} × {width}; ONNX export knows 'squash', and 'shortest' "
+            "to a square; use --to open_clip"
+        )
+    if encoder.spec.interpolation not in ("bicubic", "bilinear"):
+        raise ValueError(
+            f"{encoder.name} interpolates images by {encoder.spec.interpolation!r}; ONNX export knows bicubic and bilinear; "
+            "use --to open_clip"
+        )
 
 
 def write_onnx(encoder: Encoder, folder: Path) -> None:
@@ -80,7 +84,8 @@ def write_onnx(encoder: Encoder, folder: Path) -> None:
     Raises: ValueError if a tower cannot be exported.
     """
     check_preprocessing(encoder)
-    tokenizer = write_tokenizer(encoder, folder)
+    tokenizer = convert_tokenizer(encoder)
+    write_tokenizer(tokenizer, folder)
     texts = encoder.spec.tokenize(["a photo of a cat", "two dogs and a bird in the snow"])
     pixels = torch.randn(2, 3, *encoder.spec.size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -125,8 +130,8 @@ def describe(encoder: Encoder, tokenizer: Tokenizer, *, dynamic: bool) -> dict[s
     tokens = encoder.spec.tokenize(["a photo of a cat"])
     with torch.inference_mode():
         macs = {
-            "image": count_macs(lambda: encoder.encode_image(pixels)),
-            "text": count_macs(lambda: encoder.encode_text(tokens)),
+            "image": count_macs(encoder, lambda: encoder.encode_image(pixels)),
+            "text": count_macs(encoder, lambda: encoder.encode_text(tokens)),
         }
     return {
         "clipkd_version": importlib.metadata.version("clipkd"),
@@ -216,9 +221,13 @@ def metadata(model: Any) -> dict[str, str]:
 
 
 def save(model: Any, path: Path, about: Mapping[str, str]) -> None:
-    """Raises: OSError that names the file."""
+    """Without what the exporter notes of itself: lines of code and their paths. Raises: OSError that names the file."""
     import onnx
 
+    graph = model.graph
+    for part in (*graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info, graph):
+        part.doc_string = ""
+        del part.metadata_props[:]
     onnx.helper.set_model_props(model, dict(about))
     content = model.SerializeToString()
     try:

@@ -22,19 +22,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers.utils import logging as quiet
 
-from clipkd import metrics_log, models
+from clipkd import apart, metrics_log
+from clipkd.export.artefacts import FORMATS
+from clipkd.export.executorch import executorch_file
 from clipkd.export.probes import Probes
 from clipkd.export.snippets import snippet
-from clipkd.onnx_student import OnnxStudent
+from clipkd.onnx_student import OnnxStudent, preprocess
+from clipkd.progress import console
 
 TOLERANCE = 1e-5
 """Largest difference of a float32 artefact's unit-norm features."""
-
-EXACT = ("open_clip", "hf", "onnx", "executorch", "immich")
-"""Formats that must keep to it; the others' differences are stated."""
 
 PACKAGES = {
     "open_clip": ("open_clip_torch", "torch"),
@@ -58,6 +59,8 @@ class Job:
     """Where rows go, one line each, as they are finished."""
     student: str
     """An open_clip folder of the student, that scores are paired with."""
+    sigmoid: bool = False
+    """Whether the student has a logit bias."""
     tasks: Sequence[str] = ()
     data: Sequence[str] = ()
     results: str = ""
@@ -67,19 +70,20 @@ def prove(job: Job, formats: list[str]) -> list[dict[str, Any]]:
     """A row of each format; `error` says why where there is nothing to show."""
     path = Path(job.rows).with_name("job.json")
     path.write_text(json.dumps(asdict(job)), encoding="utf-8")
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    environment = {name: value for name, value in os.environ.items() if name not in launcher}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    environment["HF_MODULES_CACHE"] = str(path.parent / "modules")  # where transformers copies a folder's code to
     remaining = list(formats)
     while remaining:
-        command = [sys.executable, "-c", "from clipkd.export import parity; parity.main()", str(path), *remaining]
+        command = apart.command("clipkd.export.parity", str(path), *remaining)
         code = subprocess.run(command, env=environment, check=False).returncode
         finished = [row["format"] for row in metrics_log.read(Path(job.rows))]
         remaining = [format for format in remaining if format not in finished]
-        if code == -signal.SIGINT or code == 128 + signal.SIGINT:
+        if code in (-signal.SIGINT, 128 + signal.SIGINT):
             raise KeyboardInterrupt
-        if code and remaining:
-            reason = f"ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-            metrics_log.append(Path(job.rows), {"format": remaining.pop(0), "error": f"its process {reason}"})
+        if remaining:  # it has ended before its time
+            metrics_log.append(Path(job.rows), {"format": remaining.pop(0), "error": apart.describe_end(code)})
     rows = {row["format"]: row for row in metrics_log.read(Path(job.rows))}
     return [rows[format] for format in formats]
 
@@ -93,12 +97,12 @@ def prove_one(job: Job, format: str) -> dict[str, Any]:
         row |= differences(open_artefact(job, format), probes)
         if format == "hf":
             row["default_processor"] = differences(open_transformers(folder, exact=False), probes)["image"]
-        row["snippet_output"] = run_snippet(folder, format)
+        row["snippet_output"] = run_snippet(folder, snippet(format, sigmoid=job.sigmoid))
         row["zero_shot"] = score(job, format)
     except Exception as error:  # whatever a runtime throws is what there is to say of this artefact
         return {**row, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
     worst = max(row["image"]["max_abs_difference"], row["text"]["max_abs_difference"])
-    if format in EXACT and not worst <= TOLERANCE:
+    if FORMATS[format].exact and not worst <= TOLERANCE:
         row["error"] = f"features differ from the student's by {worst:.2g}, more than {TOLERANCE:g}"
     return row
 
@@ -131,7 +135,7 @@ def open_artefact(job: Job, format: str) -> Towers:
     if format == "hf":
         return open_transformers(folder, exact=True)
     if format == "executorch":
-        return open_executorch(job)
+        return open_executorch(folder)
     if format == "immich":
         return open_immich(folder)
     student = OnnxStudent.load(folder, format)
@@ -159,7 +163,7 @@ def open_transformers(folder: Path, *, exact: bool) -> Towers:
     from transformers import AutoModel, AutoProcessor
 
     model = AutoModel.from_pretrained(folder).eval()
-    processor = AutoProcessor.from_pretrained(folder, **({"trust_remote_code": True} if exact else {}))
+    processor = AutoProcessor.from_pretrained(folder / "exact" if exact else folder, trust_remote_code=exact)
     length = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
 
     def encode_images(images: list[Image.Image]) -> Tensor:
@@ -174,25 +178,29 @@ def open_transformers(folder: Path, *, exact: bool) -> Towers:
     return encode_images, encode_texts
 
 
-def open_executorch(job: Job) -> Towers:
+def open_executorch(folder: Path) -> Towers:
     from executorch.runtime import Runtime  # type: ignore[import-not-found]
 
-    from clipkd.export.executorch import executorch_file
-
     runtime = Runtime.get()
-    programs = [runtime.load_program(executorch_file(Path(job.folder), tower)) for tower in ("vision", "text")]
+    programs = [runtime.load_program(executorch_file(folder, tower)) for tower in ("vision", "text")]
     vision, text = (program.load_method("forward") for program in programs)
-    student = models.load(f"local-dir:{job.student}")  # preprocessing and tokens, which the programs do not carry
+    about = json.loads((folder / "executorch" / "about.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_padding(length=about["context_length"], pad_id=about["pad_id"])
+    # Copied, as the next run writes into the same memory.
     return (
-        lambda images: torch.cat([vision.execute([student.preprocess(each)[None]])[0] for each in images]),  # type: ignore[union-attr]
-        lambda texts: torch.cat([text.execute([student.spec.tokenize([each])])[0] for each in texts]),  # type: ignore[union-attr]
+        lambda images: torch.cat(
+            [vision.execute([torch.from_numpy(preprocess(each, about))[None]])[0].clone() for each in images]  # type: ignore[union-attr]
+        ),
+        lambda texts: torch.cat(
+            [text.execute([torch.tensor([tokenizer.encode(each).ids])])[0].clone() for each in texts]  # type: ignore[union-attr]
+        ),
     )
 
 
 def open_immich(folder: Path) -> Towers:
     """As immich does: one at a time, its names, tokens as int32 padded to the context."""
     import onnxruntime
-    from tokenizers import Tokenizer
 
     student, own = OnnxStudent.load(folder), folder / "immich"
     visual, textual = (onnxruntime.InferenceSession(own / tower / "model.onnx") for tower in ("visual", "textual"))
@@ -213,9 +221,8 @@ def open_immich(folder: Path) -> Towers:
     return encode_images, encode_texts
 
 
-def run_snippet(folder: Path, format: str) -> str | None:
-    """What the card's snippet prints, run in the folder; None for a format without one."""
-    code = snippet(format)
+def run_snippet(folder: Path, code: str | None) -> str | None:
+    """What the card's snippet prints, run in the folder; None without one."""
     if code is None:
         return None
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out:
@@ -264,11 +271,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     quiet.disable_progress_bar()
     job_path, *formats = sys.argv[1:]
-    job = Job(
-        **{name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(Path(job_path).read_text()).items()}
-    )
-    try:
-        for format in formats:
-            metrics_log.append(Path(job.rows), prove_one(job, format))
-    except KeyboardInterrupt:
-        raise SystemExit(128 + signal.SIGINT) from None
+    job = Job(**json.loads(Path(job_path).read_text(encoding="utf-8")))
+    for format in formats:
+        console.print(f"export: verifying {format}")
+        metrics_log.append(Path(job.rows), prove_one(job, format))

@@ -18,10 +18,12 @@ from PIL import Image
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:.")
 tokenizer = open_clip.get_tokenizer("local-dir:.")
 {LABELS}
+image = Image.open("example.png").convert("RGB")
 with torch.inference_mode():
-    image = model.eval().encode_image(preprocess(Image.open("example.png"))[None], normalize=True)
+    image = model.eval().encode_image(preprocess(image)[None], normalize=True)
     text = model.encode_text(tokenizer(labels), normalize=True)
-    probabilities = (model.logit_scale.exp() * image @ text.T).softmax(dim=-1)[0].tolist()
+    logits = model.logit_scale.exp() * image @ text.T
+probabilities = logits.softmax(dim=-1)[0].tolist()
 {SHOW}"""
 
 TRANSFORMERS = f"""\
@@ -30,12 +32,14 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 model = AutoModel.from_pretrained(".")
-processor = AutoProcessor.from_pretrained(".", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("./exact", trust_remote_code=True)
 {LABELS}
 length = dict(padding="max_length", truncation=True)
-inputs = processor(images=Image.open("example.png"), text=labels, return_tensors="pt", **length)
+image = Image.open("example.png").convert("RGB")
+inputs = processor(images=image, text=labels, return_tensors="pt", **length)
 with torch.inference_mode():
-    probabilities = model(**inputs).logits_per_image.softmax(dim=-1)[0].tolist()
+    logits = model(**inputs).logits_per_image
+probabilities = logits.softmax(dim=-1)[0].tolist()
 {SHOW}"""
 
 PIXELS = """\
@@ -94,8 +98,23 @@ text_embeds = np.concatenate([text.execute([each])[0].numpy() for each in ids])
 {LOGITS}"""
 
 
-def snippet(format: str) -> str | None:
+SIGMOID = {
+    OPEN_CLIP: ("logits.softmax(dim=-1)", "(logits + model.logit_bias).sigmoid()"),
+    TRANSFORMERS: ("logits.softmax(dim=-1)", "(logits + getattr(model.config, 'logit_bias', 0)).sigmoid()"),
+    LOGITS: (
+        "(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())[0]",
+        '(1 / (1 + np.exp(-logits - about["logit_bias"])))[0]',
+    ),
+}
+"""What a model with a logit bias does in place of a softmax: every label is judged on its own."""
+
+
+def snippet(format: str, *, sigmoid: bool = False) -> str | None:
     """Code that a user of that runtime can paste, in the folder; None where there is none to show."""
+    code = {"open_clip": OPEN_CLIP, "hf": TRANSFORMERS, "executorch": EXECUTORCH}.get(format)
     if format in SUFFIXES:
-        return ONNX.replace("%SUFFIX%", SUFFIXES[format])
-    return {"open_clip": OPEN_CLIP, "hf": TRANSFORMERS, "executorch": EXECUTORCH}.get(format)
+        code = ONNX.replace("%SUFFIX%", SUFFIXES[format])
+    if code is not None and sigmoid:
+        for softmax, instead in SIGMOID.values():
+            code = code.replace(softmax, instead)
+    return code

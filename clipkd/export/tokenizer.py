@@ -68,11 +68,9 @@ def convert_tokenizer(encoder: Encoder) -> Tokenizer:
     return tokenizer
 
 
-def write_tokenizer(encoder: Encoder, folder: Path) -> Tokenizer:
-    """tokenizer.json, the same for every format. Raises: ValueError as convert_tokenizer does."""
-    tokenizer = convert_tokenizer(encoder)
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """tokenizer.json, the same for every format."""
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    return tokenizer
 
 
 def sees_padding(encoder: Encoder) -> bool:

@@ -56,6 +56,8 @@ def load(model: str, *, pretrained: str | None = None, ema: bool = False) -> Enc
     if ema and not (folder.is_dir() and checkpoint.is_run(folder)):
         raise ValueError(f"{model} is no run or checkpoint of clipkd, so it has no moving average; ask for its weights")
     format, _, exported = model.partition(":")
+    if format.startswith("onnx") and format not in SUFFIXES and exported:
+        raise ValueError(f"{model}: there is no format {format!r}; choose from hf, {', '.join(SUFFIXES)}")
     if model.startswith("local-dir:") or folder.is_dir() or format in ("hf", *SUFFIXES):
         if pretrained:
             raise ValueError(f"{model} carries its own weights; leave pretrained={pretrained!r} out")

@@ -25,10 +25,10 @@ class OnnxTowers(nn.Module):
         self.register_buffer("logit_bias", None if bias is None else torch.tensor(bias))
 
     def encode_image(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self.student.encode_pixels(images.float().cpu().numpy()))
+        return torch.from_numpy(self.student.encode_pixels(images.float().cpu().numpy())).to(images.device)
 
     def encode_text(self, texts: Tensor) -> Tensor:
-        return torch.from_numpy(self.student.encode_ids(texts.cpu().numpy()))
+        return torch.from_numpy(self.student.encode_ids(texts.cpu().numpy())).to(texts.device)
 
     @property
     def stated_cost(self) -> dict[str, Any]:

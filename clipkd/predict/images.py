@@ -47,18 +47,20 @@ def find_images(names: Iterable[str]) -> dict[str, bool]:
                 raise ValueError(f"{name} holds no images ({', '.join(ENDINGS)}); name another folder, or files")
             for path in inside:
                 found.setdefault(path, False)
-        elif os.path.exists(name):
+        elif os.path.isfile(name):
             found[name] = True
         else:
             raise ValueError(f"no image or folder {name}")
-    return found
+    once = {os.path.realpath(path): path for path in reversed(found)}  # one file under two names is one image
+    return {path: own for path, own in found.items() if once[os.path.realpath(path)] == path}
 
 
 def walk(top: str) -> Iterator[str]:
     """All files in and below a folder, in order of their names."""
     for folder, folders, files in os.walk(top, onerror=lambda error: tell(f"left out: {error}")):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.join(folder, name) for name in sorted(files) if not name.startswith("."))
+        paths = (os.path.join(folder, name) for name in sorted(files) if not name.startswith("."))
+        yield from filter(os.path.isfile, paths)  # no pipes, which would wait for a writer
 
 
 def encode_images(
@@ -114,7 +116,10 @@ def encode_files(student: Student, paths: Sequence[str], batch_size: int) -> Ite
 
 
 def open_image(path: str) -> Image.Image:
-    """A file → RGB. Raises: ValueError if it is no image of these formats or claims too many pixels, or whatever Pillow does."""
+    """A file → RGB, transparent pixels white as in training, 16 bits scaled to 8.
+
+    Raises: ValueError if it is no image of these formats or claims too many pixels, or whatever Pillow does.
+    """
     try:
         image = Image.open(path, formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
@@ -122,6 +127,11 @@ def open_image(path: str) -> Image.Image:
     with image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"it has {image.width} × {image.height} pixels, more than {MAX_PIXELS}")
+        if image.mode.startswith("I;16"):  # Pillow would clip them
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
 
 

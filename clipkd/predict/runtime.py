@@ -1,6 +1,7 @@
 """A student to predict with, from its ONNX files or by torch, behind one interface of arrays."""
 
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,11 +51,19 @@ def load_student(model: str, format: str) -> Student:
 
 def load_onnx(folder: Path, format: str) -> Student:
     student = OnnxStudent.load(folder, format)
+
+    def encode_texts(texts: Sequence[str]) -> np.ndarray:
+        for text, encoding in zip(texts, student.tokenizer.encode_batch(list(texts)), strict=True):
+            if encoding.overflowing:
+                length = student.about["context_length"]
+                warnings.warn(f"only the first {length} tokens count of {text!r}", stacklevel=2)
+        return student.encode_texts(texts)
+
     return Student(
         runtime=format,
         preprocess=student.preprocess,
         encode_pixels=student.encode_pixels,
-        encode_texts=student.encode_texts,
+        encode_texts=encode_texts,
         logit_scale=student.logit_scale,
         logit_bias=student.about["logit_bias"],
         image_sha256=lambda: hashlib.sha256(onnx_file(folder, "vision", format).read_bytes()).hexdigest(),
@@ -62,10 +71,15 @@ def load_onnx(folder: Path, format: str) -> Student:
 
 
 def load_torch(model: str) -> Student:
-    import torch
+    try:
+        import torch
 
-    from clipkd import models
-    from clipkd.evaluation.embed import Embedder
+        from clipkd import models
+        from clipkd.evaluation.embed import Embedder
+    except ImportError as error:
+        raise ValueError(
+            f"{model} has no ONNX files, and without these it needs {error.name}, which is missing"
+        ) from error
 
     encoder = models.load(model)
 

@@ -21,6 +21,7 @@ from clipkd.config import StudentConfig
 from clipkd.export.artefacts import check_formats, write_formats
 from clipkd.models import Encoder
 from clipkd.models.onnx import load_onnx
+from tests.unit.test_export_hugging_face import vit_clipkd_test_siglip
 
 TEXT = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 TIMM = {"timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": None, "image_size": 64}
@@ -37,6 +38,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "vision_cfg": {**TIMM, "timm_model_name": "fastvit_t8"},
         "text_cfg": {**TEXT, "no_causal_mask": True},
         "custom_text": True,
+    },
+    "attention_pool": {
+        "embed_dim": 32,
+        "vision_cfg": {
+            "timm_model_name": vit_clipkd_test_siglip.__name__,
+            "timm_model_pretrained": False,
+            "image_size": 40,
+            "timm_pool": "map",
+            "timm_proj": "none",
+        },
     },
     "modified_resnet": {"vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}},
 }
@@ -126,7 +137,7 @@ def by_transformers(folder: Path) -> tuple[Tensor, Tensor]:
     from transformers import AutoModel, AutoProcessor
 
     model = AutoModel.from_pretrained(folder).eval()
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder / "exact", trust_remote_code=True)
     with torch.no_grad():
         images = model.get_image_features(**processor(images=odd_images(), return_tensors="pt")).pooler_output
         tokens = processor(text=list(CAPTIONS), padding=True, truncation=True, return_tensors="pt")
@@ -201,7 +212,7 @@ def test_towers_that_transformers_lacks_are_refused(exported: tuple[str, Encoder
     if name in FITS_TRANSFORMERS:
         check_formats(encoder, ["hf"])
         return
-    with pytest.raises(ValueError, match=r"CLIPModel.*--to"):
+    with pytest.raises(ValueError, match=r"(CLIP|Siglip)Model.*--to"):
         check_formats(encoder, ["hf"])
 
 

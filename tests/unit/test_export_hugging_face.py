@@ -151,7 +151,7 @@ def differences(encoder: Encoder, folder: Path) -> SimpleNamespace:
     """Of pixels, image and text features, between the student and the folder in stock transformers."""
     write_hugging_face(encoder, folder)
     model = AutoModel.from_pretrained(folder).eval()
-    exact = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    exact = AutoProcessor.from_pretrained(folder / "exact", trust_remote_code=True)
     images = odd_images()
     expected = own_pixels(encoder, images)
     inputs = exact(text=CAPTIONS, images=images, padding="max_length", truncation=True, return_tensors="pt")
@@ -256,7 +256,7 @@ def test_clipkd_loads_the_folder_as_the_same_model(tmp_path: Path, plain: Encode
             assert furthest(student.encode_image(pixels), loaded.encode_image(pixels)) < 1e-6
             ours, theirs = (model.encode_text(model.spec.tokenize(CAPTIONS)) for model in (student, loaded))
         assert furthest(ours, theirs) < 1e-6
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        processor = AutoProcessor.from_pretrained(folder / "exact", trust_remote_code=True)
         found = processor(images=odd_images(), return_tensors="pt")["pixel_values"]
         assert furthest(pixels, found) < 1e-6
 
@@ -272,13 +272,11 @@ def test_one_tower_alone_loads_with_its_projection(tmp_path: Path, plain: Encode
 
 def test_everyone_may_read_the_files(tmp_path: Path, plain: Encoder) -> None:
     write_hugging_face(plain, tmp_path)
-    assert {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == dict.fromkeys(
-        [
-            *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
-            *("preprocessor_config.json", "processor_config.json", "image_processing_exact.py"),
-        ],
-        "0o644",
-    )
+    processor = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+    exact = ("exact/image_processing_exact.py", *(f"exact/{name}" for name in processor))
+    files = {str(path.relative_to(tmp_path)): path for path in tmp_path.rglob("*") if path.is_file()}
+    assert files.keys() == {"config.json", "model.safetensors", *processor, *exact}
+    assert {oct(path.stat().st_mode & 0o777) for path in files.values()} == {"0o644"}
 
 
 def test_the_bias_of_a_sigmoid_student_stays_readable(tmp_path: Path) -> None:

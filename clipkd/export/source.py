@@ -1,0 +1,65 @@
+"""The student to be exported, and what is known of how it was made."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from clipkd import checkpoint, metrics_log, models
+from clipkd.models import Encoder
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a student comes from; of a folder of weights, only its name. Fit to be published: no path of this machine."""
+
+    checkpoint: str
+    weights: str
+    config: dict[str, Any] | None = None
+    """The training run's, resolved."""
+    step: int | None = None
+    teachers: tuple[str, ...] = ()
+    """SHA-256 of the teachers' weights."""
+    results: tuple[dict[str, Any], ...] = ()
+    """Evaluations of these weights while they were trained."""
+
+
+def open_student(name: str, *, ema: bool) -> tuple[Encoder, Source]:
+    """Raises: ValueError if there is no such run, checkpoint or open_clip folder, or it is damaged."""
+    path = Path(name.removeprefix("local-dir:"))
+    if not path.is_dir():
+        raise ValueError(f"no checkpoint {name}; name a run folder, a checkpoint or a model folder")
+    if not checkpoint.is_run(path):
+        encoder = models.load(name, ema=ema)
+        return encoder, Source(path.resolve().name, "weights")
+    folder = checkpoint.resolve(path).resolve()
+    encoder = models.load(str(folder), ema=ema)
+    state = checkpoint.read_state(folder)
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+    teachers = state["identity"].get("teachers") or {}
+    digest = encoder.weights_sha256()
+    return encoder, Source(
+        f"{run.name}/{folder.relative_to(run)}",
+        "ema" if ema else "student",
+        config=publishable(state["config"]),
+        step=state["step"],
+        teachers=tuple(each["sha256"] for each in teachers.values()),
+        results=tuple(row for row in metrics_log.read(run / "results.jsonl") if row.get("weights_sha256") == digest),
+    )
+
+
+def publishable(value: Any) -> Any:
+    """Options without what is nobody's business: folders above a file, commands, and passwords and queries of addresses."""
+    if isinstance(value, dict):
+        return {key: publishable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [publishable(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith("pipe:"):
+        return "pipe:…"
+    if "://" in value:
+        address = urlsplit(value)
+        return f"{address.scheme}://{address.hostname or ''}{address.path}"
+    return re.sub(r"^(local-dir:)?(?:~|\.{1,2})?/(?:.*/)?(?=[^/]+/?$)", r"\1", value)
