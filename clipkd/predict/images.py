@@ -60,7 +60,8 @@ def walk(top: str) -> Iterator[str]:
     for folder, folders, files in os.walk(top, onerror=lambda error: tell(f"left out: {error}")):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = (os.path.join(folder, name) for name in sorted(files) if not name.startswith("."))
-        yield from filter(os.path.isfile, paths)  # no pipes, which would wait for a writer
+        # No pipes, which would wait for a writer; what a broken link stood for is named later.
+        yield from (path for path in paths if os.path.isfile(path) or os.path.islink(path))
 
 
 def encode_images(

@@ -36,6 +36,10 @@ def test_quick_demo_trains_evaluates_and_exports(clipkd: Run, tmp_path: Path) ->
         assert sheet.width > 1000
         assert len(sheet.convert("RGB").resize((64, 64)).getcolors(4096) or []) > 50
 
+    artefacts = json.loads((output / "student" / "parity.json").read_text())["artefacts"]
+    assert [row["format"] for row in artefacts] == ["open_clip", "hf", "onnx", "onnx-int8"]
+    assert all({score["task"] for score in row["zero_shot"]} == {"noto", "fluent"} for row in artefacts)
+    assert "student/ as onnx-int8: " in done.stdout
     check = [sys.executable, str(ROOT / "eval" / "cross_check.py"), "--model", f"local-dir:{output / 'student'}"]
     check += ["--data", str(output / "data" / "fluent"), "--expect", str(output / "results.jsonl")]
     counted = subprocess.run(check, capture_output=True, text=True, timeout=200)

@@ -253,3 +253,23 @@ def test_int8_and_fp16_are_smaller_and_near(tmp_path: Path) -> None:
         )
     assert sizes["onnx-fp16"] < 0.6 * sizes["onnx"]
     assert sizes["onnx-int8"] < 0.4 * sizes["onnx"]
+
+
+@pytest.mark.parametrize("name", ["vit", "fastvit_seen_padding"])
+def test_executorch_gives_the_students_features(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("executorch", reason="needs the extra executorch")
+    from executorch.runtime import Runtime  # type: ignore[import-not-found]
+
+    encoder = make_student(name, tmp_path)
+    assert write_formats(encoder, tmp_path, ["executorch"], lambda _: None) == {}
+    about = json.loads((tmp_path / "executorch" / "about.json").read_text())
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.enable_padding(length=about["context_length"], pad_id=about["pad_id"])
+    runtime = Runtime.get()
+    programs = [runtime.load_program(tmp_path / "executorch" / f"{tower}_model.pte") for tower in ("vision", "text")]
+    vision, text = (program.load_method("forward") for program in programs)
+    pixels = [encoder.preprocess(image.convert("RGB"))[None] for image in odd_images()]
+    images = torch.cat([vision.execute([each])[0].clone() for each in pixels])  # type: ignore[union-attr]
+    ids = [torch.tensor([tokenizer.encode(caption).ids]) for caption in CAPTIONS]
+    texts = torch.cat([text.execute([each])[0].clone() for each in ids])  # type: ignore[union-attr]
+    assert_close((images, texts), expected_features(encoder))

@@ -44,13 +44,23 @@ def files(folder: Path) -> list[str]:
 
 
 @torch.inference_mode()
+def on_white(image: Image.Image) -> Image.Image:
+    """As training shows what is transparent: blended by hand."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    colours = np.asarray(image.convert("RGBA")).astype(np.float64)
+    opacity = colours[..., 3:] / 255
+    blended = opacity * colours[..., :3] + (1 - opacity) * 255
+    return Image.fromarray(np.round(blended).astype(np.uint8))
+
+
 def open_clip_features(model: Path, paths: Sequence[str], texts: Sequence[str]) -> tuple:
     """The model, and unit-norm features, by open_clip alone."""
     clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{model}")
     tokenize = open_clip.get_tokenizer(f"local-dir:{model}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of the transparency of a palette
-        images = torch.stack([preprocess(Image.open(path).convert("RGB")) for path in paths])  # type: ignore[operator]
+        images = torch.stack([preprocess(on_white(Image.open(path))) for path in paths])  # type: ignore[operator]
     clip.eval()
     return clip, clip.encode_image(images, normalize=True), clip.encode_text(tokenize(list(texts)), normalize=True)
 
@@ -75,7 +85,7 @@ def test_probabilities_are_those_of_open_clip(
     by_path = {path: dict(zip(LABELS, row.tolist(), strict=True)) for path, row in zip(paths, expected, strict=True)}
     for row in rows:
         found = {each["label"]: each["probability"] for each in row["labels"]}
-        assert found == pytest.approx(by_path[row["image"]], abs=1e-4)
+        assert found == pytest.approx(by_path[row["image"]], abs=5e-4)  # a blended grey level may round otherwise
         assert list(found.values()) == sorted(found.values(), reverse=True)
         assert (row["runtime"], row["probabilities"]) == (runtime, kind)
 
@@ -89,12 +99,12 @@ def test_a_search_ranks_as_brute_force_does(
     paths = files(pictures)
     _, images, texts = open_clip_features(exported["softmax"], paths, [QUERY])
     expected = dict(zip(paths, (images @ texts[0]).tolist(), strict=True))
-    within = {"onnx": 1e-5, "torch": 1e-5, "onnx-fp16": 5e-3, "onnx-int8": 5e-2}[runtime]
+    within = {"onnx": 3e-4, "torch": 3e-4, "onnx-fp16": 5e-3, "onnx-int8": 5e-2}[runtime]
     assert {row["image"]: row["cosine"] for row in rows} == pytest.approx(expected, abs=within)
     cosines = [row["cosine"] for row in rows]
     assert cosines == sorted(cosines, reverse=True)
     assert [row["rank"] for row in rows] == list(range(1, 15))
-    if within == 1e-5:
+    if within == 3e-4:
         assert [row["image"] for row in rows] == sorted(expected, key=lambda path: -expected[path])
     lines = clipkd(*arguments).stdout.splitlines()
     assert lines[0].startswith(runtime)
