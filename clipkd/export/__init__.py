@@ -86,7 +86,7 @@ def export(config: ExportConfig) -> list[dict[str, Any]]:
     check_formats(encoder, config.formats)
     subjects = open_subjects(config.tasks, as_tuple(config.data)) if config.data else []
     with unfinished(output) as place:
-        folder = place / output.name
+        folder = place / "student"
         folder.mkdir()
         errors = write_formats(encoder, folder, config.formats, say)
         write_example(folder / "example.png")

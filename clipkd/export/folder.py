@@ -49,7 +49,8 @@ def unfinished(output: Path) -> Iterator[Path]:
         if number.isdecimal() and not is_running(int(number)):
             put_back(leftover, output)
             shutil.rmtree(leftover, ignore_errors=True)
-    place = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    # Absolute, since the card's snippets are run from within it.
+    place = output.parent.resolve() / f".{output.name}.{os.getpid()}.tmp"
     place.mkdir()
     try:
         yield place
