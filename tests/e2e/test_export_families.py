@@ -21,7 +21,7 @@ from clipkd.config import StudentConfig
 from clipkd.export.artefacts import check_formats, write_formats
 from clipkd.models import Encoder
 from clipkd.models.onnx import load_onnx
-from tests.unit.test_export_hugging_face import vit_clipkd_test_siglip
+from tests.siglip_tower import vit_clipkd_test_siglip
 
 TEXT = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 TIMM = {"timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": None, "image_size": 64}

@@ -12,8 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.models import register_model
-from timm.models.vision_transformer import VisionTransformer
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPTextModelWithProjection
@@ -22,6 +20,7 @@ from clipkd import models
 from clipkd.export.hugging_face import find_family, write_hugging_face
 from clipkd.export.tokenizer import CHECKED
 from clipkd.models import Encoder
+from tests.siglip_tower import vit_clipkd_test_siglip
 
 CAPTIONS = [
     "a photo of a DOG, isn't it?",
@@ -42,23 +41,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "fixed positions, vector scale": {"vision_cfg": {"pos_embed_type": "sin_cos_2d"}, "nonscalar_logit_scale": True},
     "eos": {"text_cfg": {"pool_type": "eos", "eos_id": 49407}},
 }
-
-
-@register_model
-def vit_clipkd_test_siglip(
-    pretrained: bool = False, num_classes: int = 0, global_pool: str = "map", **_: Any
-) -> VisionTransformer:
-    return VisionTransformer(
-        img_size=40,
-        patch_size=8,
-        embed_dim=32,
-        depth=2,
-        num_heads=2,
-        mlp_ratio=3,
-        num_classes=num_classes,
-        class_token=False,
-        global_pool=global_pool,
-    )
 
 
 def perturbed(encoder: Encoder) -> Encoder:
@@ -89,7 +71,7 @@ def siglip_student(tokenizer: Path, *, preprocess: dict[str, Any] | None = None,
         "custom_text": True,
         "vision_cfg": {
             "image_size": 40,
-            "timm_model_name": "vit_clipkd_test_siglip",
+            "timm_model_name": vit_clipkd_test_siglip.__name__,
             "timm_pool": "map",
             "timm_proj": "none",
         },
