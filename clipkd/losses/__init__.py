@@ -11,9 +11,12 @@ from clipkd.losses.soft_targets import (
     soft_cross_entropy,
     soft_target_statistics,
 )
+from clipkd.losses.streaming import Queue, SimilarityStatistics, similarity_statistics
 
 __all__ = [
+    "Queue",
     "RowStatistics",
+    "SimilarityStatistics",
     "SoftTargetStatistics",
     "dkl",
     "feature_mse",
@@ -26,6 +29,7 @@ __all__ = [
     "row_statistics",
     "row_weights",
     "sigmoid_loss",
+    "similarity_statistics",
     "soft_cross_entropy",
     "soft_label_bce",
     "soft_target_statistics",

@@ -1,0 +1,237 @@
+"""The loss without the matrices: equal to literal loops, in memory that does not grow with their size."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clipkd.losses import similarity_statistics
+from clipkd.losses.streaming import Queue, in_panels
+
+FIELDS = ("ce", "kl", "teacher_entropy", "variance", "log_weight_mass", "info_nce")
+
+
+def features(*sizes: tuple[int, int], seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        F.normalize(torch.randn(*size, generator=generator, dtype=torch.float64), dim=1).to(dtype) for size in sizes
+    ]
+
+
+def batch(pairs: int, queued: int = 0, *, seed: int = 0) -> tuple[list[Tensor], Queue | None]:
+    """Pairs of width 6, the teacher's of width 5."""
+    own = features((pairs, 6), (pairs, 6), (pairs, 5), (pairs, 5), seed=seed)
+    if not queued:
+        return own, None
+    return own, Queue(*features((queued, 6), (queued, 6), (queued, 5), (queued, 5), seed=seed + 1))
+
+
+def by_hand(s: list[float], u: list[float], own: int, t: float, t_w: float, gamma: float) -> dict[str, float]:
+    """One row by loops over numbers, straight from the definitions."""
+
+    def softmax(values: list[float]) -> list[float]:
+        top = max(values)
+        parts = [math.exp(value - top) for value in values]
+        return [part / math.fsum(parts) for part in parts]
+
+    q, pi = softmax([x / t for x in u]), softmax([x / t for x in s])
+    w = [p**gamma for p in softmax([x / t_w for x in u])]
+    mass = math.fsum(w)
+    ce = -math.fsum(a * math.log(b) for a, b in zip(q, pi, strict=True))
+    entropy = -math.fsum(a * math.log(a) for a in q if a > 0)
+    pairs = itertools.product(range(len(s)), repeat=2)
+    double = math.fsum(w[j] * w[k] * ((u[j] - u[k]) - (s[j] - s[k])) ** 2 for j, k in pairs)
+    return {
+        "ce": ce,
+        "kl": ce - entropy,
+        "teacher_entropy": entropy,
+        "variance": double / (2 * mass**2),
+        "log_weight_mass": math.log(mass),
+        "info_nce": -math.log(softmax(s)[own]),
+    }
+
+
+@pytest.mark.parametrize("tile_size", [1, 3, 5, 9, 100, None])
+@pytest.mark.parametrize(
+    ("scale", "temperature", "weight_temperature", "gamma"),
+    [(1.0, 1.0, 1.0, 1.0), (10.0, 0.5, 4.0, 0.5), (10.0, 4.0, 0.5, 0.05), (30.0, 1.0, 1.0, 0.0)],
+)
+@pytest.mark.parametrize("queued", [0, 4])
+def test_every_statistic_is_that_of_loops_over_numbers(
+    tile_size: int | None, scale: float, temperature: float, weight_temperature: float, gamma: float, queued: int
+) -> None:
+    (image, text, t_image, t_text), queue = batch(7, queued)
+    found = similarity_statistics(
+        image,
+        text,
+        t_image,
+        t_text,
+        logit_scale=scale,
+        teacher_logit_scale=0.7 * scale,
+        temperature=temperature,
+        weight_temperature=weight_temperature,
+        gamma=gamma,
+        queue=queue,
+        tile_size=tile_size,
+    )
+    for name, own, keys, t_own, t_keys, places in (
+        ("image_to_text", image, text, t_image, t_text, (1, 3)),
+        ("text_to_image", text, image, t_text, t_image, (0, 2)),
+    ):
+        if queue is not None:
+            keys, t_keys = torch.cat([keys, queue[places[0]]]), torch.cat([t_keys, queue[places[1]]])
+        rows = getattr(found, name)
+        for i in range(7):
+            s = [scale * math.fsum((own[i] * key).tolist()) for key in keys]
+            u = [0.7 * scale * math.fsum((t_own[i] * key).tolist()) for key in t_keys]
+            expected = by_hand(s, u, i, temperature, weight_temperature, gamma)
+            assert {field: getattr(rows, field)[i].item() for field in FIELDS} == pytest.approx(
+                expected, rel=1e-8, abs=1e-9
+            )
+
+
+def total(found: object, weights: Tensor) -> Tensor:
+    """Every statistic of every query with a weight of its own: upstream gradients that differ."""
+    values = [getattr(getattr(found, way), field) for way in ("image_to_text", "text_to_image") for field in FIELDS]
+    return (torch.stack(values) * weights[:, : values[0].shape[0]]).sum()
+
+
+def gradients(tile_size: int | None, *, dtype: torch.dtype = torch.float64, twice: bool = False) -> list[Tensor]:
+    own, queue = batch(11, 6)
+    leaves = [each.to(dtype).requires_grad_() for each in own]
+    scale = torch.tensor(8.0, dtype=dtype, requires_grad=True)
+    queue = None if queue is None else Queue(*(each.to(dtype) for each in queue))
+    found = similarity_statistics(
+        *leaves,
+        logit_scale=scale,
+        teacher_logit_scale=5.0,
+        gamma=0.4,
+        temperature=1.5,
+        queue=queue,
+        tile_size=tile_size,
+    )
+    weights = torch.rand(12, 11, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)
+    loss = total(found, weights)
+    first = torch.autograd.grad(loss, [*leaves, scale], retain_graph=twice)
+    if twice:
+        second = torch.autograd.grad(loss, [*leaves, scale])
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    return list(first)
+
+
+@pytest.mark.parametrize("tile_size", [1, 3, 6, 10])
+def test_gradients_are_those_of_the_whole_matrix(tile_size: int) -> None:
+    for found, expected in zip(gradients(tile_size, twice=True), gradients(1000), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    for found, expected in zip(gradients(tile_size, dtype=torch.float32), gradients(1000), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradcheck() -> None:
+    (image, text, t_image, t_text), queue = batch(4, 3)
+
+    def value(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        found = similarity_statistics(
+            *(image, text, t_image, t_text),
+            logit_scale=scale,
+            teacher_logit_scale=4.0,
+            gamma=0.3,
+            queue=queue,
+            tile_size=3,
+        )
+        return total(found, torch.linspace(0.5, 2, 48, dtype=torch.float64).view(12, 4))
+
+    inputs = (image.requires_grad_(), text.requires_grad_(), torch.tensor(6.0, dtype=torch.float64, requires_grad=True))
+    assert torch.autograd.gradcheck(value, inputs)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[override]
+        out = function(*args, **(kwargs or {}))
+        for each in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(each, Tensor):
+                self.elements = max(self.elements, each.numel())
+        return out
+
+
+def measure(pairs: int, queued: int, tile_size: int) -> tuple[int, int]:
+    """Elements of the largest tensor, forward and backward, and bytes that the graph keeps beyond the inputs."""
+    own, queue = batch(pairs, queued)
+    leaves = [each.requires_grad_() for each in own]
+    inputs = {each.untyped_storage().data_ptr() for each in (*leaves, *(queue or ()))}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in inputs:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with Largest() as largest:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            found = similarity_statistics(
+                *leaves, logit_scale=9.0, teacher_logit_scale=9.0, queue=queue, tile_size=tile_size
+            )
+        total(found, torch.ones(12, pairs, dtype=torch.float64)).backward()
+    return largest.elements, sum(kept.values())
+
+
+def test_memory_grows_with_the_rows_not_with_the_matrix() -> None:
+    tile = 64
+    sizes = {pairs: measure(pairs, pairs // 2, tile) for pairs in (128, 256, 512)}
+    for pairs, (largest, kept) in sizes.items():
+        keys = pairs + pairs // 2
+        assert largest <= max(tile**2, 12 * pairs, 6 * keys)
+        assert largest < pairs * keys / 4
+        assert kept < 8 * 40 * keys  # float64, a few vectors per key
+    assert sizes[512][1] <= 5 * sizes[128][1]
+    largest, kept = measure(256, 128, 10_000)
+    assert largest >= 256 * 384, "the plain form, for which this measure would be none otherwise"
+    assert kept > 8 * 256 * 384
+
+
+def test_nothing_is_kept_or_computed_twice_without_gradients() -> None:
+    calls: list[slice] = []
+
+    def compute(rows: slice) -> dict[str, Tensor]:
+        calls.append(rows)
+        return {"sum": matrix[rows].square().sum(dim=1)}
+
+    matrix = torch.arange(40.0).view(10, 4)
+    with torch.no_grad():
+        found = in_panels(compute, 10, num_columns=4, tile_size=4)
+    assert calls == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    assert found["sum"].tolist() == matrix.square().sum(dim=1).tolist()
+    assert not found["sum"].requires_grad
+    calls.clear()
+    matrix.requires_grad_()
+    in_panels(compute, 10, num_columns=4, tile_size=4)["sum"].sum().backward()
+    assert len(calls) == 6  # once forward, once for the gradient
+    assert torch.equal(matrix.grad, 2 * matrix.detach())  # type: ignore[arg-type]
+    calls.clear()
+    in_panels(compute, 10, num_columns=4, tile_size=7)
+    assert calls == [slice(0, 10)]  # one panel is the plain form
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda a: ({"tile_size": 0}, a), "tile_size is 0"),
+        (lambda a: ({"gamma": -1.0}, a), "gamma is -1.0"),
+        (lambda a: ({}, [a[0][:5], *a[1:]]), r"have \[5, 7, 7, 7\] rows"),
+    ],
+)
+def test_wrong_arguments_are_refused(change: Callable, words: str, unchecked_shapes: None) -> None:
+    own, _ = batch(7)
+    options, arguments = change(own)
+    with pytest.raises(ValueError, match=words):
+        similarity_statistics(*arguments, logit_scale=1.0, teacher_logit_scale=1.0, **options)
