@@ -93,4 +93,4 @@ def test_wheel_holds_the_package_and_runs_elsewhere(data: Path, environment: dic
     assert "steps: 1\n" in run("train", "--steps", 1, "--print_config")
     assert "trained 2 steps" in run("train", *SMALL, "--data.path", data / "pairs", "--steps", 2, "--output", "run")
     assert "acc5" in run("eval", "--model", "run", "--data", data / "noto")
-    assert "exported and verified" in run("export", "run", "--to", "open_clip", "--output", "student")
+    assert "0 of 64 answers changed" in run("export", "run", "--to", "open_clip", "--output", "student")

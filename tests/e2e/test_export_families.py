@@ -21,6 +21,7 @@ from clipkd.config import StudentConfig
 from clipkd.export.artefacts import check_formats, write_formats
 from clipkd.models import Encoder
 from clipkd.models.onnx import load_onnx
+from clipkd.onnx_student import preprocess
 from tests.siglip_tower import vit_clipkd_test_siglip
 
 TEXT = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
@@ -197,13 +198,15 @@ def features_of(encoder: Encoder) -> tuple[Tensor, Tensor]:
         return encoder.encode_image(pixels), texts
 
 
-def test_preprocessing_without_torch_is_torchvisions(exported: tuple[str, Encoder, Path]) -> None:
-    name, encoder, folder = exported
-    if name != "vit":
-        pytest.skip("the same code for every family")
-    student: Any = load_onnx(folder, "onnx").model
+@pytest.mark.parametrize("mode", ["shortest", "squash"])
+def test_preprocessing_without_torch_is_torchvisions(mode: str, tmp_path: Path) -> None:
+    plain = make_student("vit", tmp_path)
+    config = {**plain.preprocess_config, "resize_mode": mode}
+    encoder = models.build_open_clip("vit", plain.model_config or {}, preprocess_config=config)
+    about = {"image_size": (48, 48), "image_mean": encoder.spec.mean, "image_std": encoder.spec.std}
+    about |= {"interpolation": "bicubic", "resize_mode": mode}
     for image in odd_images():
-        ours, theirs = student.student.preprocess(image), encoder.preprocess(image.convert("RGB")).numpy()
+        ours, theirs = preprocess(image, about), encoder.preprocess(image.convert("RGB")).numpy()
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
