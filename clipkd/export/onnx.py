@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -26,30 +25,26 @@ LARGEST = 2**31
 """Bytes of one file: what protobuf can hold."""
 
 
-class Tower(nn.Module):
-    """Names of inputs are those of transformers.js."""
+class VisionTower(nn.Module):
+    """Names of inputs are those of transformers.js, here and below."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        self.model, self.encoder = encoder.model, (encoder,)  # in a tuple: one owner of the weights is enough
+        self.encoder = encoder
 
-
-class VisionTower(Tower):
     def forward(self, pixel_values: Tensor) -> Tensor:
-        (encoder,) = self.encoder
-        return F.normalize(encoder.image_tower(self.model, pixel_values), dim=-1)
+        return self.encoder.encode_image(pixel_values)
 
 
-class TextTower(Tower):
+class TextTower(nn.Module):
     """dynamic: takes any number of tokens up to the context; else the whole context."""
 
     def __init__(self, encoder: Encoder, *, dynamic: bool) -> None:
-        super().__init__(encoder)
-        self.tower = encoder.short_text_tower if dynamic else encoder.text_tower
+        super().__init__()
+        self.encoder, self.dynamic = encoder, dynamic
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        assert self.tower is not None
-        return F.normalize(self.tower(self.model, input_ids), dim=-1)
+        return self.encoder.encode_short(input_ids) if self.dynamic else self.encoder.encode_text(input_ids)
 
 
 def require_onnx() -> None:

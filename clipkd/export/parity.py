@@ -29,13 +29,11 @@ from transformers.utils import logging as quiet
 from clipkd import apart, metrics_log
 from clipkd.export.artefacts import FORMATS
 from clipkd.export.executorch import executorch_file
+from clipkd.export.hugging_face import TOLERANCE
 from clipkd.export.probes import Probes
 from clipkd.export.snippets import snippet
 from clipkd.onnx_student import OnnxStudent, preprocess
 from clipkd.progress import console
-
-TOLERANCE = 1e-5
-"""Largest difference of a float32 artefact's unit-norm features."""
 
 PACKAGES = {
     "open_clip": ("open_clip_torch", "torch"),
