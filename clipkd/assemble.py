@@ -27,7 +27,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     )
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
-            "Accelerate is set to accumulate gradients, clipkd takes whole batches; unset it (accelerate config)"
+            "Accelerate is set to accumulate gradients, which would lose negatives; unset it (accelerate config), and "
+            "set micro_batches here"
+        )
+    if config.micro_batches > (share := config.batch_size // distributed.world_size()):
+        raise ValueError(
+            f"micro_batches is {config.micro_batches}, but a process's share of a batch has {share} pairs; lower it"
         )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ValueError(

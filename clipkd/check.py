@@ -1,12 +1,11 @@
 """`clipkd check`: what a configuration will run, what it will take, and everything that is wrong with it, before a first step."""
 
-import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,13 +14,16 @@ from clipkd import assemble, data, distributed, students, train
 from clipkd.arguments import parse
 from clipkd.assemble import Parts, Teacher, configured_teachers
 from clipkd.config import TrainConfig
+from clipkd.cost import count_saved
 from clipkd.distill import require_fitting_teachers
+from clipkd.loss_memory import measure_loss_memory
 from clipkd.models import Encoder
+from clipkd.progress import mib
 from clipkd.requirements import collecting
 from clipkd.resume import find_checkpoint
 from clipkd.run import Run, build_run, record_skips, skipped_too_much
 from clipkd.stops import RunStopped
-from clipkd.views import Batch, ViewSpec
+from clipkd.views import Batch, ViewSpec, join
 
 T = TypeVar("T")
 TIMED_STEPS = 3
@@ -30,8 +32,6 @@ SLOW_STEP = 60.0
 
 CHANCE_TIMES = 3
 """A teacher that finds its pairs less than this many times as often as chance does not know these data."""
-
-MIB = 1 << 20
 
 
 @dataclass
@@ -93,6 +93,8 @@ def try_run(config: TrainConfig, parts: Parts, findings: Findings) -> None:
     if run is None:
         return
     run.dry = True
+    memory = measure_loss_memory(run.distiller, [t.dim for t in run.teachers], batch_size=config.batch_size)
+    tell("", f"logits of the loss: {memory.describe()}")
     if run.start >= config.steps:
         tell("step", f"nothing left to do: {run.start:,} of {config.steps:,} steps are done")
         return
@@ -208,16 +210,10 @@ def describe_memory(config: TrainConfig, student: Encoder, teachers: list[Teache
     frozen = sum(p.numel() * p.element_size() for teacher in teachers for p in teacher.encoder.parameters())
     capacity = config.objective.queue.capacity
     widths = [student.dim if ring == "momentum" else teachers[0].encoder.dim for ring in config.objective.queues]
-    rows, keys = config.batch_size // distributed.world_size(), config.batch_size + capacity
     parts = [f"student {mib(sum(trained.values()))} ({', '.join(f'{k} {mib(v)}' for k, v in trained.items())})"]
     parts += [f"teachers {mib(frozen)}"] if frozen else []
     parts += [f"queue {mib(8 * capacity * sum(widths))}"] if capacity else []
-    parts.append(f"each matrix of logits {rows:,} × {keys:,} {mib(4 * rows * keys)}")
     tell("memory", ", ".join(parts))
-
-
-def mib(num_bytes: float) -> str:
-    return f"{num_bytes / MIB:,.1f} MiB"
 
 
 def try_steps(run: Run, findings: Findings) -> None:
@@ -228,7 +224,7 @@ def try_steps(run: Run, findings: Findings) -> None:
     with count_saved() as saved:
         seconds.append(timed_step(run, batch, run.start))
     peak = f", peak {mib(torch.cuda.max_memory_allocated())}" if run.accelerator.device.type == "cuda" else ""
-    tell("", f"kept for the backward pass of a step {mib(sum(saved.values()))}{peak}")
+    tell("", f"kept for the backward pass of a step {mib(saved.peak)}{peak}")
     (slow,) = distributed.maximum([int(seconds[0] > SLOW_STEP)], run.accelerator.device)
     while len(seconds) <= TIMED_STEPS and not slow and run.start + len(seconds) < run.config.steps:
         started = time.perf_counter()
@@ -262,7 +258,7 @@ def describe_retrieval(run: Run, batch: Batch, findings: Findings) -> None:
     _, *views = run.views.of(batch, run.accelerator.device)
     for number, (teacher, view) in enumerate(zip(run.teachers, views, strict=True)):
         with run.accelerator.autocast():
-            features = teacher.features(view)
+            features = join([teacher.features(part) for part in view.split(run.config.micro_batches)])
         best = (features.image @ features.text.T).argmax(dim=1).cpu()
         found, size = int((best == torch.arange(len(best))).sum()), len(best)
         role = f"ensemble[{number - 1}]" if number else "teacher"
@@ -272,18 +268,3 @@ def describe_retrieval(run: Run, batch: Batch, findings: Findings) -> None:
                 f"{role} hardly finds any caption: are its weights, tokenizer and preprocessing its own, and are these "
                 "data of a kind that it knows?"
             )
-
-
-@contextlib.contextmanager
-def count_saved() -> Iterator[dict[Any, int]]:
-    """Bytes that autograd keeps for a backward pass, by storage."""
-    saved: dict[Any, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if not tensor.is_leaf or not tensor.requires_grad:  # weights are there anyway
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield saved

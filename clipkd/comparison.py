@@ -1,14 +1,15 @@
 """What the loss terms compare: this process's queries against the keys of all processes and of the queue."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from clipkd import distributed
+from clipkd import distributed, losses
 from clipkd.closed_set import ClosedSet
 from clipkd.momentum import FeatureQueue
 from clipkd.objective import LogitScaleConfig
@@ -18,8 +19,13 @@ from clipkd.views import Features
 Pair = tuple[Tensor, Tensor]
 """The same thing for images and for texts; of logits: image→text and text→image."""
 
+Rows = dict[str, Float[Tensor, "ways b"]]
+"""What a term makes of each query: one row per direction (or whatever it counts), one column per query."""
+
 Value = tuple[Tensor, dict[str, Tensor]]
 """A term, and the series that explain it."""
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Targets(NamedTuple):
@@ -36,7 +42,11 @@ class Targets(NamedTuple):
 
 @dataclass
 class Comparison:
-    """One batch, seen from every term: each matrix of cosines is made once, when the first term asks for it."""
+    """One batch, seen from every term: each matrix of cosines is made once, when the first term asks for it.
+
+    The matrices of a large batch do not fit: `in_panels` shows the terms some queries at a time, as a comparison of its
+    own with the keys of the whole.
+    """
 
     student: Features
     projected: Features
@@ -52,7 +62,69 @@ class Comparison:
     class_features: Float[Tensor, "k d"] | None
     """The student's, of the closed set's prompts."""
     step: int
+    tile_size: int
+    """At most its square of logits are formed at once."""
+    compiled: bool = False
+    """Whether what is done to the logits is compiled."""
+    whole: "Comparison | None" = None
+    """What this is a panel of; None for all queries of this process."""
+    first: int = 0
+    """Number of its first query within the whole."""
+    uses_teacher_scale: bool = False
+    """Whether a term has asked for a teacher's logits, so that its scale means something."""
     made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    @property
+    def root(self) -> "Comparison":
+        """Where the keys are kept."""
+        return self.whole or self
+
+    def panel(self, rows: slice) -> "Comparison":
+        """Some of the queries, with the keys of all."""
+
+        def cut(features: Features) -> Features:
+            return features._replace(image=features.image[rows], text=features.text[rows])
+
+        targets, fused = self.targets, self.fused
+        return dataclasses.replace(
+            self,
+            student=cut(self.student),
+            projected=cut(self.projected),
+            targets=Targets(
+                tuple(cut(teacher) for teacher in targets.teachers),
+                None if targets.momentum is None else cut(targets.momentum),
+                None if targets.ids is None else targets.ids[rows],
+                None if targets.labels is None else targets.labels[rows],
+            ),
+            fused=None if fused is None else (fused[0][rows], fused[1][rows]),
+            whole=self,
+            first=rows.start,
+            made={},
+        )
+
+    def in_panels(self, compute: Callable[["Comparison"], Rows]) -> Rows:
+        """What compute gives for every query, without forming more than tile_size² logits at once."""
+        num_queries, height = len(self.student.image), self.panel_height
+        if height < num_queries:
+            # Each panel is computed again for its gradient, when no process may wait for another: an empty one first
+            # makes all keys that the processes must gather.
+            compute(self.panel(slice(0, 0)))
+        return losses.in_panels(lambda rows: compute(self.panel(rows)), num_queries, height=height)
+
+    @property
+    def num_candidates(self) -> int:
+        """Columns of the widest matrix of logits."""
+        queued = 0 if self.queue is None else len(self.queue)
+        classes = 0 if self.class_features is None else len(self.class_features)
+        return max(len(self.student.image) * distributed.world_size() + queued, classes)
+
+    @property
+    def panel_height(self) -> int:
+        return losses.panel_height(self.num_candidates, tile_size=self.tile_size)
+
+    def tile(self, function: F) -> F:
+        """A function of logits as it is applied to a panel."""
+        return losses.compile_tile(function) if self.compiled and len(self.student.image) else function
 
     def once(self, *key: Any, make: Callable[[], Any]) -> Any:
         if key not in self.made:
@@ -65,11 +137,12 @@ class Comparison:
 
     def batch_keys(self, kind: Keys, teacher: int = 0) -> Pair:
         """Features of all processes' pairs, in rank order; the student's own with their gradient."""
+        root = self.root
         gather = distributed.gather if kind == "student" else distributed.gather_constant
-        source = {"student": self.student, "momentum": self.targets.momentum}.get(kind)
-        features = self.targets.teachers[teacher] if kind == "teacher" else source
+        source = {"student": root.student, "momentum": root.targets.momentum}.get(kind)
+        features = root.targets.teachers[teacher] if kind == "teacher" else source
         assert features is not None
-        return self.once("batch keys", kind, teacher, make=lambda: (gather(features.image), gather(features.text)))
+        return root.once("batch keys", kind, teacher, make=lambda: (gather(features.image), gather(features.text)))
 
     def keys(self, kind: Keys, *, queue: bool, teacher: int = 0) -> Pair:
         """The batch's keys, followed by the queue's where a term wants it."""
@@ -79,14 +152,20 @@ class Comparison:
         assert self.queue is not None
         ring = "teacher" if kind == "teacher" else "momentum"
         old = self.queue.filled(f"{ring}_image"), self.queue.filled(f"{ring}_text")
-        return self.once(
+        return self.root.once(
             "keys", kind, teacher, make=lambda: tuple(torch.cat(pair) for pair in zip(batch, old, strict=True))
         )
 
     def projected_keys(self) -> Pair:
         """The student's features in the teacher's space, of all processes, with their gradient."""
-        image, text = self.projected.image, self.projected.text
-        return self.once("projected keys", make=lambda: (distributed.gather(image), distributed.gather(text)))
+        image, text = self.root.projected.image, self.root.projected.text
+        return self.root.once("projected keys", make=lambda: (distributed.gather(image), distributed.gather(text)))
+
+    def fused_keys(self) -> Pair:
+        """AFD's fused features of all processes, with their gradient."""
+        assert self.root.fused is not None
+        image, text = self.root.fused
+        return self.root.once("fused keys", make=lambda: (distributed.gather(image), distributed.gather(text)))
 
     def cosines(self, kind: Keys, *, queue: bool) -> Pair:
         """Of the student's queries, in the teacher's space where the keys are the teacher's."""
@@ -117,6 +196,7 @@ class Comparison:
     def teacher_logits(self, teacher: int, *, queue: bool) -> Pair:
         image, text = self.teacher_cosines(teacher, queue=queue)
         scale = self.teacher_scale(teacher)
+        self.root.uses_teacher_scale = True
         return self.once("teacher logits", teacher, queue, make=lambda: (scale * image, scale * text))
 
     def teacher_scale(self, teacher: int) -> Tensor | float:
@@ -128,28 +208,24 @@ class Comparison:
         assert not isinstance(self.policy.teacher, str)
         return self.policy.teacher[teacher] if isinstance(self.policy.teacher, tuple) else self.policy.teacher
 
-    @property
-    def uses_teacher_logits(self) -> bool:
-        """Whether a term has asked for a teacher's logits, so that its scale means something."""
-        return any(key[0] in ("teacher logits", "class logits") for key in self.made)
-
     def class_logits(self) -> Float[Tensor, "b k"]:
         """The teacher's, of images against the closed set's classes."""
         assert self.closed_set is not None
         classes, image = self.closed_set.teacher_classes, self.teacher.image
+        self.root.uses_teacher_scale = True
         return self.once("class logits", make=lambda: self.teacher_scale(0) * image @ classes.T)
 
     @property
     def all_ids(self) -> Int[Tensor, "B"]:
-        ids = self.targets.ids
+        ids = self.root.targets.ids
         assert ids is not None
-        return self.once("ids", make=lambda: distributed.gather_constant(ids))
+        return self.root.once("ids", make=lambda: distributed.gather_constant(ids))
 
     @property
     def own_columns(self) -> Int[Tensor, "b"]:
         """Where this process's pairs stand among those of all processes."""
-        b = len(self.student.image)
-        return torch.arange(b, device=self.student.image.device) + distributed.rank() * b
+        before = distributed.rank() * len(self.root.student.image) + self.first
+        return torch.arange(len(self.student.image), device=self.student.image.device) + before
 
     def positives(self, *, queue: bool) -> Bool[Tensor, "b N"]:
         """Candidates with a query's id."""

@@ -178,6 +178,8 @@ class TrainConfig:
     """Optimizer steps."""
     batch_size: int = 256
     """Image-text pairs per step over all processes."""
+    micro_batches: int = 1
+    """Parts in which a process's share of a batch passes the towers (GradCache): less memory for one more forward pass; negatives and gradient stay those of the whole batch."""
     seed: int = 0
     """Seed of weights, order of data and augmentation."""
     resume: str | None = None
@@ -208,6 +210,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"steps is {self.steps}; it must be 1 or more")
         require(self.batch_size >= 2, f"batch_size is {self.batch_size}; a contrastive batch needs at least 2 pairs")
+        require(
+            1 <= self.micro_batches <= self.batch_size,
+            f"micro_batches is {self.micro_batches}; it must be 1 or more, and no more than batch_size, {self.batch_size}",
+        )
         require(self.threads is None or self.threads >= 1, f"threads is {self.threads}; it must be 1 or more")
         require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")
         require_finite(self)

@@ -1,12 +1,14 @@
-"""What a model costs: parameters, multiply-accumulates and measured latency of each tower."""
+"""What a model costs: parameters, multiply-accumulates and measured latency of each tower, and what training keeps."""
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipkd import students
@@ -67,3 +69,40 @@ def time_median(run: Callable[[], Any], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
     return round(1000 * statistics.median(seconds), 3)
+
+
+class SavedBytes:
+    """What autograd keeps for backward passes, by storage and without the weights: now, and at its peak."""
+
+    def __init__(self) -> None:
+        self.storages: Counter[int] = Counter()
+        self.now = self.peak = 0
+
+    def keep(self, tensor: Tensor) -> "SavedTensor":
+        return SavedTensor(tensor, None if tensor.is_leaf and tensor.requires_grad else self)
+
+
+class SavedTensor:
+    """Counts for as long as the graph holds it."""
+
+    def __init__(self, tensor: Tensor, counter: SavedBytes | None) -> None:
+        self.tensor, self.counter, storage = tensor, counter, tensor.untyped_storage()
+        self.address, self.num_bytes = storage.data_ptr(), storage.nbytes()
+        self.count(1)
+
+    def count(self, number: int) -> None:
+        if self.counter is None:
+            return
+        held, self.counter.storages[self.address] = (n := self.counter.storages[self.address]), n + number
+        self.counter.now += self.num_bytes * (bool(held + number) - bool(held))
+        self.counter.peak = max(self.counter.peak, self.counter.now)
+
+    def __del__(self) -> None:
+        self.count(-1)
+
+
+@contextlib.contextmanager
+def count_saved() -> Iterator[SavedBytes]:
+    saved = SavedBytes()
+    with torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda kept: kept.tensor):
+        yield saved

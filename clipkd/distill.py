@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from clipkd import distributed
 from clipkd.closed_set import ClosedSet
-from clipkd.comparison import Comparison, Pair, Targets
+from clipkd.comparison import Comparison, Pair, Rows, Targets
 from clipkd.models import Encoder
 from clipkd.momentum import ClassPrior, FeatureQueue
 from clipkd.objective import ObjectiveConfig
@@ -70,6 +70,8 @@ class Distiller(nn.Module):
         if rings:
             self.queue = FeatureQueue(objective.queue.capacity, rings, device=device or torch.device("cpu"))  # type: ignore[arg-type]
         self.pending: dict[str, Tensor] = {}
+        self.num_pairs: int | None = None
+        """Of each process's share of a batch, once the processes have agreed."""
 
     def prepare_logit_scale(self) -> None:
         """Start and freeze the student's scale and bias as the policy and the terms ask."""
@@ -93,23 +95,35 @@ class Distiller(nn.Module):
     def needs_momentum(self) -> bool:
         return any(term.needs_momentum for term in self.active.values())
 
-    def forward(self, view: View, targets: Targets, step: int = 0) -> tuple[Float[Tensor, ""], Metrics]:
-        """This process's share of the batch → (loss, series). The mean over processes is the loss of the global batch.
+    def prompts_at(self, step: int) -> Int[Tensor, "k t"] | None:
+        """Class prompts that the student reads at a step, if the objective has any."""
+        return None if self.closed_set is None else self.closed_set.prompts_at(step)
 
-        Series are unweighted and detached. step: completed optimizer steps, for warm-ups and ramps.
-        """
-        student = self.student.features(view)
-        classes = None if self.closed_set is None else self.student.encode_text(self.closed_set.prompts_at(step))
-        with torch.autocast(view.images.device.type, enabled=False):  # bf16 logits are off by 13 %
-            return self.loss(student, targets, step=step, class_features=classes)
+    def forward(
+        self, view: View, prompts: Int[Tensor, "k t"] | None = None
+    ) -> tuple[Features, Float[Tensor, "k d"] | None]:
+        """The towers alone, which is what DDP and autocast need to see: features of a view, and of class prompts."""
+        return self.student.features(view), None if prompts is None else self.student.encode_text(prompts)
 
     def loss(
         self, student: Features, targets: Targets, *, step: int = 0, class_features: Float[Tensor, "k d"] | None = None
     ) -> tuple[Float[Tensor, ""], Metrics]:
-        """Weighted sum of the terms that are on, and all that is worth a curve."""
-        targets = detach(targets)
+        """Weighted sum of the terms that are on, and all that is worth a curve (unweighted, detached).
+
+        Both are this process's share of the batch: the mean over processes is the loss of the global batch. step:
+        completed optimizer steps, for warm-ups and ramps.
+
+        Raises: ValueError if the processes bring different numbers of pairs.
+        """
+        self.require_even_batch(len(student.image))
+        with torch.autocast(student.image.device.type, enabled=False):  # bf16 logits are off by 13 %
+            return self.combine(self.compare(student, detach(targets), step=step, class_features=class_features))
+
+    def compare(
+        self, student: Features, targets: Targets, *, step: int, class_features: Float[Tensor, "k d"] | None
+    ) -> Comparison:
         projected = self.project(student) if targets.teachers else student
-        comparison = Comparison(
+        return Comparison(
             student=student,
             projected=projected,
             targets=targets,
@@ -120,21 +134,46 @@ class Distiller(nn.Module):
             closed_set=self.closed_set,
             class_features=class_features,
             step=step,
+            tile_size=self.objective.tile_size,
+            compiled=self.objective.compile,
         )
+
+    def combine(self, comparison: Comparison) -> tuple[Float[Tensor, ""], Metrics]:
+        step, student = comparison.step, comparison.student
+        rows = comparison.in_panels(self.rows)
         metrics: Metrics = {"logit_scale": student.logit_scale}
         if self.objective.needs_bias and student.logit_bias is not None:
             metrics["logit_bias"] = student.logit_bias
         metrics |= {f"{name}_logit_scale": scale for name, scale in comparison.scales.items()}
         total: list[Tensor] = []
         for name, term in self.active.items():
-            value, parts = TERMS[name](term, comparison)
+            own = {key.removeprefix(f"{name}/"): value for key, value in rows.items() if key.startswith(f"{name}/")}
+            value, parts = TERMS[name].value(term, own)
             total.append(term.factor(step) * value)
             metrics |= {name: value, **{f"{name}_{part}": number for part, number in parts.items()}}
-        if comparison.uses_teacher_logits:
+        if comparison.uses_teacher_scale:
             metrics["teacher_logit_scale"] = torch.as_tensor(comparison.teacher_scale(0), device=student.image.device)
         self.remember(comparison)
         loss = torch.stack(total).sum()
         return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in metrics.items()}}
+
+    def rows(self, comparison: Comparison) -> Rows:
+        """Every term's, under TERM/NAME."""
+        return {
+            f"{name}/{key}": row
+            for name, term in self.active.items()
+            for key, row in TERMS[name].rows(term, comparison).items()
+        }
+
+    def require_even_batch(self, num_pairs: int) -> None:
+        """Raises: ValueError. Collectives on rows of different numbers would hang or mix them up."""
+        if distributed.world_size() == 1 or num_pairs == self.num_pairs:
+            return
+        counts = distributed.gather_objects(num_pairs) if self.num_pairs is None else [self.num_pairs, num_pairs]
+        if len(set(counts)) > 1:
+            what = "the processes bring" if self.num_pairs is None else "this process's batches have"
+            raise ValueError(f"{what} {counts} pairs; every batch needs the same number on every process")
+        self.num_pairs = num_pairs
 
     def project(self, student: Features) -> Features:
         """The student's features in the teacher's space, normalised again if anything was done to them."""

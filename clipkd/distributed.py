@@ -48,10 +48,9 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        # all_reduce and slice, not reduce_scatter: gloo on CPU lacks the latter.
-        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may share it with others
-        dist.all_reduce(gradient)
-        return gradient.chunk(world_size())[rank()]
+        own = gradient.new_empty(len(gradient) // world_size(), *gradient.shape[1:])
+        dist.reduce_scatter_tensor(own, gradient.contiguous())
+        return own
 
 
 def gather(rows: Float[Tensor, "b d"]) -> Float[Tensor, "B d"]:

@@ -102,6 +102,10 @@ class ObjectiveConfig:
     """Logit-scale policy."""
     queue: QueueConfig = field(default_factory=QueueConfig)
     """Queue of keys from earlier batches."""
+    tile_size: int = 2048
+    """At most tile_size² logits of a kind are formed at once; more are made some rows at a time, which gives the same numbers."""
+    compile: bool = False
+    """Fuse what is done to the logits (torch.compile): faster after the first steps, which compile."""
 
     def terms(self) -> dict[str, Term]:
         """Every term by name."""
@@ -124,6 +128,7 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         for name, term in self.terms().items():
             term.check(name)
+        require(self.tile_size >= 1, f"objective.tile_size is {self.tile_size}; it must be 1 or more")
         self.logit_scale.check()
         self.check_queue()
         self.check_policy()

@@ -103,3 +103,7 @@ class Stopwatch:
         }
         self.window_seconds, self.window_images, self.window_wait = seconds, 0, 0.0
         return rates
+
+
+def mib(num_bytes: float) -> str:
+    return f"{num_bytes / (1 << 20):,.1f} MiB"

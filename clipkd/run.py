@@ -16,6 +16,7 @@ from clipkd.assemble import Parts, assemble, identify, make_distiller, make_opti
 from clipkd.config import TrainConfig
 from clipkd.distill import Distiller
 from clipkd.evaluation import Embedder, Subject, describe_result, measure, result_row
+from clipkd.loss_memory import LossMemory, measure_loss_memory
 from clipkd.models import Encoder
 from clipkd.progress import Stopwatch
 from clipkd.resume import claim, find_checkpoint, require_same_run
@@ -69,7 +70,8 @@ def open_run(config: TrainConfig) -> Run:
         torch.set_num_threads(config.threads)
     parts = assemble(config)
     run = build_run(config, parts)
-    distributed.together(lambda: open_folder(run, parts.pairs) if run.accelerator.is_main_process else None)
+    memory = measure_loss_memory(run.distiller, [t.dim for t in run.teachers], batch_size=config.batch_size)
+    distributed.together(lambda: open_folder(run, parts.pairs, memory) if run.accelerator.is_main_process else None)
     if config.log.trackers:
         plain = configuration.flatten(configuration.to_dict(config))
         # Trackers take no lists.
@@ -128,7 +130,7 @@ def build_run(config: TrainConfig, parts: Parts) -> Run:
     )
 
 
-def open_folder(run: Run, pairs: data.Pairs) -> None:
+def open_folder(run: Run, pairs: data.Pairs, memory: LossMemory) -> None:
     """config.yaml, and the records of earlier steps without those that will be done again.
 
     Raises: ValueError if another process writes into the folder.
@@ -136,6 +138,7 @@ def open_folder(run: Run, pairs: data.Pairs) -> None:
     start, steps = run.start, run.config.steps
     where = f"from step {start} of {steps}" if start == 0 else f"resumed from step {start} of {steps}"
     progress.console.print(f"{run.folder}: {where}, {pairs.describe()}", soft_wrap=True, markup=False)
+    progress.console.print(f"loss: {memory.describe()}", soft_wrap=True, markup=False)
     run.folder.mkdir(parents=True, exist_ok=True)
     run.claim = claim(run.folder)
     configuration.save(run.config, run.folder / "config.yaml")

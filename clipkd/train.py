@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipkd import checkpoint, data, distributed, metrics_log, momentum, optim, progress, stops
+from clipkd import checkpoint, data, distributed, gradient_cache, metrics_log, momentum, optim, progress, stops
 from clipkd.comparison import Targets
 from clipkd.config import TrainConfig
+from clipkd.models import Encoder
 from clipkd.run import Run, evaluate_tasks, evaluation_is_due, is_evaluated, log, open_run, save, skipped_too_much
-from clipkd.views import Batch, View
+from clipkd.views import Batch, Features, View, join
 
 
 def train(config: TrainConfig) -> Path:
@@ -99,13 +100,9 @@ def training_step(run: Run, batch: Batch, step: int) -> dict[str, Tensor]:
         step, peak=options.learning_rate, warmup_steps=options.warmup_steps, steps=run.config.steps
     )
     optim.set_learning_rate(optimizer, rate)
-    # Dropout as a function of seed, step and process: a resumed run needs no random state.
-    torch.manual_seed(int(np.random.SeedSequence((run.config.seed, step, distributed.rank())).generate_state(1)[0]))
-
     student_view, *teacher_views = run.views.of(batch, accelerator.device)
     targets = find_targets(run, batch, student_view, teacher_views)
-    loss, metrics = run.model(student_view, targets, step)
-    accelerator.backward(loss)
+    loss, metrics = backward(run, student_view, targets, step)
     if step == run.start:
         require_all_trained(run)
     norm = accelerator.clip_grad_norm_(run.distiller.parameters(), options.clip_norm or math.inf)
@@ -121,17 +118,42 @@ def training_step(run: Run, batch: Batch, step: int) -> dict[str, Tensor]:
     return {**metrics, "grad_norm": norm, "lr": torch.tensor(rate)}
 
 
+def backward(run: Run, view: View, targets: Targets, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and series of this process's share of the batch; its gradients are in the parameters, averaged over processes."""
+    seed, distiller, parts = run.config.seed, run.distiller, run.config.micro_batches
+
+    def reseed(*micro_batch: int) -> None:
+        """Dropout as a function of seed, step, process and micro-batch: a resumed run needs no random state."""
+        sequence = np.random.SeedSequence((seed, step, distributed.rank(), *micro_batch))
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
+
+    if parts > 1:
+        exchange, start = run.model, run.accelerator.backward
+        return gradient_cache.backward(
+            distiller, view, targets, step=step, micro_batches=parts, reseed=reseed, model=exchange, backward=start
+        )
+    reseed()
+    student, classes = run.model(view, distiller.prompts_at(step))
+    loss, metrics = distiller.loss(student, targets, step=step, class_features=classes)
+    run.accelerator.backward(loss)
+    return loss, metrics
+
+
 @torch.no_grad()
 def find_targets(run: Run, batch: Batch, view: View, teacher_views: list[View]) -> Targets:
     """What the frozen teachers say of the batch, and the moving average of the student's view."""
-    device = run.accelerator.device
+    device, parts = run.accelerator.device, run.config.micro_batches
     require_known_labels(run, batch)
+
+    def features(encoder: Encoder, own: View) -> Features:
+        return join([encoder.features(part) for part in own.split(parts)])
+
     with run.accelerator.autocast():
-        teachers = tuple(teacher.features(own) for teacher, own in zip(run.teachers, teacher_views, strict=True))
+        teachers = tuple(features(teacher, own) for teacher, own in zip(run.teachers, teacher_views, strict=True))
         momentum_features = None
         if run.distiller.needs_momentum:
             assert run.ema is not None
-            momentum_features = run.ema.features(view)
+            momentum_features = features(run.ema, view)
     return Targets(teachers, momentum_features, batch.ids.to(device), batch.labels.to(device))
 
 

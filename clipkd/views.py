@@ -45,6 +45,12 @@ class View(NamedTuple):
     images: Float[Tensor, "b 3 h w"]
     texts: Int[Tensor, "b t"]
 
+    def split(self, parts: int) -> list["View"]:
+        """Into parts of as equal size as may be."""
+        return [
+            View(*part) for part in zip(self.images.tensor_split(parts), self.texts.tensor_split(parts), strict=True)
+        ]
+
 
 class Batch(NamedTuple):
     """One process's share of a global batch, everything that several models see alike made once."""
@@ -103,3 +109,9 @@ class Features(NamedTuple):
     def detach(self) -> "Features":
         bias = None if self.logit_bias is None else self.logit_bias.detach()
         return Features(self.image.detach(), self.text.detach(), self.logit_scale.detach(), bias)
+
+
+def join(parts: Sequence[Features]) -> Features:
+    """One model's features of the parts of a batch, as those of the whole."""
+    image, text = torch.cat([part.image for part in parts]), torch.cat([part.text for part in parts])
+    return parts[0]._replace(image=image, text=text)

@@ -11,21 +11,33 @@ from clipkd.losses.soft_targets import (
     soft_cross_entropy,
     soft_target_statistics,
 )
-from clipkd.losses.streaming import Queue, SimilarityStatistics, similarity_statistics
+from clipkd.losses.streaming import (
+    TILE_SIZE,
+    Queue,
+    SimilarityStatistics,
+    compile_tile,
+    in_panels,
+    panel_height,
+    similarity_statistics,
+)
 
 __all__ = [
+    "TILE_SIZE",
     "Queue",
     "RowStatistics",
     "SimilarityStatistics",
     "SoftTargetStatistics",
+    "compile_tile",
     "dkl",
     "feature_mse",
     "gkl",
+    "in_panels",
     "info_nce",
     "info_nce_gradients",
     "kl",
     "log_mean_softmax",
     "mixed_target",
+    "panel_height",
     "row_statistics",
     "row_weights",
     "sigmoid_loss",

@@ -83,9 +83,11 @@ def row_weights(log_weight_mass: Float[Tensor, "b"], row_weight: Literal["refere
     raise ValueError(f"row_weight is {row_weight!r}; choose 'reference' or 'uniform'")
 
 
-def weighted_squared_error(rows: RowStatistics, weights: Float[Tensor, "b"]) -> Float[Tensor, ""]:
+def weighted_squared_error(
+    variance: Float[Tensor, "*ways b"], weights: Float[Tensor, "*ways b"]
+) -> Float[Tensor, "*ways"]:
     """GKL's squared-error half ½ Σ_i ω_i Var_i; weights ω: the rows' shares, from `row_weights`."""
-    return 0.5 * (weights * rows.variance).sum()
+    return 0.5 * (weights * variance).sum(dim=-1)
 
 
 def gkl(
@@ -123,7 +125,7 @@ def gkl(
         squared_error_logits=squared_error_logits,
     )
     factor = temperature**2 if scale_by_temperature_squared else 1.0
-    weighted_mse = weighted_squared_error(rows, row_weights(rows.log_weight_mass, row_weight))
+    weighted_mse = weighted_squared_error(rows.variance, row_weights(rows.log_weight_mass, row_weight))
     return ce_weight * factor * rows.ce.mean() + mse_weight * weighted_mse
 
 

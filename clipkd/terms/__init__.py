@@ -1,35 +1,50 @@
-"""Every loss term by its name in the configuration: options and comparison in, value and explaining series out.
+"""Every loss term by its name in the configuration, in two halves: what each query gives, and what all of them come to.
 
-Each value is this process's share: the mean over processes is the term of the global batch, and so are the gradients.
+The first half sees some of the queries at a time and all of their keys; the second has every query of this process, and
+gives its share: the mean over processes is the term of the global batch, and so are the gradients.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from clipkd.comparison import Comparison
+from clipkd.comparison import Comparison, Rows, Value
 from clipkd.terms import contrastive, features, soft_targets
 
 Metrics = dict[str, Tensor]
 
-TERMS: dict[str, Callable[[Any, Comparison], tuple[Tensor, Metrics]]] = {
-    "info_nce": contrastive.info_nce,
-    "sigmoid": contrastive.sigmoid,
-    "gkl": soft_targets.gkl,
-    "dkl": soft_targets.dkl,
-    "kl": soft_targets.kl,
-    "soft_ce": soft_targets.soft_ce,
-    "affinity": soft_targets.affinity,
-    "soft_bce": contrastive.soft_bce,
-    "itc": contrastive.itc,
-    "closed_set": soft_targets.closed_set,
-    "features": features.features,
-    "icl": contrastive.icl,
-    "gd": features.gd,
-    "afd": contrastive.afd,
-    "vrd": features.vrd,
-    "xrd": features.xrd,
+
+def mean(_: Any, rows: Rows) -> Value:
+    """Over directions and queries; rows beside `value` are series."""
+    means = {name: row.mean() for name, row in rows.items()}
+    return means.pop("value"), means
+
+
+class LossTerm(NamedTuple):
+    rows: Callable[[Any, Comparison], Rows]
+    """Options and comparison → per-query vectors by name."""
+    value: Callable[[Any, Rows], Value] = mean
+    """Options and the vectors of all queries → the term and its series."""
+
+
+TERMS = {
+    "info_nce": LossTerm(contrastive.info_nce),
+    "sigmoid": LossTerm(contrastive.sigmoid),
+    "gkl": LossTerm(soft_targets.gkl, soft_targets.weigh_halves),
+    "dkl": LossTerm(soft_targets.dkl, soft_targets.weigh_halves),
+    "kl": LossTerm(soft_targets.kl),
+    "soft_ce": LossTerm(soft_targets.soft_ce),
+    "affinity": LossTerm(soft_targets.affinity),
+    "soft_bce": LossTerm(contrastive.soft_bce),
+    "itc": LossTerm(contrastive.itc),
+    "closed_set": LossTerm(soft_targets.closed_set, soft_targets.weigh_halves),
+    "features": LossTerm(features.features),
+    "icl": LossTerm(contrastive.icl),
+    "gd": LossTerm(features.gd),
+    "afd": LossTerm(contrastive.afd),
+    "vrd": LossTerm(features.vrd),
+    "xrd": LossTerm(features.xrd),
 }
 """Name in ObjectiveConfig → term."""
 

@@ -7,13 +7,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clipkd import distributed, losses
-from clipkd.comparison import Comparison, Pair, Value
-from clipkd.losses import RowStatistics, SoftTargetStatistics
+from clipkd.comparison import Comparison, Pair, Rows, Value
+from clipkd.losses import SoftTargetStatistics
 from clipkd.term_options import AffinityTerm, ClosedSetTerm, DKLTerm, GKLOptions, GKLTerm, SoftTargetTerm
 
 
-def gkl(term: GKLTerm, comparison: Comparison) -> Value:
-    """Mean of both directions; the series tell the halves apart, and KL from the teacher's entropy."""
+def gkl(term: GKLTerm, comparison: Comparison) -> Rows:
+    """Both directions; the series tell the halves apart, and KL from the teacher's entropy."""
     logits = comparison.student_logits(term.keys, queue=term.queue)
     movable = logits
     if not comparison.policy.mse_moves_scale:
@@ -23,91 +23,99 @@ def gkl(term: GKLTerm, comparison: Comparison) -> Value:
     return both_directions(term, comparison, logits, movable)
 
 
-def dkl(term: DKLTerm, comparison: Comparison) -> Value:
+def dkl(term: DKLTerm, comparison: Comparison) -> Rows:
     """GKL whose squared error does not reach the student: kept for comparison, its curve shows what GKL adds."""
     image, text = comparison.student_logits(term.keys, queue=term.queue)
     return both_directions(term, comparison, (image, text), (image.detach(), text.detach()))
 
 
-def both_directions(term: GKLTerm, comparison: Comparison, logits: Pair, movable: Pair) -> Value:
+def both_directions(term: GKLTerm, comparison: Comparison, logits: Pair, movable: Pair) -> Rows:
     """movable: the student's logits once more, as the squared error may move them."""
+    row_statistics = comparison.tile(losses.row_statistics)
     teacher_logits = comparison.teacher_logits(0, queue=term.queue)
-    return mean_of(
-        weigh_halves(
-            term,
-            losses.row_statistics(
-                student,
-                teacher,
-                temperature=term.temperature,
-                weight_temperature=term.weight_temperature,
-                gamma=term.gamma,
-                squared_error_logits=squared,
-            ),
+    return stack(
+        row_statistics(
+            student,
+            teacher,
+            temperature=term.temperature,
+            weight_temperature=term.weight_temperature,
+            gamma=term.gamma,
+            squared_error_logits=squared,
         )
         for student, teacher, squared in zip(logits, teacher_logits, movable, strict=True)
     )
 
 
-def weigh_halves(term: GKLOptions, rows: RowStatistics) -> Value:
-    weighted_mse = losses.weighted_squared_error(rows, local_row_weights(rows.log_weight_mass, term))
+def weigh_halves(term: GKLOptions, rows: Rows) -> Value:
+    """Of all queries: the squared error's weights are shares of the whole batch's."""
+    weights = local_row_weights(rows["log_weight_mass"], term)
+    weighted_mse = losses.weighted_squared_error(rows["variance"], weights).mean()
     factor = term.temperature**2 if term.scale_by_temperature_squared else 1.0
-    value = term.ce_weight * factor * rows.ce.mean() + term.mse_weight * weighted_mse
-    return value, {"wmse": weighted_mse, **series(rows)}
+    value = term.ce_weight * factor * rows["soft_ce"].mean() + term.mse_weight * weighted_mse
+    curves = {name: rows[name].mean() for name in ("kl", "soft_ce", "teacher_entropy")}
+    return value, {"wmse": weighted_mse, **curves}
 
 
-def local_row_weights(log_weight_mass: Float[Tensor, "b"], term: GKLOptions) -> Float[Tensor, "b"]:
+def local_row_weights(log_weight_mass: Float[Tensor, "ways b"], term: GKLOptions) -> Float[Tensor, "ways b"]:
     """This process's rows' weights, normalised over all processes, times their number since losses are averaged over them."""
-    weights = losses.row_weights(distributed.gather_constant(log_weight_mass), term.row_weight)
-    return weights.chunk(distributed.world_size())[distributed.rank()] * distributed.world_size()
+    everywhere = distributed.gather_constant(log_weight_mass.T).T
+    weights = torch.stack([losses.row_weights(way, term.row_weight) for way in everywhere])
+    return weights.chunk(distributed.world_size(), dim=-1)[distributed.rank()] * distributed.world_size()
 
 
-def series(rows: SoftTargetStatistics) -> dict[str, Tensor]:
-    """A soft cross-entropy is KL plus the teacher's entropy, which hides its decrease: three curves."""
-    return {"kl": rows.kl.mean(), "soft_ce": rows.ce.mean(), "teacher_entropy": rows.teacher_entropy.mean()}
+def stack(ways: Iterable[SoftTargetStatistics]) -> Rows:
+    """The directions' statistics above each other. Soft cross-entropy is KL plus the teacher's entropy: three curves."""
+    found = [vars(way) for way in ways]
+    rows = {name: torch.stack([way[name] for way in found]) for name in found[0]}
+    return {"soft_ce": rows.pop("ce"), **rows}
 
 
-def kl(term: SoftTargetTerm, comparison: Comparison) -> Value:
+def kl(term: SoftTargetTerm, comparison: Comparison) -> Rows:
     return soft_target(term, comparison, "kl")
 
 
-def soft_ce(term: SoftTargetTerm, comparison: Comparison) -> Value:
+def soft_ce(term: SoftTargetTerm, comparison: Comparison) -> Rows:
     return soft_target(term, comparison, "soft_ce")
 
 
-def soft_target(term: SoftTargetTerm, comparison: Comparison, which: str) -> Value:
+def soft_target(term: SoftTargetTerm, comparison: Comparison, which: str) -> Rows:
     """Against the mean of all teachers' softmaxes, which of one teacher is its softmax."""
+    log_mean_softmax = comparison.tile(losses.log_mean_softmax)
+    statistics = comparison.tile(losses.soft_target_statistics)
     numbers = range(len(comparison.targets.teachers))
     teachers = [comparison.teacher_logits(number, queue=term.queue) for number in numbers]
-    parts: list[Value] = []
-    for way, logits in enumerate(comparison.student_logits(term.keys, queue=term.queue)):
-        target = losses.log_mean_softmax([pair[way] for pair in teachers], temperature=term.temperature)
-        found = series(losses.soft_target_statistics(logits, target, temperature=term.temperature))
-        parts.append((found[which], found))
-    value, curves = mean_of(parts)
+    rows = stack(
+        statistics(
+            logits,
+            log_mean_softmax([pair[way] for pair in teachers], temperature=term.temperature),
+            temperature=term.temperature,
+        )
+        for way, logits in enumerate(comparison.student_logits(term.keys, queue=term.queue))
+    )
     if not term.scale_by_temperature_squared:
-        del curves[which]  # the term itself
-        return value, curves
-    return term.temperature**2 * value, curves
+        return {"value": rows.pop(which), **rows}  # the term itself is that series
+    return {"value": term.temperature**2 * rows[which], **rows}
 
 
-def affinity(term: AffinityTerm, comparison: Comparison) -> Value:
+def affinity(term: AffinityTerm, comparison: Comparison) -> Rows:
     """Soft cross-entropy of both models' affinities at one fixed scale (TinyCLIP, arXiv 2309.12314)."""
+    statistics = comparison.tile(losses.soft_target_statistics)
     student = comparison.cosines(term.keys, queue=term.queue)
     teacher = comparison.teacher_cosines(0, queue=term.queue)
-    parts: list[Value] = []
-    for s, t in zip(student, teacher, strict=True):
-        rows = losses.soft_target_statistics(term.scale * s, (term.scale * t).log_softmax(dim=-1))
-        parts.append((rows.ce.mean(), series(rows)))
-    return mean_of(parts)
+    rows = stack(
+        statistics(term.scale * s, (term.scale * t).log_softmax(dim=-1)) for s, t in zip(student, teacher, strict=True)
+    )
+    return {"value": rows["soft_ce"], **rows}
 
 
-def closed_set(term: ClosedSetTerm, comparison: Comparison) -> Value:
+def closed_set(term: ClosedSetTerm, comparison: Comparison) -> Rows:
     """GKL of images against class prompts; a labelled image's pairs weigh by its class's prior (arXiv 2503.08038)."""
     student = comparison.student
     assert comparison.class_features is not None
     cosines = student.image @ comparison.class_features.T
     logits, still = student.logit_scale * cosines, student.logit_scale.detach() * cosines
-    rows = losses.row_statistics(
+    row_statistics = comparison.tile(losses.row_statistics)
+    found = row_statistics(
         logits,
         comparison.class_logits(),
         temperature=term.temperature,
@@ -116,7 +124,7 @@ def closed_set(term: ClosedSetTerm, comparison: Comparison) -> Value:
         pair_prior=pair_prior(term, comparison),
         squared_error_logits=logits if comparison.policy.mse_moves_scale else still,
     )
-    return weigh_halves(term, rows)
+    return stack([found])
 
 
 def pair_prior(term: ClosedSetTerm, comparison: Comparison) -> Tensor | None:
@@ -128,9 +136,3 @@ def pair_prior(term: ClosedSetTerm, comparison: Comparison) -> Tensor | None:
     # A probability that underflowed has weight 0 at any gamma but 0; its logarithm must stay a number.
     prior = bank.prior.rows(labels).to(own.dtype).clamp(min=torch.finfo(torch.float32).tiny)
     return torch.where((labels >= 0)[:, None], prior.log(), own)
-
-
-def mean_of(values: Iterable[Value]) -> Value:
-    """Mean over directions of values and series."""
-    numbers, parts = zip(*values, strict=True)
-    return torch.stack(numbers).mean(), {key: torch.stack([part[key] for part in parts]).mean() for key in parts[0]}

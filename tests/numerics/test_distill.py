@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_clip import OBJECTIVES, OFF, STUDENT_WIDTH, TEACHER_WIDTH, make_batch, make_distiller, make_encoder, needs
+from tiny_clip import (
+    OBJECTIVES,
+    OFF,
+    STUDENT_WIDTH,
+    TEACHER_WIDTH,
+    make_batch,
+    make_distiller,
+    make_encoder,
+    needs,
+    steps,
+    take_loss,
+)
 from torch import Tensor, nn
 
 from clipkd.comparison import Targets
@@ -81,7 +92,7 @@ def every_term() -> tuple[Distiller, Features, Features, Tensor, dict[str, Tenso
     """Distiller, student's features as lists in its own space, teacher, loss and terms."""
     distiller = make_distiller(OBJECTIVES["every term"], dtype=DOUBLE)
     view, targets = one_teacher(dtype=DOUBLE)
-    loss, metrics = distiller(view, targets)
+    loss, metrics = take_loss(distiller, view, targets)
     with torch.no_grad():
         student = distiller.student.features(view)
     return distiller, student, targets.teachers[0], loss, metrics
@@ -172,7 +183,7 @@ def test_gradient_of_the_students_features_and_scale_is_that_of_finite_differenc
     for number in range(2):  # the second batch finds the first in the queue
         view, targets = make_batch(dtype=DOUBLE, num=4, number=number)
         targets = needs(name, targets)
-        distiller(view, targets)
+        take_loss(distiller, view, targets)
         if number == 0:
             distiller.finish_step()
     with torch.no_grad():
@@ -199,7 +210,7 @@ def test_gkl_in_the_objective_is_the_loss_of_that_name() -> None:
         wanted = teacher.logit_scale * teacher.image @ teacher.text.T
         directions = [(logits, wanted), (logits.T, wanted.T)]
         expected = sum(gkl(s, t, **options, scale_by_temperature_squared=squared).item() for s, t in directions) / 2
-        assert distiller(view, targets)[0].item() == pytest.approx(3 * expected, rel=1e-12)
+        assert take_loss(distiller, view, targets)[0].item() == pytest.approx(3 * expected, rel=1e-12)
 
 
 def test_teacher_keys_by_hand() -> None:
@@ -237,7 +248,7 @@ GKL_SERIES = {"gkl", "gkl_kl", "gkl_soft_ce", "gkl_wmse", "gkl_teacher_entropy"}
 )
 def test_only_terms_with_a_weight_are_logged(name: str, terms: set[str]) -> None:
     distiller = make_distiller(OBJECTIVES[name], dtype=torch.float32)
-    _, metrics = distiller(*one_teacher(dtype=torch.float32))
+    _, metrics = take_loss(distiller, *one_teacher(dtype=torch.float32))
     uses_teacher_logits = {"teacher_logit_scale"} if name not in ("task alone", "features alone") else set()
     assert set(metrics) == terms | {"loss", "logit_scale"} | uses_teacher_logits
     assert metrics["logit_scale"].item() == pytest.approx(math.exp(2.0), rel=1e-6)
@@ -247,9 +258,9 @@ def test_only_terms_with_a_weight_are_logged(name: str, terms: set[str]) -> None
 def test_without_a_teacher_the_task_loss_is_all() -> None:
     distiller = make_distiller(OBJECTIVES["task alone"], dtype=torch.float32, teacher_dim=None)
     view, targets = one_teacher(dtype=torch.float32)
-    loss, metrics = distiller(view, Targets())
+    loss, metrics = take_loss(distiller, view, Targets())
     assert set(metrics) == {"loss", "logit_scale", "info_nce"}
-    assert loss.item() == distiller(view, targets)[0].item()
+    assert loss.item() == take_loss(distiller, view, targets)[0].item()
 
 
 TEACHER_KEYS = SoftTargetTerm(weight=1.0, keys="teacher")
@@ -290,7 +301,7 @@ def test_with_equal_widths_features_are_compared_as_they_are() -> None:
     student, teacher = distiller.student.features(view), targets.teachers[0]
     cosines = (student.image * teacher.image).sum(dim=1), (student.text * teacher.text).sum(dim=1)
     expected = sum(2 * (1 - c.mean().item()) / STUDENT_WIDTH for c in cosines)
-    assert distiller(view, targets)[0].item() == pytest.approx(expected, rel=1e-12)
+    assert take_loss(distiller, view, targets)[0].item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -298,7 +309,7 @@ def test_with_equal_widths_features_are_compared_as_they_are() -> None:
 def test_every_trainable_parameter_gets_a_gradient_as_ddp_demands(name: str, teacher_dim: int) -> None:
     distiller = make_distiller(OBJECTIVES[name], dtype=DOUBLE, teacher_dim=teacher_dim)
     view, targets = make_batch(dtype=DOUBLE, teacher_dim=teacher_dim)
-    distiller(view, needs(name, targets))[0].backward()
+    take_loss(distiller, view, needs(name, targets))[0].backward()
     without = [n for n, p in distiller.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert without == []
 
@@ -321,7 +332,7 @@ def test_no_gradient_reaches_the_teachers_features() -> None:
     distiller = make_distiller(OBJECTIVES["every term"], dtype=DOUBLE)
     view, targets = one_teacher(dtype=DOUBLE)
     leaves = [part.clone().requires_grad_() for part in targets.teachers[0][:3]]
-    distiller(view, Targets((Features(*leaves),)))[0].backward()
+    take_loss(distiller, view, Targets((Features(*leaves),)))[0].backward()
     assert [leaf.shape for leaf in leaves if leaf.grad is not None] == []
 
 
@@ -329,12 +340,12 @@ def test_under_autocast_logits_and_loss_stay_in_float32() -> None:
     distiller = make_distiller(OBJECTIVES["every term"], dtype=torch.float32)
     view, targets = one_teacher(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, metrics = distiller(view, targets)
+        loss, metrics = take_loss(distiller, view, targets)
         student = distiller.student.features(view)
     assert loss.dtype == torch.float32
     assert all(value.dtype == torch.float32 for value in metrics.values())
     assert loss.item() == distiller.loss(student, targets)[0].item()
-    assert loss.item() != distiller(view, targets)[0].item()  # the towers did run in bfloat16
+    assert loss.item() != take_loss(distiller, view, targets)[0].item()  # the towers did run in bfloat16
 
 
 def test_the_checkpoint_of_a_distiller_holds_student_and_projections() -> None:
@@ -342,3 +353,16 @@ def test_the_checkpoint_of_a_distiller_holds_student_and_projections() -> None:
     names = {name.split(".")[0] for name in distiller.state_dict()}
     assert names == {"student", "image_projection", "text_projection"}
     assert isinstance(make_distiller(OBJECTIVES["task alone"], dtype=DOUBLE).image_projection, nn.Identity)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(DOUBLE, 1e-12), (torch.float32, 2e-5)], ids=str)
+@pytest.mark.parametrize("tile_size", [1, 6, 9])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_any_panel_of_queries_gives_the_same_series_gradients_and_memory(
+    name: str, tile_size: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    whole, panels = steps(name, dtype), steps(name, dtype, tile_size=tile_size)
+    assert panels.keys() == whole.keys()
+    for key, expected in whole.items():
+        error = (panels[key] - expected).double().norm().item()
+        assert error <= tolerance * max(expected.double().norm().item(), 1e-3), f"{key}: {error}"

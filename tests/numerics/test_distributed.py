@@ -88,14 +88,34 @@ def test_mean_is_the_mean_over_processes(processes: list[Seen]) -> None:
         assert tensors["mean"].tolist() == [2.0, 20.0]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+def test_batches_of_different_sizes_are_refused_on_every_process(processes: list[Seen]) -> None:
+    for _, facts in processes:
+        assert facts["uneven"] == "the processes bring [4, 5] pairs; every batch needs the same number on every process"
+
+
+def test_micro_batches_exchange_their_gradients_once(processes: list[Seen]) -> None:
+    for _, facts in processes:
+        assert facts["exchanges"] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("how", "dtype", "tolerance"),
+    [
+        ("torch.float64", torch.float64, 1e-12),
+        ("torch.float32", torch.float32, 1e-5),
+        # A few queries, or a few pairs through the towers at a time, against the whole batch on one process.
+        ("panels", torch.float64, 1e-12),
+        ("micro-batches", torch.float64, 1e-12),
+        ("panels of micro-batches", torch.float64, 1e-12),
+    ],
+)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_two_processes_give_the_loss_and_gradients_of_one(
-    processes: list[Seen], name: str, dtype: torch.dtype, tolerance: float
+    processes: list[Seen], name: str, how: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     whole = steps(name, dtype)
     halves = [
-        {key.split("/", 2)[2]: value for key, value in tensors.items() if key.startswith(f"{name}/{dtype}/")}
+        {key.split("/", 2)[2]: value for key, value in tensors.items() if key.startswith(f"{name}/{how}/")}
         for tensors, _ in processes
     ]
     assert [set(half) for half in halves] == [set(whole)] * 2

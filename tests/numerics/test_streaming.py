@@ -208,17 +208,17 @@ def test_nothing_is_kept_or_computed_twice_without_gradients() -> None:
 
     matrix = torch.arange(40.0).view(10, 4)
     with torch.no_grad():
-        found = in_panels(compute, 10, num_columns=4, tile_size=4)
+        found = in_panels(compute, 10, height=4)
     assert calls == [slice(0, 4), slice(4, 8), slice(8, 10)]
     assert found["sum"].tolist() == matrix.square().sum(dim=1).tolist()
     assert not found["sum"].requires_grad
     calls.clear()
     matrix.requires_grad_()
-    in_panels(compute, 10, num_columns=4, tile_size=4)["sum"].sum().backward()
+    in_panels(compute, 10, height=4)["sum"].sum().backward()
     assert len(calls) == 6  # once forward, once for the gradient
     assert torch.equal(matrix.grad, 2 * matrix.detach())  # type: ignore[arg-type]
     calls.clear()
-    in_panels(compute, 10, num_columns=4, tile_size=7)
+    in_panels(compute, 10, height=12)
     assert calls == [slice(0, 10)]  # one panel is the plain form
 
 

@@ -8,7 +8,17 @@ import peers
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_clip import NUM_CLASSES, OBJECTIVES, OFF, STUDENT_WIDTH, TEACHER_WIDTH, make_batch, make_distiller, needs
+from tiny_clip import (
+    NUM_CLASSES,
+    OBJECTIVES,
+    OFF,
+    STUDENT_WIDTH,
+    TEACHER_WIDTH,
+    make_batch,
+    make_distiller,
+    needs,
+    take_loss,
+)
 from torch import Tensor
 
 from clipkd import terms
@@ -105,7 +115,7 @@ def test_closed_set_weighs_labelled_images_by_their_classes_running_prior(class_
         targets = needs("", targets)
         t = targets.teachers[0]
         assert targets.labels is not None
-        loss, _ = distiller(view, targets, step)
+        loss, _ = take_loss(distiller, view, targets, step)
         with torch.no_grad():
             student = distiller.student.features(view)
             classes = distiller.student.encode_text(distiller.closed_set.prompts[step % 2])
@@ -239,7 +249,7 @@ def test_a_weight_rises_linearly_over_its_warm_up() -> None:
     assert [term.factor(step) for step in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
     distiller = make_distiller(ObjectiveConfig(info_nce=term), dtype=DOUBLE)
     view, targets = make_batch(dtype=DOUBLE)
-    values = [distiller(view, targets, step) for step in (0, 1, 9)]
+    values = [take_loss(distiller, view, targets, step) for step in (0, 1, 9)]
     assert [loss.item() / series["info_nce"].item() for loss, series in values] == pytest.approx([0.5, 1.0, 2.0])
     ramp = MixedTargetTerm(momentum_share=0.4, teacher_share=0.1, ramp_steps=10)
     assert [ramp.shares(step)[0] for step in (0, 5, 10, 20)] == pytest.approx([0.0, 0.2, 0.4, 0.4])
@@ -247,30 +257,30 @@ def test_a_weight_rises_linearly_over_its_warm_up() -> None:
 
 
 def test_a_term_of_weight_0_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object) -> dict[str, Tensor]:
         raise AssertionError("computed")
 
     for name in terms.TERMS.keys() - {"info_nce"}:
-        monkeypatch.setitem(terms.TERMS, name, fail)
+        monkeypatch.setitem(terms.TERMS, name, terms.LossTerm(fail))
     distiller = make_distiller(ObjectiveConfig(), dtype=DOUBLE)
-    assert "info_nce" in distiller(*make_batch(dtype=DOUBLE))[1]
+    assert "info_nce" in take_loss(distiller, *make_batch(dtype=DOUBLE))[1]
     assert set(terms.TERMS) == set(ObjectiveConfig().terms())
     with pytest.raises(AssertionError, match="computed"):
-        make_distiller(OBJECTIVES["features alone"], dtype=DOUBLE)(*make_batch(dtype=DOUBLE))
+        take_loss(make_distiller(OBJECTIVES["features alone"], dtype=DOUBLE), *make_batch(dtype=DOUBLE))
 
 
 def test_the_batch_is_queued_after_its_loss_and_only_when_the_step_was_good() -> None:
     distiller = make_distiller(OBJECTIVES["queued"], dtype=DOUBLE)
     view, targets = make_batch(dtype=DOUBLE)
     targets = needs("queued", targets)
-    first = distiller(view, targets)[0].item()
-    assert distiller(view, targets)[0].item() == first  # nothing was queued by the loss itself
+    first = take_loss(distiller, view, targets)[0].item()
+    assert take_loss(distiller, view, targets)[0].item() == first  # nothing was queued by the loss itself
     assert distiller.queue is not None
     assert len(distiller.queue) == 0
     distiller.finish_step()
     assert distiller.queue.filled_ids().tolist() == list(range(8))
     assert torch.equal(distiller.queue.filled("teacher_text"), targets.teachers[0].text)
-    assert distiller(view, targets)[0].item() != first
+    assert take_loss(distiller, view, targets)[0].item() != first
 
 
 def test_memory_goes_through_a_checkpoint_and_back() -> None:
@@ -278,14 +288,14 @@ def test_memory_goes_through_a_checkpoint_and_back() -> None:
         distiller = make_distiller(OBJECTIVES[name], dtype=DOUBLE)
         for number in range(3):
             view, targets = make_batch(dtype=DOUBLE, number=number)
-            distiller(view, needs(name, targets))
+            take_loss(distiller, view, needs(name, targets))
             distiller.finish_step()
         again = make_distiller(OBJECTIVES[name], dtype=DOUBLE)
         stored = {key: tensor.clone() for key, tensor in distiller.memory().items()}
         assert stored
         again.load_memory(stored)
         view, targets = make_batch(dtype=DOUBLE, number=4)
-        values = [one(view, needs(name, targets))[0].item() for one in (distiller, again)]
+        values = [take_loss(one, view, needs(name, targets))[0].item() for one in (distiller, again)]
         assert values[0] == values[1]
     assert make_distiller(ObjectiveConfig(), dtype=DOUBLE).memory() == {}
 

@@ -1,11 +1,13 @@
 """A CLIP of a few hundred weights and batches for it, and one step of the objective on one process's share."""
 
+import dataclasses
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipkd import gradient_cache
 from clipkd.closed_set import ClosedSet
 from clipkd.comparison import Targets
 from clipkd.distill import Distiller
@@ -206,17 +208,40 @@ def needs(name: str, targets: Targets) -> Targets:
     return targets if name == "two teachers" else targets._replace(teachers=targets.teachers[:1])
 
 
-def steps(name: str, dtype: torch.dtype, *, rank: int = 0, world_size: int = 1, number: int = 3) -> dict[str, Tensor]:
+def take_loss(
+    distiller: Distiller, view: View, targets: Targets, step: int = 0, *, model: nn.Module | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As a training step takes it; model: the distiller inside DDP."""
+    student, classes = (model or distiller)(view, distiller.prompts_at(step))
+    return distiller.loss(student, targets, step=step, class_features=classes)
+
+
+def steps(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    number: int = 3,
+    tile_size: int = ObjectiveConfig().tile_size,
+    micro_batches: int = 1,
+) -> dict[str, Tensor]:
     """Series, gradients and memory after some steps on one process's share of the batches."""
-    distiller = make_distiller(OBJECTIVES[name], dtype=dtype)
+    distiller = make_distiller(dataclasses.replace(OBJECTIVES[name], tile_size=tile_size), dtype=dtype)
     model = distiller if world_size == 1 else nn.parallel.DistributedDataParallel(distiller)
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01)
     metrics: dict[str, Tensor] = {}
     for step in range(number):
         optimizer.zero_grad()
         view, targets = make_batch(dtype=dtype, number=step)
-        loss, metrics = model(*share(view, needs(name, targets), rank, world_size), step)
-        loss.backward()
+        own = share(view, needs(name, targets), rank, world_size)
+        if micro_batches == 1:
+            loss, metrics = take_loss(distiller, *own, step, model=model)
+            loss.backward()
+        else:
+            _, metrics = gradient_cache.backward(
+                distiller, *own, step=step, micro_batches=micro_batches, reseed=torch.manual_seed, model=model
+            )
         if step < number - 1:
             optimizer.step()
         distiller.finish_step()

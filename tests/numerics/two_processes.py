@@ -3,14 +3,16 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from tiny_clip import OBJECTIVES, steps
+from tiny_clip import OBJECTIVES, make_batch, make_distiller, share, steps, take_loss
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-from clipkd import distributed
+from clipkd import distributed, gradient_cache
 
 WORLD_SIZE = 2
 
@@ -49,9 +51,38 @@ def collectives(rank: int) -> tuple[dict[str, Tensor], dict]:
         "maximum": distributed.maximum([rank, 3 - rank, 7], torch.device("cpu")),
         "together": distributed.together(lambda: rank),
         "problem": problem_of_the_last(rank),
+        "uneven": uneven_batch(rank),
+        "exchanges": [exchanges(rank, micro_batches) for micro_batches in (1, 2, 4)],
         "constant_requires_grad": constant.requires_grad,
     }
     return tensors, facts
+
+
+def exchanges(rank: int, micro_batches: int) -> int:
+    """How often a step with micro-batches sends gradients from process to process."""
+    distiller = make_distiller(OBJECTIVES["every term"], dtype=torch.float64)
+    model = torch.nn.parallel.DistributedDataParallel(distiller)
+    calls: list[int] = []
+
+    def count(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        calls.append(bucket.index())
+        return default_hooks.allreduce_hook(dist.group.WORLD, bucket)
+
+    model.register_comm_hook(None, count)
+    own = share(*make_batch(dtype=torch.float64), rank, WORLD_SIZE)
+    gradient_cache.backward(distiller, *own, step=0, micro_batches=micro_batches, reseed=torch.manual_seed, model=model)
+    return len(calls)
+
+
+def uneven_batch(rank: int) -> str:
+    """What each process hears of batches of different sizes."""
+    distiller = make_distiller(OBJECTIVES["every term"], dtype=torch.float64)
+    view, targets = make_batch(dtype=torch.float64, num=4 + rank)
+    try:
+        take_loss(distiller, view, targets)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def problem_of_the_last(rank: int) -> str:
@@ -72,6 +103,14 @@ def main() -> None:
         for dtype in (torch.float32, torch.float64):
             result = steps(name, dtype, rank=rank, world_size=WORLD_SIZE)
             tensors |= {f"{name}/{dtype}/{key}": value for key, value in result.items()}
+        forms: dict[str, dict[str, Any]] = {
+            "panels": {"tile_size": 7},
+            "micro-batches": {"micro_batches": 3},
+            "panels of micro-batches": {"tile_size": 7, "micro_batches": 3},
+        }
+        for form, options in forms.items():
+            result = steps(name, torch.float64, rank=rank, world_size=WORLD_SIZE, **options)
+            tensors |= {f"{name}/{form}/{key}": value for key, value in result.items()}
     distributed.barrier()
     dist.destroy_process_group()
     save_file({key: value.detach().clone() for key, value in tensors.items()}, folder / f"{rank}.safetensors")

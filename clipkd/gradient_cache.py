@@ -1,0 +1,101 @@
+"""GradCache (arXiv 2101.06983): batches whose activations do not fit, with all their negatives and the same gradient.
+
+Towers treat every pair by itself; only the loss looks at the whole batch. So the features are made without activations,
+a micro-batch at a time; the loss of the whole batch gives their gradients; and each micro-batch passes the towers once
+more, from where these gradients flow back.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from clipkd.comparison import Targets
+from clipkd.distill import Distiller, Metrics
+from clipkd.views import Features, View, join
+
+Encoded = tuple[Features, Float[Tensor, "k d"] | None]
+"""Features of a view, and of class prompts."""
+
+
+def backward(
+    distiller: Distiller,
+    view: View,
+    targets: Targets,
+    *,
+    step: int,
+    micro_batches: int,
+    reseed: Callable[[int], Any],
+    model: Callable[..., Encoded] | None = None,
+    backward: Callable[[Tensor], Any] = Tensor.backward,
+) -> tuple[Float[Tensor, ""], Metrics]:
+    """Loss and series of a batch; its gradients are added to the parameters', as one backward pass would add them.
+
+    reseed: called with a micro-batch's number before each of its two passes, to give both the same dropout. model: the
+    distiller as DDP wraps it; gradients are exchanged once, with the last micro-batch. backward: starts a backward pass
+    (Accelerator.backward scales it under fp16). A BatchNorm sees micro-batches, and counts each once in its averages.
+    """
+    views, prompts = view.split(micro_batches), split(distiller.prompts_at(step), micro_batches)
+
+    def encode(encoder: Callable[..., Encoded], number: int) -> Encoded:
+        reseed(number)
+        return encoder(views[number], prompts[number])
+
+    features, classes = as_leaves(without_traces(distiller.student, lambda n: encode(distiller, n), micro_batches))
+    loss, metrics = distiller.loss(features, targets, step=step, class_features=classes)
+    # What the loss reads besides the towers: projections and scales of single terms.
+    beside = [p for name, p in distiller.named_parameters() if p.requires_grad and not name.startswith("student.")]
+    image, text, class_gradient, *rest = gradients(
+        loss, [features.image, features.text, classes, features.logit_scale, features.logit_bias, *beside]
+    )
+    upstream = [split(gradient, micro_batches) for gradient in (image, text, class_gradient)]
+    for number in range(micro_batches):
+        last = number == micro_batches - 1
+        features, classes = encode(model if last and model is not None else distiller, number)
+        outputs, their_gradients = [features.image, features.text, classes], [parts[number] for parts in upstream]
+        if last:
+            outputs += [features.logit_scale, features.logit_bias, *beside]
+            their_gradients += rest
+        backward(inner_product(outputs, their_gradients))
+    return loss.detach(), metrics
+
+
+@torch.no_grad()
+def without_traces(student: nn.Module, encode: Callable[[int], Encoded], micro_batches: int) -> list[Encoded]:
+    """Features of every micro-batch; buffers (BatchNorm's averages) are left as they were."""
+    buffers = [buffer.clone() for buffer in student.buffers()]
+    encoded = [encode(number) for number in range(micro_batches)]
+    for buffer, before in zip(student.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    return encoded
+
+
+def as_leaves(encoded: list[Encoded]) -> Encoded:
+    """Of the whole batch, cut off from the towers: where the gradient of the loss shall end."""
+    features = join([part for part, _ in encoded])
+    classes = [part for _, part in encoded if part is not None]
+    image, text, scale = (
+        each.detach().requires_grad_() for each in (features.image, features.text, features.logit_scale)
+    )
+    bias = None if features.logit_bias is None else features.logit_bias.detach().requires_grad_()
+    return Features(image, text, scale, bias), torch.cat(classes).requires_grad_() if classes else None
+
+
+def split(rows: Tensor | None, parts: int) -> list[Tensor | None]:
+    """As `View.split` does it; None for a part without rows."""
+    return [None] * parts if rows is None else [part if len(part) else None for part in rows.tensor_split(parts)]
+
+
+def gradients(loss: Float[Tensor, ""], leaves: list[Tensor | None]) -> list[Tensor | None]:
+    """None where the loss does not depend on a leaf, or there is none."""
+    present = [leaf for leaf in leaves if leaf is not None]
+    found = iter(torch.autograd.grad(loss, present, allow_unused=True))
+    return [None if leaf is None else next(found) for leaf in leaves]
+
+
+def inner_product(outputs: list[Tensor | None], upstream: list[Tensor | None]) -> Float[Tensor, ""]:
+    """What has the upstream gradients as its own with respect to the outputs."""
+    pairs = zip(outputs, upstream, strict=True)
+    return torch.stack([(o * g).sum() for o, g in pairs if o is not None and g is not None]).sum()
