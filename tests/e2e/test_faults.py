@@ -29,7 +29,10 @@ class Setting:
 
     @property
     def options(self) -> tuple[str, ...]:
-        return ("--data.num_workers", str(self.workers), "--checkpoint.every_steps", str(self.every_steps))
+        """On two processes also in micro-batches, of which a checkpoint knows nothing."""
+        steps, parts = str(self.every_steps), str(self.processes)
+        workers = str(self.workers)
+        return ("--data.num_workers", workers, "--checkpoint.every_steps", steps, "--micro_batches", parts)
 
 
 SETTINGS = [Setting(), Setting(workers=2, every_steps=1), Setting(processes=2, every_steps=3), Setting(2, 2, 2)]
@@ -47,7 +50,8 @@ class Trial:
     def whole(self, processes: int) -> Path:
         folder = self.folder / f"whole_{processes}"
         if not folder.exists():
-            self.clipkd("train", *self.arguments, "--output", folder, processes=processes)
+            arguments = (*self.arguments, *Setting(processes=processes).options)
+            self.clipkd("train", *arguments, "--output", folder, processes=processes)
         return folder
 
     def start(self, run: Path, setting: Setting, name: str) -> contextlib.AbstractContextManager[Command]:
