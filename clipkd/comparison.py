@@ -105,7 +105,7 @@ class Comparison:
     def in_panels(self, compute: Callable[["Comparison"], Rows]) -> Rows:
         """What compute gives for every query, without forming more than tile_size² logits at once."""
         num_queries, height = len(self.student.image), self.panel_height
-        if height < num_queries:
+        if self.is_large:
             # Each panel is computed again for its gradient, when no process may wait for another: an empty one first
             # makes all keys that the processes must gather.
             compute(self.panel(slice(0, 0)))
@@ -121,6 +121,11 @@ class Comparison:
     @property
     def panel_height(self) -> int:
         return losses.panel_height(self.num_candidates, tile_size=self.tile_size)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the queries are shown in panels."""
+        return self.root.panel_height < len(self.root.student.image)
 
     def tile(self, function: F) -> F:
         """A function of logits as it is applied to a panel."""
@@ -176,6 +181,36 @@ class Comparison:
         image, text = self.cosines(kind, queue=queue)
         scale = self.student.logit_scale
         return self.once("student logits", kind, queue, make=lambda: (scale * image, scale * text))
+
+    def shared_tiles(
+        self, *, queue: bool, temperature: float, weight_temperature: float = 1.0, gamma: float = 1.0
+    ) -> Rows:
+        """GKL's statistics of student keys, whose matrices are each other's transposes: one tile serves both directions."""
+        root = self.root
+        root.uses_teacher_scale = True
+
+        def make() -> Rows:
+            assert root.queue is not None or not queue
+            names = ("momentum_image", "momentum_text", "teacher_image", "teacher_text")
+            rings = losses.Queue(*map(root.queue.filled, names)) if queue and root.queue is not None else None
+            found = losses.similarity_statistics(
+                *(root.student.image, root.student.text, root.teacher.image, root.teacher.text),
+                logit_scale=root.student.logit_scale,
+                teacher_logit_scale=root.teacher_scale(0),
+                temperature=temperature,
+                weight_temperature=weight_temperature,
+                gamma=gamma,
+                queue=rings,
+                tile_size=root.tile_size,
+                compiled=root.compiled,
+                exchange=distributed if distributed.world_size() > 1 else None,
+            )
+            ways = vars(found.image_to_text), vars(found.text_to_image)
+            return {name: torch.stack([way[name] for way in ways]) for name in ways[0]}
+
+        options = temperature, weight_temperature, gamma
+        own = slice(self.first, self.first + len(self.student.image))
+        return {name: rows[:, own] for name, rows in root.once("shared tiles", queue, *options, make=make).items()}
 
     def momentum_cosines(self, *, queue: bool) -> Pair:
         """Of the moving average's queries with its own keys."""

@@ -48,9 +48,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        own = gradient.new_empty(len(gradient) // world_size(), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, gradient.contiguous())
-        return own
+        return sum_of_own_rows(gradient)
 
 
 def gather(rows: Float[Tensor, "b d"]) -> Float[Tensor, "B d"]:
@@ -60,6 +58,24 @@ def gather(rows: Float[Tensor, "b d"]) -> Float[Tensor, "B d"]:
     gradient of the mean over all queries, as on one process. Every process must bring the same number of rows.
     """
     return rows if world_size() == 1 else _GatherRows.apply(rows)  # type: ignore[return-value]
+
+
+def sum_of_own_rows(rows: Float[Tensor, "B *rest"]) -> Float[Tensor, "b *rest"]:
+    """Of what every process says of the rows of all, the sum of what is said of this process's rows."""
+    if world_size() == 1:
+        return rows
+    own = rows.new_empty(len(rows) // world_size(), *rows.shape[1:])
+    dist.reduce_scatter_tensor(own, rows.contiguous())
+    return own
+
+
+def swap(parts: Float[Tensor, "world *rest"]) -> Float[Tensor, "world *rest"]:
+    """One part for every process → the parts that the processes had for this one, in rank order."""
+    if world_size() == 1:
+        return parts
+    received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, parts.contiguous())
+    return received
 
 
 def gather_constant(rows: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "B *rest"]:

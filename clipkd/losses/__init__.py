@@ -3,6 +3,7 @@
 from clipkd.losses.contrastive import info_nce, info_nce_gradients, sigmoid_loss, soft_label_bce
 from clipkd.losses.features import feature_mse
 from clipkd.losses.gkl import RowStatistics, dkl, gkl, row_statistics, row_weights, weighted_squared_error
+from clipkd.losses.similarity import Queue, SimilarityStatistics, similarity_statistics
 from clipkd.losses.soft_targets import (
     SoftTargetStatistics,
     kl,
@@ -11,15 +12,7 @@ from clipkd.losses.soft_targets import (
     soft_cross_entropy,
     soft_target_statistics,
 )
-from clipkd.losses.streaming import (
-    TILE_SIZE,
-    Queue,
-    SimilarityStatistics,
-    compile_tile,
-    in_panels,
-    panel_height,
-    similarity_statistics,
-)
+from clipkd.losses.streaming import TILE_SIZE, compile_tile, in_panels, panel_height
 
 __all__ = [
     "TILE_SIZE",

@@ -48,10 +48,8 @@ def row_statistics(
 
     Raises: ValueError if a temperature is not positive, gamma is negative or the shapes differ.
     """
-    require_positive(temperature=temperature, weight_temperature=weight_temperature)
+    require_gkl(temperature=temperature, weight_temperature=weight_temperature, gamma=gamma)
     require_same_shape(student_logits, teacher_logits)
-    if not gamma >= 0:
-        raise ValueError(f"gamma is {gamma}; it must be 0 (uniform pair weights) or more")
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     teacher = teacher_logits.to(dtype)
     log_target = (teacher.detach() / temperature).log_softmax(dim=-1)
@@ -72,6 +70,12 @@ def row_statistics(
         variance=(pair_weight * centred.square()).sum(dim=-1),
         log_weight_mass=log_weight_mass,
     )
+
+
+def require_gkl(*, temperature: float, weight_temperature: float, gamma: float) -> None:
+    require_positive(temperature=temperature, weight_temperature=weight_temperature)
+    if not gamma >= 0:
+        raise ValueError(f"gamma is {gamma}; it must be 0 (uniform pair weights) or more")
 
 
 def row_weights(log_weight_mass: Float[Tensor, "b"], row_weight: Literal["reference", "uniform"]) -> Float[Tensor, "b"]:

@@ -14,6 +14,9 @@ from clipkd.term_options import AffinityTerm, ClosedSetTerm, DKLTerm, GKLOptions
 
 def gkl(term: GKLTerm, comparison: Comparison) -> Rows:
     """Both directions; the series tell the halves apart, and KL from the teacher's entropy."""
+    if comparison.is_large and term.keys == "student" and comparison.policy.mse_moves_scale:
+        powers = {"weight_temperature": term.weight_temperature, "gamma": term.gamma}
+        return name_rows(comparison.shared_tiles(queue=term.queue, temperature=term.temperature, **powers))
     logits = comparison.student_logits(term.keys, queue=term.queue)
     movable = logits
     if not comparison.policy.mse_moves_scale:
@@ -66,8 +69,12 @@ def local_row_weights(log_weight_mass: Float[Tensor, "ways b"], term: GKLOptions
 def stack(ways: Iterable[SoftTargetStatistics]) -> Rows:
     """The directions' statistics above each other. Soft cross-entropy is KL plus the teacher's entropy: three curves."""
     found = [vars(way) for way in ways]
-    rows = {name: torch.stack([way[name] for way in found]) for name in found[0]}
-    return {"soft_ce": rows.pop("ce"), **rows}
+    return name_rows({name: torch.stack([way[name] for way in found]) for name in found[0]})
+
+
+def name_rows(rows: Rows) -> Rows:
+    """Under the names of their curves."""
+    return {"soft_ce" if name == "ce" else name: row for name, row in rows.items()}
 
 
 def kl(term: SoftTargetTerm, comparison: Comparison) -> Rows:
@@ -80,11 +87,21 @@ def soft_ce(term: SoftTargetTerm, comparison: Comparison) -> Rows:
 
 def soft_target(term: SoftTargetTerm, comparison: Comparison, which: str) -> Rows:
     """Against the mean of all teachers' softmaxes, which of one teacher is its softmax."""
+    rows = soft_target_rows(term, comparison)
+    if not term.scale_by_temperature_squared:
+        return {"value": rows.pop(which), **rows}  # the term itself is that series
+    return {"value": term.temperature**2 * rows[which], **rows}
+
+
+def soft_target_rows(term: SoftTargetTerm, comparison: Comparison) -> Rows:
+    if comparison.is_large and term.keys == "student" and len(comparison.targets.teachers) == 1:
+        rows = name_rows(comparison.shared_tiles(queue=term.queue, temperature=term.temperature))
+        return {name: rows[name] for name in ("soft_ce", "kl", "teacher_entropy")}
     log_mean_softmax = comparison.tile(losses.log_mean_softmax)
     statistics = comparison.tile(losses.soft_target_statistics)
     numbers = range(len(comparison.targets.teachers))
     teachers = [comparison.teacher_logits(number, queue=term.queue) for number in numbers]
-    rows = stack(
+    return stack(
         statistics(
             logits,
             log_mean_softmax([pair[way] for pair in teachers], temperature=term.temperature),
@@ -92,9 +109,6 @@ def soft_target(term: SoftTargetTerm, comparison: Comparison, which: str) -> Row
         )
         for way, logits in enumerate(comparison.student_logits(term.keys, queue=term.queue))
     )
-    if not term.scale_by_temperature_squared:
-        return {"value": rows.pop(which), **rows}  # the term itself is that series
-    return {"value": term.temperature**2 * rows[which], **rows}
 
 
 def affinity(term: AffinityTerm, comparison: Comparison) -> Rows:

@@ -54,6 +54,14 @@ def test_gather_brings_all_rows_in_rank_order(processes: list[Seen]) -> None:
         assert not facts["constant_requires_grad"]
 
 
+def test_rows_are_summed_where_they_belong_and_parts_go_to_their_process(processes: list[Seen]) -> None:
+    first, second = (tensors for tensors, _ in processes)
+    assert first["sum of own rows"].tolist() == [[3.0], [30.0]]
+    assert second["sum of own rows"].tolist() == [[300.0], [3000.0]]
+    assert first["swapped"].tolist() == [[10.0], [20.0]]  # the tens name the sender, the ones the receiver
+    assert second["swapped"].tolist() == [[11.0], [21.0]]
+
+
 def test_the_largest_number_of_any_process_is_known_to_all(processes: list[Seen]) -> None:
     assert [facts["maximum"] for _, facts in processes] == [[1, 3, 7]] * 2
 

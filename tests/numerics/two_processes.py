@@ -38,6 +38,8 @@ def collectives(rank: int) -> tuple[dict[str, Tensor], dict]:
         "gradient of the other summand": other_gradient,
         "gathered integers": distributed.gather_constant(torch.tensor([rank, 5])),
         "gathered cube": distributed.gather_constant(torch.full((1, 2, 3), float(rank))),
+        "sum of own rows": distributed.sum_of_own_rows(weights),
+        "swapped": distributed.swap(torch.tensor([[10.0], [11.0]]) + 10 * rank),
         "mean": distributed.mean(torch.tensor([1.0, 10.0]) * (1 + 2 * rank)),
     }
     buffers = [torch.tensor([1.5 + rank]), torch.tensor(7 + rank), torch.tensor([rank == 0])]
