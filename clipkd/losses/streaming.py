@@ -53,4 +53,4 @@ def compile_tile(function: F) -> F:
 
     Every new number of rows or columns may take seconds to compile, the first time any.
     """
-    return torch.compile(function)  # type: ignore[return-value]
+    return torch.compile(function, dynamic=True)  # type: ignore[return-value]

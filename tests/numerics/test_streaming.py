@@ -61,43 +61,68 @@ def by_hand(s: list[float], u: list[float], own: int, t: float, t_w: float, gamm
     }
 
 
-@pytest.mark.parametrize("tile_size", [1, 3, 5, 9, 100, None])
+GRID = list(itertools.product((1.0, 10.0, 100.0), (0.5, 1.0, 4.0), (0.5, 1.0, 4.0), (0.0, 0.05, 0.5, 1.0)))
+
+
 @pytest.mark.parametrize(
-    ("scale", "temperature", "weight_temperature", "gamma"),
-    [(1.0, 1.0, 1.0, 1.0), (10.0, 0.5, 4.0, 0.5), (10.0, 4.0, 0.5, 0.05), (30.0, 1.0, 1.0, 0.0)],
+    ("scale", "temperature", "weight_temperature", "gamma"), GRID, ids=["-".join(map(str, point)) for point in GRID]
 )
-@pytest.mark.parametrize("queued", [0, 4])
-def test_every_statistic_is_that_of_loops_over_numbers(
-    tile_size: int | None, scale: float, temperature: float, weight_temperature: float, gamma: float, queued: int
+def test_every_statistic_is_that_of_loops_over_numbers_for_every_tile_size(
+    scale: float, temperature: float, weight_temperature: float, gamma: float
 ) -> None:
-    (image, text, t_image, t_text), queue = batch(7, queued)
-    found = similarity_statistics(
-        image,
-        text,
-        t_image,
-        t_text,
-        logit_scale=scale,
-        teacher_logit_scale=0.7 * scale,
-        temperature=temperature,
-        weight_temperature=weight_temperature,
-        gamma=gamma,
-        queue=queue,
-        tile_size=tile_size,
-    )
-    for name, own, keys, t_own, t_keys, places in (
-        ("image_to_text", image, text, t_image, t_text, (1, 3)),
-        ("text_to_image", text, image, t_text, t_image, (0, 2)),
-    ):
-        if queue is not None:
-            keys, t_keys = torch.cat([keys, queue[places[0]]]), torch.cat([t_keys, queue[places[1]]])
-        rows = getattr(found, name)
-        for i in range(7):
-            s = [scale * math.fsum((own[i] * key).tolist()) for key in keys]
-            u = [0.7 * scale * math.fsum((t_own[i] * key).tolist()) for key in t_keys]
-            expected = by_hand(s, u, i, temperature, weight_temperature, gamma)
-            assert {field: getattr(rows, field)[i].item() for field in FIELDS} == pytest.approx(
-                expected, rel=1e-8, abs=1e-9
+    for queued in (0, 4):
+        (image, text, t_image, t_text), queue = batch(7, queued)
+        found = [
+            similarity_statistics(
+                *(image, text, t_image, t_text),
+                logit_scale=scale,
+                teacher_logit_scale=0.7 * scale,
+                temperature=temperature,
+                weight_temperature=weight_temperature,
+                gamma=gamma,
+                queue=queue,
+                tile_size=tile_size,
             )
+            for tile_size in (1, 3, 5, 9, 100, None)
+        ]
+        for name, own, keys, t_own, t_keys, places in (
+            ("image_to_text", image, text, t_image, t_text, (1, 3)),
+            ("text_to_image", text, image, t_text, t_image, (0, 2)),
+        ):
+            if queue is not None:
+                keys, t_keys = torch.cat([keys, queue[places[0]]]), torch.cat([t_keys, queue[places[1]]])
+            for i in range(7):
+                s = [scale * math.fsum((own[i] * key).tolist()) for key in keys]
+                u = [0.7 * scale * math.fsum((t_own[i] * key).tolist()) for key in t_keys]
+                expected = by_hand(s, u, i, temperature, weight_temperature, gamma)
+                for statistics in found:
+                    rows = getattr(statistics, name)
+                    values = {field: getattr(rows, field)[i].item() for field in FIELDS}
+                    assert values == pytest.approx(expected, rel=1e-8, abs=1e-9)
+
+
+def test_doubling_every_key_adds_ln_2_to_the_cross_entropy_alone() -> None:
+    own, _ = batch(7)
+    options: dict[str, Any] = {"logit_scale": 9.0, "teacher_logit_scale": 7.0, "gamma": 0.4, "tile_size": 4}
+    once, twice = (similarity_statistics(*own, **options, queue=queue) for queue in (None, Queue(*own)))
+    for way in ("image_to_text", "text_to_image"):
+        before, after = getattr(once, way), getattr(twice, way)
+        for name in FIELDS:
+            more = {"ce": math.log(2), "teacher_entropy": math.log(2), "info_nce": math.log(2)}.get(name, 0.0)
+            more = math.log(2) * (1 - 0.4) if name == "log_weight_mass" else more
+            torch.testing.assert_close(getattr(after, name), getattr(before, name) + more)
+
+
+def test_directions_and_orders_may_be_exchanged() -> None:
+    (image, text, t_image, t_text), _ = batch(9)
+    options: dict[str, Any] = {"logit_scale": 9.0, "teacher_logit_scale": 7.0, "gamma": 0.4, "tile_size": 4}
+    found = similarity_statistics(image, text, t_image, t_text, **options)
+    swapped = similarity_statistics(text, image, t_text, t_image, **options)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    moved = similarity_statistics(image[order], text[order], t_image[order], t_text[order], **options)
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(swapped.text_to_image, name), getattr(found.image_to_text, name))
+        torch.testing.assert_close(getattr(moved.text_to_image, name), getattr(found.text_to_image, name)[order])
 
 
 def total(found: object, weights: Tensor) -> Tensor:
