@@ -30,7 +30,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             "Accelerate is set to accumulate gradients, which would lose negatives; unset it (accelerate config), and "
             "set micro_batches here"
         )
-    if config.micro_batches > (share := config.batch_size // distributed.world_size()):
+    if config.batch_size >= config.micro_batches > (share := config.batch_size // distributed.world_size()):
         raise ValueError(
             f"micro_batches is {config.micro_batches}, but a process's share of a batch has {share} pairs; lower it"
         )

@@ -49,7 +49,7 @@ class Findings:
         try:
             return make()
         except torch.OutOfMemoryError as error:
-            advice = "lower batch_size or objective.queue.capacity, or set teacher.dtype to bf16"
+            advice = "raise micro_batches, lower objective.tile_size or batch_size, or set teacher.dtype to bf16"
             self.add(f"the device's memory is too small: {advice} ({error})")
         except (ValueError, OSError, FloatingPointError, RunStopped, RuntimeError) as error:
             self.add(str(error))
@@ -157,7 +157,9 @@ def describe_data(config: TrainConfig, pairs: data.Pairs, findings: Findings) ->
 
 def describe_batch(config: TrainConfig, pairs: data.Pairs | None) -> None:
     world_size, seen = distributed.world_size(), config.steps * config.batch_size
-    text = f"{config.batch_size:,} pairs = {world_size} × {config.batch_size / world_size:g}; {config.steps:,} steps see {seen:,}"
+    text = f"{config.batch_size:,} pairs = {world_size} × {config.batch_size / world_size:g}"
+    text += f" in {config.micro_batches} micro-batches" if config.micro_batches > 1 else ""
+    text += f"; {config.steps:,} steps see {seen:,}"
     if isinstance(pairs, data.PairSet):
         size = pairs.mixture(config.seed).epoch_size
         text += f" = {seen / size:.3g} epochs of {size:,} pairs, {size / config.batch_size:,.1f} steps each"
@@ -224,7 +226,7 @@ def try_steps(run: Run, findings: Findings) -> None:
     with count_saved() as saved:
         seconds.append(timed_step(run, batch, run.start))
     peak = f", peak {mib(torch.cuda.max_memory_allocated())}" if run.accelerator.device.type == "cuda" else ""
-    tell("", f"kept for the backward pass of a step {mib(saved.peak)}{peak}")
+    tell("", f"kept between the passes of a step, forward and backward, {mib(saved.peak)}{peak}")
     (slow,) = distributed.maximum([int(seconds[0] > SLOW_STEP)], run.accelerator.device)
     while len(seconds) <= TIMED_STEPS and not slow and run.start + len(seconds) < run.config.steps:
         started = time.perf_counter()

@@ -1,6 +1,7 @@
 """What the loss terms compare: this process's queries against the keys of all processes and of the queue."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -79,37 +80,51 @@ class Comparison:
         """Where the keys are kept."""
         return self.whole or self
 
-    def panel(self, rows: slice) -> "Comparison":
-        """Some of the queries, with the keys of all."""
+    def panel(self, first: int, cut: Callable[[Tensor], Tensor]) -> "Comparison":
+        """Some of the queries, from number `first` on, with the keys of all; cut takes their rows."""
 
-        def cut(features: Features) -> Features:
-            return features._replace(image=features.image[rows], text=features.text[rows])
+        def cut_features(features: Features) -> Features:
+            return features._replace(image=cut(features.image), text=cut(features.text))
 
         targets, fused = self.targets, self.fused
         return dataclasses.replace(
             self,
-            student=cut(self.student),
-            projected=cut(self.projected),
+            student=cut_features(self.student),
+            projected=cut_features(self.projected),
             targets=Targets(
-                tuple(cut(teacher) for teacher in targets.teachers),
-                None if targets.momentum is None else cut(targets.momentum),
-                None if targets.ids is None else targets.ids[rows],
-                None if targets.labels is None else targets.labels[rows],
+                tuple(cut_features(teacher) for teacher in targets.teachers),
+                None if targets.momentum is None else cut_features(targets.momentum),
+                None if targets.ids is None else cut(targets.ids),
+                None if targets.labels is None else cut(targets.labels),
             ),
-            fused=None if fused is None else (fused[0][rows], fused[1][rows]),
+            fused=None if fused is None else (cut(fused[0]), cut(fused[1])),
             whole=self,
-            first=rows.start,
+            first=first,
             made={},
         )
 
+    def panels(self) -> list["Comparison"]:
+        """All queries, so many at a time that no more than tile_size² logits are formed at once."""
+        height = min(self.panel_height, len(self.student.image))
+
+        def piece(tensor: Tensor, number: int) -> Tensor:
+            # Split once: a slice's gradient would be as large as the whole, for each of the panels.
+            return self.once("pieces", id(tensor), make=lambda: tensor.split(height))[number]
+
+        starts = enumerate(range(0, len(self.student.image), height))
+        return [self.panel(first, functools.partial(piece, number=number)) for number, first in starts]
+
     def in_panels(self, compute: Callable[["Comparison"], Rows]) -> Rows:
-        """What compute gives for every query, without forming more than tile_size² logits at once."""
-        num_queries, height = len(self.student.image), self.panel_height
+        """What compute gives for every query."""
         if self.is_large:
             # Each panel is computed again for its gradient, when no process may wait for another: an empty one first
             # makes all keys that the processes must gather.
-            compute(self.panel(slice(0, 0)))
-        return losses.in_panels(lambda rows: compute(self.panel(rows)), num_queries, height=height)
+            compute(self.panel(0, lambda tensor: tensor[:0]))
+
+        def afresh(panel: Comparison) -> Rows:
+            return compute(dataclasses.replace(panel, made={}))
+
+        return losses.in_panels(afresh, self.panels())
 
     @property
     def num_candidates(self) -> int:
@@ -256,6 +271,14 @@ class Comparison:
         assert ids is not None
         return self.root.once("ids", make=lambda: distributed.gather_constant(ids))
 
+    def key_ids(self, *, queue: bool) -> Int[Tensor, "N"]:
+        """Of the batch's keys, followed by the queue's where a term wants it."""
+        if not queue:
+            return self.all_ids
+        assert self.queue is not None
+        old = self.queue.filled_ids()
+        return self.root.once("key ids", make=lambda: torch.cat([self.all_ids, old]))
+
     @property
     def own_columns(self) -> Int[Tensor, "b"]:
         """Where this process's pairs stand among those of all processes."""
@@ -267,11 +290,7 @@ class Comparison:
 
         def make() -> Tensor:
             assert self.targets.ids is not None
-            columns = self.all_ids
-            if queue:
-                assert self.queue is not None
-                columns = torch.cat([columns, self.queue.filled_ids()])
-            return self.targets.ids[:, None] == columns
+            return self.targets.ids[:, None] == self.key_ids(queue=queue)
 
         return self.once("positives", queue, make=make)
 

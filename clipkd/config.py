@@ -179,7 +179,7 @@ class TrainConfig:
     batch_size: int = 256
     """Image-text pairs per step over all processes."""
     micro_batches: int = 1
-    """Parts in which a process's share of a batch passes the towers (GradCache): less memory for one more forward pass; negatives and gradient stay those of the whole batch."""
+    """Parts in which a process's share of a batch passes the towers (GradCache): less memory for one more forward pass; negatives and gradient stay those of the whole batch (a BatchNorm sees parts)."""
     seed: int = 0
     """Seed of weights, order of data and augmentation."""
     resume: str | None = None

@@ -86,7 +86,8 @@ class SavedTensor:
     """Counts for as long as the graph holds it."""
 
     def __init__(self, tensor: Tensor, counter: SavedBytes | None) -> None:
-        self.tensor, self.counter, storage = tensor, counter, tensor.untyped_storage()
+        # Detached: the graph must not hold itself.
+        self.tensor, self.counter, storage = tensor.detach(), counter, tensor.untyped_storage()
         self.address, self.num_bytes = storage.data_ptr(), storage.nbytes()
         self.count(1)
 

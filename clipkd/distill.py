@@ -169,10 +169,14 @@ class Distiller(nn.Module):
         """Raises: ValueError. Collectives on rows of different numbers would hang or mix them up."""
         if distributed.world_size() == 1 or num_pairs == self.num_pairs:
             return
-        counts = distributed.gather_objects(num_pairs) if self.num_pairs is None else [self.num_pairs, num_pairs]
+        if self.num_pairs is not None:
+            raise ValueError(
+                f"this process's batch has {num_pairs} pairs, those before had {self.num_pairs}; on several processes all "
+                "batches need one size"
+            )
+        counts = distributed.gather_objects(num_pairs)
         if len(set(counts)) > 1:
-            what = "the processes bring" if self.num_pairs is None else "this process's batches have"
-            raise ValueError(f"{what} {counts} pairs; every batch needs the same number on every process")
+            raise ValueError(f"the processes bring {counts} pairs; every batch needs the same number on every process")
         self.num_pairs = num_pairs
 
     def project(self, student: Features) -> Features:
@@ -207,7 +211,10 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def finish_step(self) -> None:
-        """After the optimizer's step: keep the scales in bounds, and let the queue and the class prior take up the batch."""
+        """After the optimizer's step: keep the scales in bounds, and let the queue and the class prior take up the batch.
+
+        Not before the backward pass, which may read both again.
+        """
         policy = self.objective.logit_scale
         for scale in (self.student.model.logit_scale, *self.scales.values()):
             # A fixed scale is within these bounds from the start; the terms' own scales know no other policy.

@@ -29,13 +29,13 @@ def backward(
     micro_batches: int,
     reseed: Callable[[int], Any],
     model: Callable[..., Encoded] | None = None,
-    backward: Callable[[Tensor], Any] = Tensor.backward,
+    start_backward: Callable[[Tensor], Any] = Tensor.backward,
 ) -> tuple[Float[Tensor, ""], Metrics]:
     """Loss and series of a batch; its gradients are added to the parameters', as one backward pass would add them.
 
     reseed: called with a micro-batch's number before each of its two passes, to give both the same dropout. model: the
-    distiller as DDP wraps it; gradients are exchanged once, with the last micro-batch. backward: starts a backward pass
-    (Accelerator.backward scales it under fp16). A BatchNorm sees micro-batches, and counts each once in its averages.
+    distiller as DDP wraps it; gradients are exchanged once, with the last micro-batch. start_backward: of a
+    scalar (Accelerator.backward scales it under fp16). A BatchNorm sees micro-batches, and counts each once in its averages.
     """
     views, prompts = view.split(micro_batches), split(distiller.prompts_at(step), micro_batches)
 
@@ -50,6 +50,10 @@ def backward(
     image, text, class_gradient, *rest = gradients(
         loss, [features.image, features.text, classes, features.logit_scale, features.logit_bias, *beside]
     )
+    # DDP's exchange waits for every parameter, so the last part reaches both towers even if the loss reads one alone.
+    image, text = (
+        torch.zeros_like(each) if g is None else g for each, g in ((features.image, image), (features.text, text))
+    )
     upstream = [split(gradient, micro_batches) for gradient in (image, text, class_gradient)]
     for number in range(micro_batches):
         last = number == micro_batches - 1
@@ -58,7 +62,7 @@ def backward(
         if last:
             outputs += [features.logit_scale, features.logit_bias, *beside]
             their_gradients += rest
-        backward(inner_product(outputs, their_gradients))
+        start_backward(inner_product(outputs, their_gradients))
     return loss.detach(), metrics
 
 

@@ -1,6 +1,7 @@
 """What a batch's logits will take: whole, or some queries at a time."""
 
 import dataclasses
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from clipkd.views import Features
 LATE = 1 << 30
 """A step at which every warm-up and ramp is over."""
 PROBE = 61
-"""Pairs of a small batch that is measured; no feature has this width."""
+"""Pairs of a small batch that is measured, or some more if anything else has their number."""
 TRANSIENT = 40
 """Bytes per logit that a backward pass needs beside what was kept for it, and at most as much again: gradients on their way."""
 
@@ -38,11 +39,14 @@ class LossMemory:
         return rows * (self.kept_per_query + min(self.kept_per_query, TRANSIENT * self.num_candidates))
 
     def describe(self) -> str:
+        if not self.kept_per_query:
+            return "no logits"
         whole = f"{self.num_queries:,} × {self.num_candidates:,} logits"
         if self.panel_height >= self.num_queries:
             return f"{whole} at once, about {mib(self.num_bytes(self.num_queries))}"
+        rows = f"{self.panel_height:,} row{'s' if self.panel_height > 1 else ''}"
         return (
-            f"{whole}, {self.panel_height:,} rows at a time, about {mib(self.num_bytes(self.panel_height))} "
+            f"{whole}, {rows} at a time, about {mib(self.num_bytes(self.panel_height))} "
             f"({mib(self.num_bytes(self.num_queries))} at once; objective.tile_size)"
         )
 
@@ -69,13 +73,16 @@ def num_classes(distiller: Distiller) -> int:
 def count_matrices(distiller: Distiller, teacher_dims: list[int]) -> Counter[str]:
     """Bytes kept for the backward pass per logit, of matrices with the batch, batch and queue, or classes as columns."""
     device = distiller.student.logit_scale.device
-    pairs, classes = distributed.world_size() * PROBE, num_classes(distiller)
+    world_size, classes = distributed.world_size(), num_classes(distiller)
+    taken = {classes, distiller.student.dim, *teacher_dims}
+    rows = next(n for n in itertools.count(PROBE) if not taken & {n, world_size * n, world_size * n + 1})
+    pairs = world_size * rows
 
     def features(width: int) -> Features:
-        image, text = (F.normalize(torch.ones(PROBE, width, device=device), dim=-1) for _ in range(2))
+        image, text = (F.normalize(torch.ones(rows, width, device=device), dim=-1) for _ in range(2))
         return Features(image, text, torch.tensor(1.0, device=device), torch.tensor(0.0, device=device))
 
-    numbers = torch.arange(PROBE, device=device)
+    numbers = torch.arange(rows, device=device)
     width = distiller.student.dim
     targets = Targets(tuple(features(dim) for dim in teacher_dims), features(width), numbers, -torch.ones_like(numbers))
     student = features(width)._replace(
@@ -92,13 +99,13 @@ def count_matrices(distiller: Distiller, teacher_dims: list[int]) -> Counter[str
     columns = {classes: "classes", pairs: "batch", pairs + 1: "queue"}
     kept: dict[int, Tensor] = {}  # held, so that no two have the same address
 
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.ndim == 2 and tensor.shape[0] == PROBE and tensor.shape[1] in columns:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+    def keep(tensor: Tensor) -> None:
+        """No backward pass comes; and a graph that holds its own tensors would never go."""
+        if tensor.ndim == 2 and tensor.shape[0] == rows and tensor.shape[1] in columns:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
 
     whole = dataclasses.replace(comparison, queue=queue, compiled=False, tile_size=1 << 30)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
         whole.in_panels(distiller.rows)
     counted: Counter[str] = Counter()
     for tensor in kept.values():

@@ -103,9 +103,9 @@ class ObjectiveConfig:
     queue: QueueConfig = field(default_factory=QueueConfig)
     """Queue of keys from earlier batches."""
     tile_size: int = 2048
-    """At most tile_size² logits of a kind are formed at once; more are made some rows at a time, which gives the same numbers."""
+    """At most tile_size² logits of a kind are formed at once (at least a row); more come in parts, to the same numbers."""
     compile: bool = False
-    """Fuse what is done to the logits (torch.compile): faster after the first steps, which compile."""
+    """Fuse what is done to the logits (torch.compile; not for itc and gd): faster after the first steps, which compile."""
 
     def terms(self) -> dict[str, Term]:
         """Every term by name."""

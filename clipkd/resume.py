@@ -13,7 +13,7 @@ from clipkd.config import TrainConfig
 
 RESUME_MAY_DIFFER = (
     *("output", "resume", "threads", "checkpoint.", "evaluation.", "log.", "data.num_workers", "data.max_skipped"),
-    # The same numbers to rounding (and dropout), in another memory.
+    # The same numbers to rounding (but for dropout's masks and a BatchNorm's parts), in another memory.
     *("micro_batches", "objective.tile_size", "objective.compile"),
     # Compared by what they hold, not by where it lies.
     *("data.path", "data.mix", "teacher.model", "teacher.pretrained", "ensemble", "objective.closed_set.classes"),

@@ -138,7 +138,8 @@ def open_folder(run: Run, pairs: data.Pairs, memory: LossMemory) -> None:
     start, steps = run.start, run.config.steps
     where = f"from step {start} of {steps}" if start == 0 else f"resumed from step {start} of {steps}"
     progress.console.print(f"{run.folder}: {where}, {pairs.describe()}", soft_wrap=True, markup=False)
-    progress.console.print(f"loss: {memory.describe()}", soft_wrap=True, markup=False)
+    compiles = "; the first steps compile it, which takes minutes" if run.config.objective.compile else ""
+    progress.console.print(f"loss: {memory.describe()}{compiles}", soft_wrap=True, markup=False)
     run.folder.mkdir(parents=True, exist_ok=True)
     run.claim = claim(run.folder)
     configuration.save(run.config, run.folder / "config.yaml")

@@ -102,6 +102,7 @@ def training_step(run: Run, batch: Batch, step: int) -> dict[str, Tensor]:
     optim.set_learning_rate(optimizer, rate)
     student_view, *teacher_views = run.views.of(batch, accelerator.device)
     targets = find_targets(run, batch, student_view, teacher_views)
+    del teacher_views  # as large as the student's
     loss, metrics = backward(run, student_view, targets, step)
     if step == run.start:
         require_all_trained(run)
@@ -128,9 +129,13 @@ def backward(run: Run, view: View, targets: Targets, step: int) -> tuple[Tensor,
         torch.manual_seed(int(sequence.generate_state(1)[0]))
 
     if parts > 1:
-        exchange, start = run.model, run.accelerator.backward
         return gradient_cache.backward(
-            distiller, view, targets, step=step, micro_batches=parts, reseed=reseed, model=exchange, backward=start
+            *(distiller, view, targets),
+            step=step,
+            micro_batches=parts,
+            reseed=reseed,
+            model=run.model,
+            start_backward=run.accelerator.backward,
         )
     reseed()
     student, classes = run.model(view, distiller.prompts_at(step))

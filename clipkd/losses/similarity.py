@@ -5,6 +5,7 @@ columns. Running sums of each query are merged tile by tile (as in a streaming s
 tile is made once more for it and nothing else is kept.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -80,35 +81,72 @@ def similarity_statistics(
 ) -> SimilarityStatistics:
     """Per-query statistics of a batch of pairs, as `row_statistics` defines them, and their gradients.
 
-    Features are unit-norm, a pair a row, and width t of the teacher's is free; the teacher's and the queue's are
-    constants. The student's logits are logit_scale · image @ textᵀ (and its transpose), the teacher's likewise; `queue`
-    adds columns to both. At most tile_size² logits are formed at once (TILE_SIZE² by default), in the forward pass and in
-    the backward pass, which computes them again.
+    Features are unit-norm, a pair a row, and width t of the teacher's is free; the teacher's, its scale and the queue's
+    are constants. The student's logits are logit_scale · image @ textᵀ (and its transpose), the teacher's likewise;
+    `queue` adds columns to both. A pair's own key is its positive, all other keys are negatives: there are no ids. At most
+    tile_size² logits are formed at once (TILE_SIZE² by default; never less than one row of them), in the forward pass and
+    in the backward pass, which computes them again. `teacher_entropy` and `log_weight_mass` carry no gradient.
 
-    matmul_dtype: what matrix products round their inputs to (float16 for unit vectors, not bfloat16); sums and logits
-    stay float32 at least. compiled: see `compile_tile`. exchange: the processes that share the batch; only texts are
-    gathered, and each process gets its own pairs' statistics and gradients, of the sum of all processes' losses.
+        rows = similarity_statistics(...).image_to_text
+        gkl = ce_weight * rows.ce.mean()
+        gkl += mse_weight * weighted_squared_error(rows.variance, row_weights(rows.log_weight_mass, "reference"))
 
-    Raises: ValueError as `row_statistics`, for rows that do not pair up, and for a tile_size below 1.
+    matmul_dtype: what matrix products round their inputs to, float16 for speed; sums and logits stay float32 at least,
+    under autocast too. compiled: see `compile_tile`.
+
+    exchange: the processes that share the batch, `clipkd.distributed`; all call this together, and run backward together.
+    Only texts are gathered. Each process gets its own pairs' statistics, and the gradients of its features and its part of
+    the scale's for the sum of all processes' losses: with a mean over own pairs, DDP's average makes that the global mean.
+
+    Raises: ValueError as `row_statistics`, for shapes that do not fit, numbers of pairs that differ between processes,
+    another matmul_dtype than float16 or float32, and a tile_size below 1.
     """
     require_gkl(temperature=temperature, weight_temperature=weight_temperature, gamma=gamma)
-    if not len(image) == len(text) == len(teacher_image) == len(teacher_text):
-        counts = [len(each) for each in (image, text, teacher_image, teacher_text)]
-        raise ValueError(f"images, texts and the teacher's have {counts} rows; each needs one per pair")
+    require_shapes((image, text, teacher_image, teacher_text), queue, exchange)
+    if matmul_dtype not in (None, torch.float16, torch.float32):
+        raise ValueError(
+            f"matmul_dtype is {matmul_dtype}; choose torch.float16 or torch.float32: others have too few digits"
+        )
     dtype = torch.promote_types(image.dtype, torch.float32)
-    image, text = image.to(dtype), text.to(dtype)
     scale = torch.as_tensor(logit_scale, dtype=dtype, device=image.device)
     teacher_scale = torch.as_tensor(teacher_logit_scale, dtype=dtype, device=image.device)
     old = () if queue is None or not len(queue.image) else queue
     constants = [each.detach().to(dtype) for each in (teacher_scale, teacher_image, teacher_text, *old)]
     options = Options(Powers(temperature, weight_temperature, gamma), tile_size, matmul_dtype, compiled, exchange)
-    found = _Statistics.apply(image, text, scale, options, *constants)
-    assert isinstance(found, tuple)
-    own = scale * (image * text).sum(dim=-1)
+    with torch.autocast(image.device.type, enabled=False):
+        image, text = image.to(dtype), text.to(dtype)
+        found = _Statistics.apply(image, text, scale, options, *constants)
+        assert isinstance(found, tuple)
+        own = scale * (image * text).sum(dim=-1)
     ways = []
     for ce, entropy, variance, mass, normalizer in (found[:5], found[5:]):
         ways.append(QueryStatistics(ce, ce - entropy, entropy, variance, mass, info_nce=normalizer - own))
     return SimilarityStatistics(*ways)
+
+
+def require_shapes(features: Sequence[Tensor], queue: Queue | None, exchange: Exchange | None) -> None:
+    """features and queue: image, text, teacher's image and text."""
+    names = Queue._fields
+    for rows, where in ((features, ""), (queue or (), "queue.")):
+        wrong = [
+            name for name, each in zip(names, rows, strict=False) if each.ndim != 2 or not each.is_floating_point()
+        ]
+        if wrong:
+            raise ValueError(f"{where}{wrong[0]} is no matrix of floating-point features, one pair a row")
+        if len({len(each) for each in rows}) > 1:
+            counts = ", ".join(f"{name} {len(each)}" for name, each in zip(names, rows, strict=True))
+            raise ValueError(f"the rows of {where or 'the batch: '}{counts} differ; each needs one per pair")
+    for number, name in enumerate(names):
+        partner = names[number ^ 1]
+        widths = [each[at].shape[1] for each in (features, queue or features) for at in (number, number ^ 1)]
+        if len(set(widths)) > 1:
+            raise ValueError(
+                f"{name} and {partner}, of batch and queue, are {sorted(set(widths))} wide; they need one width"
+            )
+    if exchange is not None:
+        sizes = torch.tensor([[len(features[0]), 0 if queue is None else len(queue.image)]], device=features[0].device)
+        if len(set(map(tuple, everywhere := exchange.gather_constant(sizes).tolist()))) > 1:
+            raise ValueError(f"the processes bring {everywhere} pairs and queued pairs; all need the same numbers")
 
 
 class Block(NamedTuple):
@@ -202,6 +240,11 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        with torch.autocast(upstream[0].device.type, enabled=False):
+            return _Statistics.slope(ctx, *upstream)
+
+    @staticmethod
+    def slope(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         image, text, scale, log_image, log_text, teacher_scale, *constants = ctx.saved_tensors
         options, scales = ctx.options, (scale, teacher_scale)
         dtype, powers = options.matmul_dtype, options.powers

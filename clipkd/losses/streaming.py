@@ -5,7 +5,7 @@ plain formulas serve, and nothing has to be merged. Memory is O(B·d + tile²) f
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 F = TypeVar("F", bound=Callable[..., Any])
+P = TypeVar("P")
 
 TILE_SIZE = 2048
 """Square root of the largest number of logits that are formed at once: 16 MB per matrix in float32."""
@@ -31,26 +32,23 @@ def panel_height(num_columns: int, *, tile_size: int | None = None) -> int:
 
 
 def in_panels(
-    compute: Callable[[slice], Mapping[str, Float[Tensor, "*ways rows"]]], num_rows: int, *, height: int
+    compute: Callable[[P], Mapping[str, Float[Tensor, "*ways rows"]]], panels: Sequence[P]
 ) -> dict[str, Float[Tensor, "*ways b"]]:
-    """compute(all rows), put together from panels of at most `height` rows.
+    """What compute makes of every panel, put together.
 
-    What a panel computes is forgotten and computed again for its gradient; so compute must be a function of its rows
-    alone, without collectives. One panel is computed as it is.
+    A panel's intermediate values are forgotten and computed again for its gradient; so compute must be a function of the
+    panel alone, without collectives. A single panel is computed as it is.
     """
-    if height >= num_rows:
-        return dict(compute(slice(0, num_rows)))
-    panels = [
-        checkpoint(compute, slice(start, min(start + height, num_rows)), use_reentrant=False, preserve_rng_state=False)
-        for start in range(0, num_rows, height)
-    ]
-    return {name: torch.cat([panel[name] for panel in panels], dim=-1) for name in panels[0]}  # type: ignore[index, union-attr]
+    if len(panels) == 1:
+        return dict(compute(panels[0]))
+    found = [checkpoint(compute, panel, use_reentrant=False, preserve_rng_state=False) for panel in panels]
+    return {name: torch.cat([each[name] for each in found], dim=-1) for name in found[0]}  # type: ignore[index, union-attr]
 
 
 @functools.cache
 def compile_tile(function: F) -> F:
     """A function of logits whose elementwise work torch.compile fuses: each logit is read a few times, not dozens.
 
-    Every new number of rows or columns may take seconds to compile, the first time any.
+    The first calls compile, for seconds to a minute each.
     """
     return torch.compile(function, dynamic=True)  # type: ignore[return-value]

@@ -67,7 +67,7 @@ def test_two_processes_log_the_losses_of_one(clipkd: Run, data: Path, teacher: P
     assert "loss: 16 × 56 logits at once" in whole.stderr + whole.stdout
     small = ("--micro_batches", 4, "--objective.tile_size", 10, "--log.trackers", "[tensorboard]")
     done = clipkd("train", *arguments, *small, "--output", tmp_path / "two", processes=2)
-    assert "loss: 8 × 56 logits, 1 rows at a time" in done.stderr + done.stdout
+    assert "loss: 8 × 56 logits, 1 row at a time" in done.stderr + done.stdout
     assert "trained 6 steps" in done.stdout
     assert done.stdout.count("trained") == 1  # one process speaks
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")

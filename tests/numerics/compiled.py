@@ -32,10 +32,10 @@ def statistics(compiled: bool) -> dict[str, Tensor]:
 
 
 def terms(compiled: bool) -> dict[str, Tensor]:
-    objective = dataclasses.replace(OBJECTIVES["gkl with equal rows"], compile=compiled, tile_size=6)
+    objective = dataclasses.replace(OBJECTIVES["every term"], compile=compiled, tile_size=6)
     distiller = make_distiller(objective, dtype=torch.float64)
     view, targets = make_batch(dtype=torch.float64)
-    loss, _ = take_loss(distiller, view, needs("gkl with equal rows", targets))
+    loss, _ = take_loss(distiller, view, needs("every term", targets))
     loss.backward()
     names = ("student.model.visual.1.weight", "image_projection.weight")
     gradients = {name: distiller.get_parameter(name).grad for name in names}

@@ -356,7 +356,7 @@ def test_the_checkpoint_of_a_distiller_holds_student_and_projections() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(DOUBLE, 1e-12), (torch.float32, 2e-5)], ids=str)
-@pytest.mark.parametrize("tile_size", [1, 6, 9])
+@pytest.mark.parametrize("tile_size", [1, 5, 7])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_any_panel_of_queries_gives_the_same_series_gradients_and_memory(
     name: str, tile_size: int, dtype: torch.dtype, tolerance: float

@@ -148,6 +148,15 @@ def test_two_processes_give_the_loss_and_gradients_of_one(
     assert whole["metric/loss"] > 0.1
 
 
+def test_gradients_are_exchanged_though_the_last_micro_batch_has_no_class_prompts(processes: list[Seen]) -> None:
+    whole = steps("closed set", torch.float64, pairs=16)
+    gradients = {key: value for key, value in whole.items() if key.startswith("gradient/")}
+    assert any("token_embedding" in key for key in gradients)
+    for tensors, _ in processes:
+        for key, expected in gradients.items():
+            torch.testing.assert_close(tensors[f"parts without prompts/{key}"], expected, rtol=1e-10, atol=1e-12)
+
+
 def test_halves_alone_have_another_loss_than_the_whole(processes: list[Seen]) -> None:
     """Keys and row weights come from both processes: the two losses differ, only their mean is that of one process."""
     for name in ("every term", "gkl on student keys"):

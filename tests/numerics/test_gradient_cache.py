@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from clipkd import gradient_cache
 from clipkd.comparison import Targets
+from clipkd.cost import count_saved
 from clipkd.distill import Distiller
 from clipkd.views import View, join
 
@@ -96,10 +97,27 @@ def test_activations_are_kept_of_one_micro_batch_at_a_time() -> None:
     distiller, (view, targets) = with_layer(Sizes()), one_batch()
     take(distiller, view, targets, 4)
     assert seen == [(2, False)] * 4 + [(2, True)] * 4
-    assert all(len(part.images) == 2 for part in view.split(4))
 
 
-def test_a_frozen_scale_and_an_unused_tower_get_no_gradient() -> None:
+def test_a_micro_batch_s_activations_are_gone_before_the_next() -> None:
+    class Wide(nn.Module):
+        """Keeps 4096 numbers per unit."""
+
+        def forward(self, units: Tensor) -> Tensor:
+            return units[:, :, None].expand(-1, -1, 4096).tanh().mean(dim=-1)
+
+    peaks = []
+    for micro_batches in (1, 8):
+        distiller = with_layer(Wide())
+        view, targets = one_batch()
+        with count_saved() as saved:
+            take(distiller, view, targets, micro_batches)
+        assert saved.now == 0
+        peaks.append(saved.peak)
+    assert peaks[1] < peaks[0] / 4
+
+
+def test_a_frozen_scale_gets_no_gradient() -> None:
     distiller = make_distiller(OBJECTIVES["features alone"], dtype=DOUBLE)
     view, targets = one_batch()
     _, found = take(distiller, view, targets, 2)

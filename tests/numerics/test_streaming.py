@@ -226,6 +226,19 @@ def test_gradients_keep_their_digits_at_scale_100(
         assert ((found.double() - exact).norm() / exact.norm()).item() <= tolerance
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
+    results = []
+    for enabled in (False, True):
+        own = [each.float() for each in clustered(32, 0)[0]]
+        leaves = [each.requires_grad_() for each in own[:2]]
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            found = similarity_statistics(*own, logit_scale=100.0, teacher_logit_scale=100.0, tile_size=20)
+            value = total(found, torch.ones(12, 32))
+            results.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_compiled_tiles_and_terms_give_the_same_numbers() -> None:
     """In a process of its own: the compiler does not see through this suite's checks of shapes."""
     done = subprocess.run(
@@ -287,26 +300,26 @@ def test_memory_grows_with_the_rows_not_with_the_matrix() -> None:
 
 
 def test_nothing_is_kept_or_computed_twice_without_gradients() -> None:
-    calls: list[slice] = []
+    calls: list[int] = []
 
-    def compute(rows: slice) -> dict[str, Tensor]:
-        calls.append(rows)
-        return {"sum": matrix[rows].square().sum(dim=1)}
+    def compute(rows: Tensor) -> dict[str, Tensor]:
+        calls.append(len(rows))
+        return {"sum": rows.square().sum(dim=1)}
 
     matrix = torch.arange(40.0).view(10, 4)
     with torch.no_grad():
-        found = in_panels(compute, 10, height=4)
-    assert calls == [slice(0, 4), slice(4, 8), slice(8, 10)]
+        found = in_panels(compute, matrix.split(4))
+    assert calls == [4, 4, 2]
     assert found["sum"].tolist() == matrix.square().sum(dim=1).tolist()
     assert not found["sum"].requires_grad
     calls.clear()
     matrix.requires_grad_()
-    in_panels(compute, 10, height=4)["sum"].sum().backward()
+    in_panels(compute, matrix.split(4))["sum"].sum().backward()
     assert len(calls) == 6  # once forward, once for the gradient
     assert torch.equal(matrix.grad, 2 * matrix.detach())  # type: ignore[arg-type]
     calls.clear()
-    in_panels(compute, 10, height=12)
-    assert calls == [slice(0, 10)]  # one panel is the plain form
+    in_panels(compute, [matrix])["sum"].sum().backward()
+    assert calls == [10]  # one panel is the plain form
 
 
 @pytest.mark.parametrize(
@@ -314,7 +327,12 @@ def test_nothing_is_kept_or_computed_twice_without_gradients() -> None:
     [
         (lambda a: ({"tile_size": 0}, a), "tile_size is 0"),
         (lambda a: ({"gamma": -1.0}, a), "gamma is -1.0"),
-        (lambda a: ({}, [a[0][:5], *a[1:]]), r"have \[5, 7, 7, 7\] rows"),
+        (lambda a: ({}, [a[0][:5], *a[1:]]), "image 5, text 7, teacher_image 7, teacher_text 7 differ"),
+        (lambda a: ({}, [a[0][:, :4], *a[1:]]), r"image and text, of batch and queue, are \[4, 6\] wide"),
+        (lambda a: ({}, [a[0].long(), *a[1:]]), "image is no matrix of floating-point features"),
+        (lambda a: ({"matmul_dtype": torch.bfloat16}, a), "matmul_dtype is torch.bfloat16"),
+        (lambda a: ({"queue": Queue(*a)._replace(text=a[1][:3])}, a), r"queue.image 7, text 3"),
+        (lambda a: ({"queue": Queue(a[0], a[1], a[0], a[1])}, a), r"teacher_image and teacher_text.* \[5, 6\] wide"),
     ],
 )
 def test_wrong_arguments_are_refused(change: Callable, words: str, unchecked_shapes: None) -> None:

@@ -225,6 +225,7 @@ def steps(
     number: int = 3,
     tile_size: int = ObjectiveConfig().tile_size,
     micro_batches: int = 1,
+    pairs: int = PAIRS,
 ) -> dict[str, Tensor]:
     """Series, gradients and memory after some steps on one process's share of the batches."""
     distiller = make_distiller(dataclasses.replace(OBJECTIVES[name], tile_size=tile_size), dtype=dtype)
@@ -233,7 +234,7 @@ def steps(
     metrics: dict[str, Tensor] = {}
     for step in range(number):
         optimizer.zero_grad()
-        view, targets = make_batch(dtype=dtype, number=step)
+        view, targets = make_batch(dtype=dtype, number=step, num=pairs)
         own = share(view, needs(name, targets), rank, world_size)
         if micro_batches == 1:
             loss, metrics = take_loss(distiller, *own, step, model=model)
