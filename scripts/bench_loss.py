@@ -245,7 +245,24 @@ def measure(setting: Setting, variants: list[str], repeats: int, limit: float, r
     return rows
 
 
-def table(rows: list[Row], *columns: str) -> Table:
+def table(results: Path) -> str:
+    """Markdown for the README: the smallest and the largest batch; errors are the largest of the three gradients'."""
+    headings = ["batch", "queue", "form", "ms", "peak MB", "share of GEMM rate", "gradient error"]
+    lines = ["| " + " | ".join(headings) + " |", "|---:|---:|---|" + "---:|" * 4]
+    found = [row for row in metrics_log.read(results) if row["kind"] == "loss"]
+    largest = max(row["batch"] for row in found)
+    for row in (r for r in found if r["batch"] == largest or (r["batch"], r["queue"]) == (found[0]["batch"], 0)):
+        cells = [f"{row['batch']:,}", f"{row['queue']:,}", f"`{row['variant']}`"]
+        if "error" in row:
+            cells += [row["error"].split(" (")[0], "", "", ""]
+        else:
+            error = max(row[f"error_{name}"] for name in LEAVES)
+            cells += [f"{row['ms']:,.0f}", f"{row['peak_bytes'] / 1e6:,.0f}", f"{row['of_gemm']:.2f}", f"{error:.0e}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def grid_of(rows: list[Row], *columns: str) -> Table:
     grid = Table(*columns)
     for row in rows:
         grid.add_row(*(f"{row[c]:,.4g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns))
@@ -295,7 +312,7 @@ def main() -> None:
         for row in measure(setting, variants, options.repeats, limit, rates):
             metrics_log.append(options.output, row)
     rows = metrics_log.read(options.output)[1 + len(sent) :]
-    Console(width=None if Console().is_terminal else 1000).print(table(rows, *SHOWN), table(sent, *TRAFFIC))
+    Console(width=None if Console().is_terminal else 1000).print(grid_of(rows, *SHOWN), grid_of(sent, *TRAFFIC))
     cache_folder.cleanup()
     print(f"→ {options.output}")
 

@@ -268,6 +268,9 @@ def test_an_option_unlike_any_other_gets_no_suggestion(capsys: pytest.CaptureFix
     ("arguments", "words"),
     [
         (["--steps", "0"], ["steps is 0"]),
+        (["--micro_batches", "0"], ["micro_batches is 0"]),
+        (["--micro_batches", "9", "--batch_size", "8"], ["micro_batches is 9", "no more than batch_size, 8"]),
+        (["--objective.tile_size", "0"], ["objective.tile_size is 0"]),
         (["--steps", "many"], ["steps", "many"]),
         (["--batch_size", "1"], ["batch_size is 1", "at least 2"]),
         (["--seed", "-1"], ["seed is -1"]),
