@@ -157,6 +157,14 @@ def test_gradients_are_exchanged_though_the_last_micro_batch_has_no_class_prompt
             torch.testing.assert_close(tensors[f"parts without prompts/{key}"], expected, rtol=1e-10, atol=1e-12)
 
 
+def test_dropout_is_the_same_in_both_passes_on_two_processes(processes: list[Seen]) -> None:
+    for tensors, _ in processes:
+        whole = {key.split("/", 1)[1]: value for key, value in tensors.items() if key.startswith("dropped whole/")}
+        assert {"student.model.visual.1.weight", "student.model.logit_scale"} <= whole.keys()
+        for name, expected in whole.items():
+            torch.testing.assert_close(tensors[f"dropped parts/{name}"], expected, rtol=1e-10, atol=1e-12)
+
+
 def test_halves_alone_have_another_loss_than_the_whole(processes: list[Seen]) -> None:
     """Keys and row weights come from both processes: the two losses differ, only their mean is that of one process."""
     for name in ("every term", "gkl on student keys"):

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from tiny_clip import OBJECTIVES, make_batch, make_distiller, share, steps, take_loss
+from tiny_clip import OBJECTIVES, make_batch, make_distiller, needs, share, steps, take_loss
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from clipkd import distributed, gradient_cache
+from clipkd.views import join
 
 WORLD_SIZE = 2
 
@@ -76,6 +77,36 @@ def exchanges(rank: int, micro_batches: int) -> int:
     return len(calls)
 
 
+def dropped(rank: int) -> dict[str, Tensor]:
+    """Gradients of micro-batches with dropout, and of the same masks in one piece with gradients averaged by hand."""
+    found: dict[str, Tensor] = {}
+    view, targets = share(*make_batch(dtype=torch.float64), rank, WORLD_SIZE)
+    targets = needs("every term", targets)
+    for way in ("parts", "whole"):
+        distiller = make_distiller(OBJECTIVES["every term"], dtype=torch.float64)
+        visual = distiller.student.model.visual
+        assert isinstance(visual, torch.nn.Sequential)
+        visual.insert(2, torch.nn.Dropout(0.5))
+
+        def reseed(number: int) -> None:
+            torch.manual_seed(10 * number + rank)
+
+        if way == "parts":
+            model = torch.nn.parallel.DistributedDataParallel(distiller)
+            gradient_cache.backward(distiller, view, targets, step=0, micro_batches=4, reseed=reseed, model=model)
+        else:
+            outputs = []
+            for number, part in enumerate(view.split(4)):
+                reseed(number)
+                outputs.append(distiller(part)[0])
+            distiller.loss(join(outputs), targets)[0].backward()
+        for name, parameter in distiller.named_parameters():
+            if parameter.grad is not None:
+                mean = parameter.grad if way == "parts" else distributed.mean(parameter.grad)
+                found[f"dropped {way}/{name}"] = mean
+    return found
+
+
 def uneven_batch(rank: int) -> str:
     """What each process hears of batches of different sizes."""
     distiller = make_distiller(OBJECTIVES["every term"], dtype=torch.float64)
@@ -113,6 +144,7 @@ def main() -> None:
         for form, options in forms.items():
             result = steps(name, torch.float64, rank=rank, world_size=WORLD_SIZE, **options)
             tensors |= {f"{name}/{form}/{key}": value for key, value in result.items()}
+    tensors |= dropped(rank)
     # More parts than classes: the last brings no prompts, and DDP waits for the text tower all the same.
     result = steps("closed set", torch.float64, rank=rank, world_size=WORLD_SIZE, micro_batches=8, pairs=16)
     tensors |= {f"parts without prompts/{key}": value for key, value in result.items()}
