@@ -3,6 +3,8 @@
 import functools
 import hashlib
 import importlib.util
+import os
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +53,18 @@ def resolve_precision(precision: str, device: torch.device | None) -> str:
     return "no" if precision == "fp32" else precision
 
 
-def require_trackers(config: TrainConfig) -> None:
+def require_installed(config: TrainConfig) -> None:
+    """Raises: ValueError if a tracker's package, or the compiler that objective.compile needs on a CPU, is not there."""
     for tracker in config.log.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise ValueError(f"log.trackers names {tracker}, which is not installed: pip install 'clipkd[{tracker}]'")
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+    device = distributed.join_processes().device
+    on_cpu = device is not None and device.type == "cpu"
+    if config.objective.compile and on_cpu and not any(map(shutil.which, filter(None, compilers))):
+        raise ValueError(
+            "objective.compile needs a C++ compiler on a CPU (g++ or clang++); install one, or leave it out"
+        )
 
 
 def create_student(config: TrainConfig) -> Encoder:
@@ -164,7 +174,7 @@ class Parts:
 
 def assemble(config: TrainConfig) -> Parts:
     """Raises: ValueError or FileNotFoundError for the first thing that is wrong."""
-    require_trackers(config)
+    require_installed(config)
     accelerator = make_accelerator(config)
     student = create_student(config)
     teachers = [load_teacher(options) for options in configured_teachers(config)]

@@ -110,7 +110,7 @@ def tell(topic: str, text: str) -> None:
 def find_parts(config: TrainConfig, findings: Findings) -> Parts | None:
     """Open every part by itself, describe it if the options make sense, and return them if all could be opened."""
     sound = not findings.problems
-    findings.attempt(lambda: assemble.require_trackers(config))
+    findings.attempt(lambda: assemble.require_installed(config))
     accelerator = findings.attempt(lambda: assemble.make_accelerator(config))
     student = findings.attempt(lambda: assemble.create_student(config))
     teachers = [findings.attempt(lambda o=options: assemble.load_teacher(o)) for options in configured_teachers(config)]
@@ -261,7 +261,7 @@ def describe_retrieval(run: Run, batch: Batch, findings: Findings) -> None:
     for number, (teacher, view) in enumerate(zip(run.teachers, views, strict=True)):
         with run.accelerator.autocast():
             features = join([teacher.features(part) for part in view.split(run.config.micro_batches)])
-        best = (features.image @ features.text.T).argmax(dim=1).cpu()
+        best = torch.cat([(some @ features.text.T).argmax(dim=1) for some in features.image.split(1024)]).cpu()
         found, size = int((best == torch.arange(len(best))).sum()), len(best)
         role = f"ensemble[{number - 1}]" if number else "teacher"
         tell(role, f"finds the caption of {found} of {size} images among the batch's (by chance 1)")

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from clipkd.assemble import require_installed
 from clipkd.cli import main
+from clipkd.config import TrainConfig
+from clipkd.objective import ObjectiveConfig
 from clipkd.students import MODEL_CONFIGS
 from tests.e2e.conftest import SMALL, Run
 
@@ -76,6 +79,13 @@ def test_wrong_option(here: Run, data: Path, tmp_path: Path, arguments: tuple, w
     output = tmp_path / "run"
     paths = ("--data.path", data / "pairs", "--output", output, "--steps", 1)
     assert_refused(here("train", *SMALL, *paths, *arguments, check=False), output, *words)
+
+
+def test_compiling_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="compiler on a CPU"):
+        require_installed(TrainConfig(objective=ObjectiveConfig(compile=True)))
 
 
 def test_unknown_key_in_yaml(here: Run, data: Path, tmp_path: Path) -> None:
