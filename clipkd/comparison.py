@@ -129,9 +129,8 @@ class Comparison:
     @property
     def num_candidates(self) -> int:
         """Columns of the widest matrix of logits."""
-        queued = 0 if self.queue is None else len(self.queue)
         classes = 0 if self.class_features is None else len(self.class_features)
-        return max(len(self.student.image) * distributed.world_size() + queued, classes)
+        return max(len(self.student.image) * distributed.world_size() + len(self.queue or ()), classes)
 
     @property
     def panel_height(self) -> int:
@@ -205,9 +204,11 @@ class Comparison:
         root.uses_teacher_scale = True
 
         def make() -> Rows:
-            assert root.queue is not None or not queue
-            names = ("momentum_image", "momentum_text", "teacher_image", "teacher_text")
-            rings = losses.Queue(*map(root.queue.filled, names)) if queue and root.queue is not None else None
+            rings = None
+            if queue:
+                assert root.queue is not None
+                names = ("momentum_image", "momentum_text", "teacher_image", "teacher_text")
+                rings = losses.Queue(*map(root.queue.filled, names))
             found = losses.similarity_statistics(
                 *(root.student.image, root.student.text, root.teacher.image, root.teacher.text),
                 logit_scale=root.student.logit_scale,
@@ -223,9 +224,8 @@ class Comparison:
             ways = vars(found.image_to_text), vars(found.text_to_image)
             return {name: torch.stack([way[name] for way in ways]) for name in ways[0]}
 
-        options = temperature, weight_temperature, gamma
-        own = slice(self.first, self.first + len(self.student.image))
-        return {name: rows[:, own] for name, rows in root.once("shared tiles", queue, *options, make=make).items()}
+        found = root.once("shared tiles", queue, temperature, weight_temperature, gamma, make=make)
+        return {name: rows[:, self.first :][:, : len(self.student.image)] for name, rows in found.items()}
 
     def momentum_cosines(self, *, queue: bool) -> Pair:
         """Of the moving average's queries with its own keys."""
