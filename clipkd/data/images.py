@@ -1,8 +1,10 @@
-"""Image bytes → pixels: decode, one geometric augmentation per sample, then one tensor per view."""
+"""Image bytes → pixels: one geometric augmentation per sample, then decode and resize for each view.
+
+AUGMENTATION_VERSION in loader.py counts up with every change that gives other pixels or captions.
+"""
 
 import io
 import warnings
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -73,16 +75,20 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     return image.convert("RGB")
 
 
-def reduce_scale(image: Image.Image, box: Box, specs: Sequence[ViewSpec]) -> Box:
-    """Have a JPEG decoded at 1/2, 1/4 or 1/8 where the crop still has every view's pixels; returns the box in its new size.
+def decoding_scale(image: Image.Image, box: Box, spec: ViewSpec) -> int:
+    """How many times smaller an opened JPEG may be decoded (8, 4, 2 or 1) so that the crop still has the view's pixels.
 
-    Decoding is most of the work on an image, and what it leaves out here would be averaged away.
+    Decoding is most of the work on an image, and what it leaves out here would be averaged away. It depends on one view
+    alone: what a model sees must not change with the models beside it.
     """
-    if image.format != "JPEG":
-        return box
-    height = max(spec.size[0] for spec in specs)
-    width = max(spec.size[1] for spec in specs)
-    scale = next((s for s in (8, 4, 2) if box[2] - box[0] >= s * width and box[3] - box[1] >= s * height), 1)
+    height, width = spec.size
+    crop_width, crop_height = box[2] - box[0], box[3] - box[1]
+    possible = (8, 4, 2) if image.format == "JPEG" else ()
+    return next((s for s in possible if crop_width >= s * width and crop_height >= s * height), 1)
+
+
+def reduce_scale(image: Image.Image, box: Box, scale: int) -> Box:
+    """Have an opened JPEG decoded at 1/scale; returns the box in its new size."""
     if scale > 1:
         image.draft(None, (image.width // scale, image.height // scale))
     left, upper, right, lower = box  # an odd last column becomes one that is only partly there: sizes are rounded up

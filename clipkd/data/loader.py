@@ -16,12 +16,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipkd.config import DataConfig
-from clipkd.data.images import decode, open_image, random_crop_box, reduce_scale, render
+from clipkd.data.images import decode, decoding_scale, open_image, random_crop_box, reduce_scale, render
 from clipkd.data.order import BatchOrder, Position, Purpose, generator
 from clipkd.data.skips import BadSample, Skip
 from clipkd.data.sources import Pair, PairSet
 from clipkd.stops import RunStopped
 from clipkd.views import Batch, Views
+
+AUGMENTATION_VERSION = 2
+"""Counts up when equal seeds give other crops, pixels or captions than before: what was made of them no longer fits."""
 
 WHITE = (255, 255, 255)
 MOST_TRIES = 100
@@ -35,6 +38,8 @@ class Sample(NamedTuple):
     pixels: list[np.ndarray]
     """One per kind of view, uint8 [h, w, 3]."""
     caption: str
+    caption_number: int
+    """Which of the pair's captions it is."""
     id: int
     label: int
     key: str
@@ -42,7 +47,10 @@ class Sample(NamedTuple):
 
 
 class Augment:
-    """Pair → pixels of every view and one caption. Randomness: seed, view index and id alone."""
+    """Pair → pixels of every view and one caption. Randomness: seed, view index and id alone.
+
+    The pixels of a view depend on no other view, so that a teacher's are the same beside any student.
+    """
 
     def __init__(self, config: DataConfig, views: Views, seed: int) -> None:
         self.config, self.specs, self.seed = config, views.pixel_specs, seed
@@ -53,10 +61,15 @@ class Augment:
         red, green, blue = rng.integers(0, 256, 3).tolist() if self.config.background == "random" else WHITE
         image = open_image(pair.image, pair.key)
         box = random_crop_box(*image.size, self.config.min_crop, rng)
-        caption = pair.captions[rng.integers(len(pair.captions))]
-        box = reduce_scale(image, box, self.specs)
-        image = decode(image, pair.key, background=(red, green, blue))
-        return Sample([render(image, box, spec) for spec in self.specs], caption, id, pair.label, pair.key)
+        caption_number = int(rng.integers(len(pair.captions)))
+        scales = [decoding_scale(image, box, spec) for spec in self.specs]
+        decoded = {}
+        for scale in dict.fromkeys(scales):
+            image = image if not decoded else open_image(pair.image, pair.key)
+            smaller = reduce_scale(image, box, scale)
+            decoded[scale] = (decode(image, pair.key, background=(red, green, blue)), smaller)
+        pixels = [render(*decoded[scale], spec) for scale, spec in zip(scales, self.specs, strict=True)]
+        return Sample(pixels, pair.captions[caption_number], caption_number, id, pair.label, pair.key)
 
 
 class AugmentedPairs(Dataset):
@@ -87,7 +100,7 @@ class Collate:
         self.views = views
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        pixels, captions, ids, labels, keys, skipped = zip(*samples, strict=True)
+        pixels, captions, _, ids, labels, keys, skipped = zip(*samples, strict=True)
         return Batch(
             pixels=tuple(stack(list(kind)) for kind in zip(*pixels, strict=True)),
             texts=tuple(spec.tokenize(list(captions)) for spec in self.views.token_specs),

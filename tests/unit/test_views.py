@@ -21,7 +21,7 @@ def sample(views: Views, number: int) -> Sample:
     """Different values for every view, pixel and channel."""
     rng = np.random.default_rng(number)
     pixels = [rng.integers(0, 256, (*spec.size, 3), dtype=np.uint8) for spec in views.pixel_specs]
-    return Sample(pixels, f"a{number:02}", 10 + number, -number, f"key {number}")
+    return Sample(pixels, f"a{number:02}", 0, 10 + number, -number, f"key {number}")
 
 
 def collate(*specs: ViewSpec, num_samples: int = 4) -> tuple[Batch, list[View], Views]:
