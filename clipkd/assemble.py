@@ -12,12 +12,14 @@ import torch
 from accelerate import Accelerator, DistributedType
 
 from clipkd import data, distributed, models, optim, progress
-from clipkd.closed_set import closed_set_fingerprint, open_closed_set
+from clipkd.closed_set import class_vectors, closed_set_fingerprint, open_closed_set
 from clipkd.config import TeacherConfig, TrainConfig
 from clipkd.distill import Distiller, require_fitting_teachers
 from clipkd.evaluation import METRICS, Subject, as_tuple, open_subjects
 from clipkd.evaluation.embed import DTYPES
+from clipkd.feature_store import StoredTeacher, TeacherCache, open_cache
 from clipkd.models import Encoder
+from clipkd.objective import require_number_of_teachers
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -75,13 +77,16 @@ def create_student(config: TrainConfig) -> Encoder:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen model, and what sets it apart from any other, wherever it lies."""
+    """A frozen model, loaded or as a cache knows it, and what sets it apart from any other, wherever it lies."""
 
-    encoder: Encoder
+    model: Encoder | StoredTeacher
     identity: dict[str, Any]
 
 
 def configured_teachers(config: TrainConfig) -> list[TeacherConfig]:
+    """Those to load: none with a cache."""
+    if config.teacher.cache is not None:
+        return []
     return [options for options in (config.teacher, *config.ensemble) if options.model is not None]
 
 
@@ -99,7 +104,35 @@ def load_teacher(options: TeacherConfig) -> Teacher:
 
 
 def open_data(config: TrainConfig) -> data.Pairs:
-    return data.open_pairs(config.data, track=functools.partial(progress.track, visible=distributed.rank() == 0))
+    return data.open_pairs(config.data, track=main_process_track())
+
+
+def main_process_track() -> Any:
+    return functools.partial(progress.track, visible=distributed.rank() == 0)
+
+
+def open_teacher_cache(config: TrainConfig, pairs: data.Pairs) -> TeacherCache:
+    """Raises: FileNotFoundError or ValueError that name the file or option that does not fit."""
+    cache = open_cache(config, pairs, track=main_process_track())
+    require_number_of_teachers(config.objective, len(cache.teachers))
+    closed_set = config.objective.closed_set
+    if closed_set.weight and (
+        cache.manifest.classes is None or cache.manifest.classes.fingerprint != closed_set_fingerprint(closed_set)
+    ):
+        raise ValueError(
+            f"{cache.folder} holds no class vectors for objective.closed_set's classes and templates; make a cache with this "
+            "objective"
+        )
+    return cache
+
+
+def stored_teachers(cache: TeacherCache) -> list[Teacher]:
+    return [Teacher(teacher, teacher.identity) for teacher in cache.teachers]
+
+
+def loaded(teachers: list[Teacher]) -> list[Encoder]:
+    """None of them where features come from a cache."""
+    return [teacher.model for teacher in teachers if isinstance(teacher.model, Encoder)]
 
 
 def open_tasks(config: TrainConfig) -> list[Subject]:
@@ -123,7 +156,12 @@ def parse_best(best: str) -> tuple[str, str]:
 
 
 def identify(
-    config: TrainConfig, student: Encoder, teachers: list[Teacher], pairs: data.Pairs, precision: str
+    config: TrainConfig,
+    student: Encoder,
+    teachers: list[Teacher],
+    cache: TeacherCache | None,
+    pairs: data.Pairs,
+    precision: str,
 ) -> dict[str, Any]:
     """What a resumed run must share beyond its configuration."""
     closed_set = config.objective.closed_set
@@ -139,16 +177,21 @@ def identify(
     }
     if closed_set.weight:
         identity["classes"] = closed_set_fingerprint(closed_set)
+    if cache is not None:
+        identity["cache"] = cache.identity()
     return identity
 
 
-def make_distiller(config: TrainConfig, student: Encoder, teachers: list[Encoder], device: torch.device) -> Distiller:
+def make_distiller(
+    config: TrainConfig, student: Encoder, teachers: list[Teacher], cache: TeacherCache | None, device: torch.device
+) -> Distiller:
     """Student, teachers and all that the objective needs, on the device."""
-    for teacher in teachers:
-        teacher.to(device)
-    term = config.objective.closed_set
-    closed_set = open_closed_set(term, student=student, teacher=teachers[0], device=device) if term.weight else None
-    dim = teachers[0].dim if teachers else None
+    encoders = [encoder.to(device) for encoder in loaded(teachers)]
+    term, closed_set = config.objective.closed_set, None
+    if term.weight:
+        classes = class_vectors(term, encoders[0], device) if cache is None else cache.classes()
+        closed_set = open_closed_set(term, student=student, teacher_classes=classes, device=device)
+    dim = teachers[0].model.dim if teachers else None
     return Distiller(student, config.objective, teacher_dim=dim, closed_set=closed_set, device=device).to(device)
 
 
@@ -168,6 +211,7 @@ class Parts:
     accelerator: Accelerator
     student: Encoder
     teachers: list[Teacher]
+    cache: TeacherCache | None
     pairs: data.Pairs
     subjects: list[Subject]
 
@@ -178,6 +222,10 @@ def assemble(config: TrainConfig) -> Parts:
     accelerator = make_accelerator(config)
     student = create_student(config)
     teachers = [load_teacher(options) for options in configured_teachers(config)]
-    require_fitting_teachers(config.objective, [teacher.encoder for teacher in teachers])
-    pairs = open_data(config)
-    return Parts(accelerator, student, teachers, pairs, open_tasks(config))
+    require_fitting_teachers(config.objective, loaded(teachers))
+    pairs, cache = open_data(config), None
+    if config.teacher.cache is not None:
+        cache = open_teacher_cache(config, pairs)
+        teachers = stored_teachers(cache)
+        require_fitting_teachers(config.objective, cache.teachers)
+    return Parts(accelerator, student, teachers, cache, pairs, open_tasks(config))

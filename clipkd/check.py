@@ -23,7 +23,7 @@ from clipkd.requirements import collecting
 from clipkd.resume import find_checkpoint
 from clipkd.run import Run, build_run, record_skips, skipped_too_much
 from clipkd.stops import RunStopped
-from clipkd.views import Batch, ViewSpec, join
+from clipkd.views import Batch, ViewSpec
 
 T = TypeVar("T")
 TIMED_STEPS = 3
@@ -93,7 +93,7 @@ def try_run(config: TrainConfig, parts: Parts, findings: Findings) -> None:
     if run is None:
         return
     run.dry = True
-    memory = measure_loss_memory(run.distiller, [t.dim for t in run.teachers], batch_size=config.batch_size)
+    memory = measure_loss_memory(run.distiller, run.teacher_dims, batch_size=config.batch_size)
     tell("", f"logits of the loss: {memory.describe()}")
     if run.start >= config.steps:
         tell("step", f"nothing left to do: {run.start:,} of {config.steps:,} steps are done")
@@ -115,8 +115,12 @@ def find_parts(config: TrainConfig, findings: Findings) -> Parts | None:
     student = findings.attempt(lambda: assemble.create_student(config))
     teachers = [findings.attempt(lambda o=options: assemble.load_teacher(o)) for options in configured_teachers(config)]
     found = [teacher for teacher in teachers if teacher is not None]
-    findings.attempt(lambda: require_fitting_teachers(config.objective, [teacher.encoder for teacher in found]))
     pairs = findings.attempt(lambda: assemble.open_data(config))
+    cache = None
+    if config.teacher.cache is not None and pairs is not None:
+        cache = findings.attempt(lambda: assemble.open_teacher_cache(config, pairs))
+        teachers = found = [] if cache is None else assemble.stored_teachers(cache)
+    findings.attempt(lambda: require_fitting_teachers(config.objective, [one.model for one in found]))
     if sound and pairs is not None:
         describe_data(config, pairs, findings)
     if sound:
@@ -124,17 +128,21 @@ def find_parts(config: TrainConfig, findings: Findings) -> Parts | None:
     if student is not None:
         describe_model("student", student)
         findings.problems += find_broken_weights(student)
-    for number, teacher in enumerate(found):
-        describe_model(f"teacher {number}" if number else "teacher", teacher.encoder)
+    if cache is not None:
+        tell("teacher", f"{cache.describe()}, from {cache.folder}")
+    for number, teacher in enumerate(assemble.loaded(found)):
+        describe_model(f"teacher {number}" if number else "teacher", teacher)
         if student is not None:
-            tell("", compare_views(student.spec, teacher.encoder.spec))
-        findings.problems += find_broken_weights(teacher.encoder)
+            tell("", compare_views(student.spec, teacher.spec))
+        findings.problems += find_broken_weights(teacher)
     subjects = findings.attempt(lambda: assemble.open_tasks(config))
     if accelerator is None or student is None or pairs is None or subjects is None or len(found) < len(teachers):
         return None
+    if config.teacher.cache is not None and cache is None:
+        return None
     if sound:
         describe_memory(config, student, found)
-    return Parts(accelerator, student, found, pairs, subjects)
+    return Parts(accelerator, student, found, cache, pairs, subjects)
 
 
 def describe_data(config: TrainConfig, pairs: data.Pairs, findings: Findings) -> None:
@@ -209,9 +217,9 @@ def describe_memory(config: TrainConfig, student: Encoder, teachers: list[Teache
     trained = {"weights": 4 * weights, "gradients": 4 * weights, "AdamW": 8 * weights}
     trained |= {"average": 4 * weights} if config.optim.ema_momentum else {}
     trained |= {"DDP": 4 * weights} if distributed.world_size() > 1 else {}
-    frozen = sum(p.numel() * p.element_size() for teacher in teachers for p in teacher.encoder.parameters())
+    frozen = sum(p.numel() * p.element_size() for teacher in assemble.loaded(teachers) for p in teacher.parameters())
     capacity = config.objective.queue.capacity
-    widths = [student.dim if ring == "momentum" else teachers[0].encoder.dim for ring in config.objective.queues]
+    widths = [student.dim if ring == "momentum" else teachers[0].model.dim for ring in config.objective.queues]
     parts = [f"student {mib(sum(trained.values()))} ({', '.join(f'{k} {mib(v)}' for k, v in trained.items())})"]
     parts += [f"teachers {mib(frozen)}"] if frozen else []
     parts += [f"queue {mib(8 * capacity * sum(widths))}"] if capacity else []
@@ -257,10 +265,8 @@ def timed_step(run: Run, batch: Batch, step: int) -> float:
 @torch.no_grad()
 def describe_retrieval(run: Run, batch: Batch, findings: Findings) -> None:
     """How many images of a batch each teacher gives its own caption: the quickest sign of a wrong preprocessing."""
-    _, *views = run.views.of(batch, run.accelerator.device)
-    for number, (teacher, view) in enumerate(zip(run.teachers, views, strict=True)):
-        with run.accelerator.autocast():
-            features = join([teacher.features(part) for part in view.split(run.config.micro_batches)])
+    student_view, *teacher_views = run.views.of(batch, run.accelerator.device)
+    for number, features in enumerate(train.find_targets(run, batch, student_view, teacher_views).teachers):
         best = torch.cat([(some @ features.text.T).argmax(dim=1) for some in features.image.split(1024)]).cpu()
         found, size = int((best == torch.arange(len(best))).sum()), len(best)
         role = f"ensemble[{number - 1}]" if number else "teacher"

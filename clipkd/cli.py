@@ -20,6 +20,8 @@ Distill a large CLIP into a small one.
 
 commands:
   check    say what a training config will run, and all that is wrong with it: clipkd check configs/demo.yaml --data.path shards
+  cache    compute a teacher's features once, to train from them: clipkd cache configs/demo.yaml --output DIR --views 4
+           clipkd cache verify DIR [--recompute 64]
   train    train a student from a config: clipkd train configs/demo.yaml --data.path shards
   report   draw a run's curves, throughput, skipped samples and evaluations as one HTML page
   eval     zero-shot numbers of any model: clipkd eval --model M --task eval/imagenet.yaml --data /data/imagenet
@@ -64,7 +66,8 @@ def run_command(name: str, command: Callable[[list[str]], None], arguments: list
             message = message.splitlines()[-1].split(": ", 1)[-1]
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full:
-            message += "; free space" + (", then go on with --resume latest" if name == "train" else "")
+            goes_on = {"train": ", then go on with --resume latest", "cache": ", then give the same command again"}
+            message += "; free space" + goes_on.get(name, "")
         print(f"clipkd {name}{process}: error: {' '.join(message.split())}", file=sys.stderr)
         if os.environ.get("CLIPKD_TRACEBACK"):
             raise
@@ -72,7 +75,12 @@ def run_command(name: str, command: Callable[[list[str]], None], arguments: list
     except Interrupted as stop:
         end_by(stop.number, f"clipkd {name}: stopped by {stop}" if is_main_process() else "")
     except KeyboardInterrupt:
-        finished = {"train": "finished checkpoints are", "eval": "finished results are", "predict": "an --index is"}
+        finished = {
+            "train": "finished checkpoints are",
+            "cache": "finished shards are",
+            "eval": "finished results are",
+            "predict": "an --index is",
+        }
         kept = f"; {finished[name]} kept" if name in finished else ""
         end_by(signal.SIGINT, f"clipkd {name}{process}: interrupted{kept}")
 
@@ -121,6 +129,33 @@ def check_command(arguments: list[str]) -> None:
     for problem in problems:
         print(f"clipkd check{process}: problem: {problem}", file=sys.stderr)
     if problems:
+        raise SystemExit(2)
+
+
+def cache_command(arguments: list[str]) -> None:
+    if arguments and (command := CACHE_COMMANDS.get(arguments[0])):
+        command(arguments[1:])
+        return
+    if "--output" not in {argument.split("=")[0] for argument in arguments} and "--help" not in arguments:
+        arguments = [*arguments, "--output", ""]  # not that of a training config, which is a run's
+    from clipkd import cache
+
+    config = parse_into(cache.CacheConfig, with_config(arguments), "cache", "Compute the teachers' features once.")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that nothing unfinished stays
+    folder = cache.run(config)
+    if is_main_process():
+        print(f"cached: {folder}; train from it with --teacher.cache {folder}")
+
+
+def cache_verify_command(arguments: list[str]) -> None:
+    from clipkd.cache import verify
+
+    findings = verify.verify(arguments)
+    for line in findings.lines:
+        print(line)
+    for problem in findings.problems:
+        print(f"clipkd cache verify: problem: {problem}", file=sys.stderr)
+    if findings.problems:
         raise SystemExit(2)
 
 
@@ -248,8 +283,10 @@ def is_main_process() -> bool:
 
 
 EVAL_COMMANDS = {"ls": eval_list_command, "validate": eval_validate_command, "compare": eval_compare_command}
+CACHE_COMMANDS = {"verify": cache_verify_command}
 COMMANDS = {
     "check": check_command,
+    "cache": cache_command,
     "train": train_command,
     "report": report_command,
     "eval": eval_command,

@@ -28,23 +28,29 @@ class ClosedSet:
         return self.prompts[step % len(self.prompts)]
 
 
-@torch.no_grad()
-def open_closed_set(term: ClosedSetTerm, *, student: Encoder, teacher: Encoder, device: torch.device) -> ClosedSet:
-    """Tokens and teacher's class vectors (mean over all templates, as in zero-shot classification), on a device.
+def open_closed_set(
+    term: ClosedSetTerm, *, student: Encoder, teacher_classes: Float[Tensor, "k d"], device: torch.device
+) -> ClosedSet:
+    """The student's tokens of every prompt, and the teacher's class vectors, on a device.
 
     Raises: ValueError or FileNotFoundError naming the option.
     """
     classnames, templates = read_classes(term)
-
-    def encode_texts(texts: list[str]) -> Tensor:
-        return teacher.encode_text(teacher.spec.tokenize(texts).to(device))
-
     prompts = [
         student.spec.tokenize([zeroshot.fill_template(template, name) for name in classnames]).to(device)
         for template in templates
     ]
-    classifier = zeroshot.build_classifier(encode_texts, classnames, templates)
-    return ClosedSet(prompts, classifier, class_prior=term.class_prior)
+    return ClosedSet(prompts, teacher_classes.to(device), class_prior=term.class_prior)
+
+
+@torch.no_grad()
+def class_vectors(term: ClosedSetTerm, teacher: Encoder, device: torch.device) -> Float[Tensor, "k d"]:
+    """A teacher's, on the device: the mean over all templates, as in zero-shot classification."""
+
+    def encode_texts(texts: list[str]) -> Tensor:
+        return teacher.encode_text(teacher.spec.tokenize(texts).to(device))
+
+    return zeroshot.build_classifier(encode_texts, *read_classes(term))
 
 
 def closed_set_fingerprint(term: ClosedSetTerm) -> str:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import yaml
 
-from clipkd.objective import ObjectiveConfig
+from clipkd.data_options import DataConfig
+from clipkd.objective import ObjectiveConfig, require_number_of_teachers
 from clipkd.requirements import require
 
 
@@ -29,63 +30,8 @@ class TeacherConfig:
     """Weights of an open_clip name: a tag or a file. The other kinds of teacher carry their own."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What the teacher's weights are held in: bf16 or fp16 halve its memory. Its logit scale stays fp32."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    format: Literal["webdataset", "huggingface", "csv"] = "webdataset"
-    """webdataset: tar shards; huggingface: a hub name, a save_to_disk folder, or a folder of parquet, arrow or image files; csv: a table of image paths and captions."""
-    path: tuple[str, ...] | str = ""
-    """webdataset: folders, tars, brace patterns such as shards/{00000..00331}.tar, URLs or pipes, one or a list; huggingface: name or folder; csv: .csv or .tsv files."""
-    split: str = "train"
-    """Split of a Hugging Face data set; the others ignore it."""
-    image_column: str = "image"
-    """Image column of a Hugging Face data set or table (there: paths, relative to it); webdataset takes the member with an image suffix."""
-    caption_key: str = "txt"
-    """webdataset: txt for the .txt member, else a key of the .json member; else the column. A list holds several captions, one is drawn."""
-    label_key: str | None = None
-    """Class number of an image, for objective.closed_set: webdataset: cls for the .cls member, else a key of the .json; else the column."""
-    weight: float = 1.0
-    """How often an epoch passes through this source: 2 takes every sample twice, 0.5 one half in one epoch and the other in the next."""
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        return tuple(filter(None, (self.path,) if isinstance(self.path, str) else self.path))
-
-    def __post_init__(self) -> None:
-        self.check("data.mix[…]")
-
-    def check(self, where: str) -> None:
-        require(self.label_key != "", f"{where}.label_key is empty; name a key or column, or leave it out")
-        require(self.weight > 0, f"{where}.weight is {self.weight}; it must be positive")
-        require(
-            self.format != "huggingface" or len(self.paths) <= 1,
-            f"{where}.path lists {len(self.paths)} Hugging Face data sets; name one, and the others in data.mix",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(SourceConfig):
-    mix: tuple[SourceConfig, ...] = ()
-    """Further sources, each with path, format, columns and weight of its own."""
-    max_skipped: float = 0.01
-    """Largest share of samples (and of shards) that may be damaged and are skipped; above it the run stops. 0 stops at the first."""
-    num_workers: int = 2
-    """Loader processes per training process; 0 loads in the training process."""
-    min_crop: float = 0.9
-    """Smallest random crop, as a share of the image's area; 1 squashes the whole image."""
-    background: Literal["white", "random"] = "white"
-    """What shows through transparent pixels: white, or a random colour per view (an augmentation for drawings)."""
-
-    def __post_init__(self) -> None:
-        self.check("data")
-        require(0 < self.min_crop <= 1, f"data.min_crop is {self.min_crop}; it is a share of the area in (0, 1]")
-        require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}; it must be 0 or more")
-        require(0 <= self.max_skipped <= 1, f"data.max_skipped is {self.max_skipped}; it is a share in [0, 1]")
-        labelled = {source.label_key is not None for source in (self, *self.mix)}
-        require(
-            len(labelled) == 1, "some sources have a label_key and others none; name one for data and each of data.mix"
-        )
+    cache: str | None = None
+    """Folder of `clipkd cache`: the features of all teachers are read from it and none is loaded; model and ensemble may stay, and must then be those it was made with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,27 +183,20 @@ def require_objective(config: TrainConfig) -> None:
     distillation = [name for name, term in active.items() if term.needs_teacher]
     first = f"objective.{distillation[0]}" if distillation else ""
     if config.teacher.model is None:
-        require(not distillation, f"{first} needs a teacher: set teacher.model")
         require(not config.ensemble, "ensemble names further teachers, but there is no first: set teacher.model")
+    if config.teacher.model is None and config.teacher.cache is None:
+        require(not distillation, f"{first} needs a teacher: set teacher.model, or teacher.cache")
     else:
         require(
             bool(distillation),
             "a teacher is set but no term uses it: set objective.gkl.weight or that of another distillation term, "
-            "or leave teacher.model out",
+            "or leave teacher.model and teacher.cache out",
         )
     for number, teacher in enumerate(config.ensemble):
         require(teacher.model is not None, f"ensemble[{number}] names no model")
-    for name in distillation:
-        alone = name in ("kl", "soft_ce") and not active[name].compares_features
-        require(
-            not config.ensemble or (alone and not active[name].queues),
-            f"objective.{name} learns from one teacher; with an ensemble use kl or soft_ce with keys: student, no queue",
-        )
-    fixed = config.objective.logit_scale.teacher
-    require(
-        not isinstance(fixed, tuple) or len(fixed) == 1 + len(config.ensemble),
-        f"objective.logit_scale.teacher lists {fixed}; it needs one value for each of the teachers, {1 + len(config.ensemble)} here",
-    )
+        require(teacher.cache is None, f"ensemble[{number}].cache is set; teacher.cache holds all teachers")
+    if config.teacher.cache is None or config.teacher.model is not None:  # else the cache knows how many there are
+        require_number_of_teachers(config.objective, 1 + len(config.ensemble))
     momentum = [name for name, term in active.items() if term.needs_momentum]
     require(
         not momentum or config.optim.ema_momentum > 0,

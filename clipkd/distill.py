@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -249,7 +249,18 @@ def detach(targets: Targets) -> Targets:
     return targets._replace(teachers=tuple(teacher.detach() for teacher in targets.teachers), momentum=momentum)
 
 
-def require_fitting_teachers(objective: ObjectiveConfig, teachers: Sequence[Encoder]) -> None:
+@runtime_checkable
+class FrozenTeacher(Protocol):
+    """What the objective asks of a teacher besides its features."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def logit_bias(self) -> Tensor | None: ...
+
+
+def require_fitting_teachers(objective: ObjectiveConfig, teachers: Sequence[FrozenTeacher]) -> None:
     """Raises: ValueError if a term wants another kind of teacher: one trained with a softmax, or with a sigmoid (SigLIP)."""
     for number, teacher in enumerate(teachers):
         option = f"ensemble[{number - 1}]" if number else "teacher.model"

@@ -167,3 +167,18 @@ class ObjectiveConfig:
             "objective.xrd alone would shrink its logit scale to nothing; it shares that of objective.icl, which trains it "
             "on true pairs: set objective.icl.weight",
         )
+
+
+def require_number_of_teachers(objective: ObjectiveConfig, number: int) -> None:
+    """Raises: ValueError if a term learns from one teacher and there are several, or their logit scales are not as many."""
+    for name, term in objective.active().items():
+        alone = not term.needs_teacher or (name in ("kl", "soft_ce") and not term.compares_features and not term.queues)
+        require(
+            number == 1 or alone,
+            f"objective.{name} learns from one teacher; with an ensemble use kl or soft_ce with keys: student, no queue",
+        )
+    fixed = objective.logit_scale.teacher
+    require(
+        not isinstance(fixed, tuple) or len(fixed) == number,
+        f"objective.logit_scale.teacher lists {fixed}; it needs one value for each of the teachers, {number} here",
+    )

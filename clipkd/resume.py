@@ -16,7 +16,15 @@ RESUME_MAY_DIFFER = (
     # The same numbers to rounding (but for dropout's masks and a BatchNorm's parts), in another memory.
     *("micro_batches", "objective.tile_size", "objective.compile"),
     # Compared by what they hold, not by where it lies.
-    *("data.path", "data.mix", "teacher.model", "teacher.pretrained", "ensemble", "objective.closed_set.classes"),
+    *(
+        "data.path",
+        "data.mix",
+        "teacher.model",
+        "teacher.pretrained",
+        "teacher.cache",
+        "ensemble",
+        "objective.closed_set.classes",
+    ),
 )
 
 

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from clipkd import checkpoint, data, distributed, metrics_log, momentum, progress
 from clipkd import config as configuration
-from clipkd.assemble import Parts, assemble, identify, make_distiller, make_optimizer, parse_best
+from clipkd.assemble import Parts, assemble, identify, loaded, make_distiller, make_optimizer, parse_best
 from clipkd.config import TrainConfig
 from clipkd.distill import Distiller
 from clipkd.evaluation import Embedder, Subject, describe_result, measure, result_row
+from clipkd.feature_store import TeacherCache
 from clipkd.loss_memory import LossMemory, measure_loss_memory
 from clipkd.models import Encoder
 from clipkd.progress import Stopwatch
 from clipkd.resume import claim, find_checkpoint, require_same_run
-from clipkd.views import Views
+from clipkd.views import Batch, Views
 
 RECORDS = ("metrics.jsonl", "results.jsonl", "skipped.jsonl")
 
@@ -35,10 +36,14 @@ class Run:
     distiller: Distiller
     model: nn.Module
     teachers: list[Encoder]
+    """Those that are asked at every step; none with a cache."""
+    teacher_dims: list[int]
+    cache: TeacherCache | None
+    """Where the teachers' features are read."""
     ema: Encoder | None
     optimizer: Any
     views: Views
-    feed: data.Feed
+    feed: data.Feed[Batch]
     subjects: list[Subject]
     identity: dict[str, Any]
     """What a resumed run must share beyond its configuration: student, teacher, pairs, precision."""
@@ -70,7 +75,7 @@ def open_run(config: TrainConfig) -> Run:
         torch.set_num_threads(config.threads)
     parts = assemble(config)
     run = build_run(config, parts)
-    memory = measure_loss_memory(run.distiller, [t.dim for t in run.teachers], batch_size=config.batch_size)
+    memory = measure_loss_memory(run.distiller, run.teacher_dims, batch_size=config.batch_size)
     distributed.together(lambda: open_folder(run, parts.pairs, memory) if run.accelerator.is_main_process else None)
     if config.log.trackers:
         plain = configuration.flatten(configuration.to_dict(config))
@@ -82,8 +87,8 @@ def open_run(config: TrainConfig) -> Run:
 
 def build_run(config: TrainConfig, parts: Parts) -> Run:
     """Put the parts together, at the step of the checkpoint that is resumed; writes nothing."""
-    accelerator, teachers = parts.accelerator, [teacher.encoder for teacher in parts.teachers]
-    identity = identify(config, parts.student, parts.teachers, parts.pairs, accelerator.mixed_precision)
+    accelerator, teachers, cache = parts.accelerator, loaded(parts.teachers), parts.cache
+    identity = identify(config, parts.student, parts.teachers, cache, parts.pairs, accelerator.mixed_precision)
     resumed = find_checkpoint(config)
     state = {"step": 0, "seconds": 0.0, "num_skipped": 0} if resumed is None else checkpoint.read_state(resumed)
     if len(set(distributed.gather_objects(str(resumed)))) > 1:
@@ -92,7 +97,7 @@ def build_run(config: TrainConfig, parts: Parts) -> Run:
         )
     if resumed is not None:
         require_same_run(resumed, state, config, identity)
-    distiller = make_distiller(config, parts.student, teachers, accelerator.device)
+    distiller = make_distiller(config, parts.student, parts.teachers, cache, accelerator.device)
     ema = momentum.copy_for_average(distiller.student) if config.optim.ema_momentum else None
     optimizer = make_optimizer(distiller, config)
     if resumed is not None:
@@ -105,6 +110,7 @@ def build_run(config: TrainConfig, parts: Parts) -> Run:
         views,
         start=state["step"],
         places={int(reader): place for reader, place in state.get("stream", {}).items()},
+        stored=cache,
         pin_memory=accelerator.device.type == "cuda",
     )
     model, prepared_optimizer = accelerator.prepare(distiller, optimizer)
@@ -117,6 +123,8 @@ def build_run(config: TrainConfig, parts: Parts) -> Run:
         distiller=distiller,
         model=model,
         teachers=teachers,
+        teacher_dims=[teacher.model.dim for teacher in parts.teachers],
+        cache=cache,
         ema=ema,
         optimizer=prepared_optimizer,
         views=views,
@@ -138,6 +146,10 @@ def open_folder(run: Run, pairs: data.Pairs, memory: LossMemory) -> None:
     start, steps = run.start, run.config.steps
     where = f"from step {start} of {steps}" if start == 0 else f"resumed from step {start} of {steps}"
     progress.console.print(f"{run.folder}: {where}, {pairs.describe()}", soft_wrap=True, markup=False)
+    if run.cache is not None:
+        progress.console.print(
+            f"teacher: {run.cache.describe()}, from {run.cache.folder}", soft_wrap=True, markup=False
+        )
     compiles = "; the first steps compile it, which takes minutes" if run.config.objective.compile else ""
     progress.console.print(f"loss: {memory.describe()}{compiles}", soft_wrap=True, markup=False)
     run.folder.mkdir(parents=True, exist_ok=True)

@@ -154,7 +154,10 @@ def find_targets(run: Run, batch: Batch, view: View, teacher_views: list[View]) 
         return join([encoder.features(part) for part in own.split(parts)])
 
     with run.accelerator.autocast():
-        teachers = tuple(features(teacher, own) for teacher, own in zip(run.teachers, teacher_views, strict=True))
+        if run.cache is not None:
+            teachers = run.cache.features(batch.features, device)
+        else:
+            teachers = tuple(features(teacher, own) for teacher, own in zip(run.teachers, teacher_views, strict=True))
         momentum_features = None
         if run.distiller.needs_momentum:
             assert run.ema is not None

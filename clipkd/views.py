@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 
@@ -70,6 +70,8 @@ class Batch(NamedTuple):
     """Streamed shards that were begun for this batch."""
     place: tuple[int, int] | None = None
     """Of streamed shards: which reader made this batch, and the first shard it has not given whole."""
+    features: tuple[Shaped[Tensor, "b d"], ...] = ()
+    """Stored features of frozen models, kind by kind, as they lie on disk; none where they are computed."""
 
 
 class Views:

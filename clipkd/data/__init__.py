@@ -10,20 +10,25 @@ from clipkd.data.evaluation_sets import (
     check_label,
     check_vector,
 )
-from clipkd.data.loader import Feed
+from clipkd.data.loader import AUGMENTATION_VERSION, Augment, FeatureRows, Feed, loader_options
 from clipkd.data.open import Pairs, open_feed, open_pairs
-from clipkd.data.skips import DAMAGED_SHARD, FEWEST_SHARDS, Skip, Skips, exceeds
-from clipkd.data.sources import PairSet
+from clipkd.data.skips import DAMAGED_SHARD, FEWEST_SHARDS, BadSample, Skip, Skips, exceeds
+from clipkd.data.sources import Pair, PairSet
 
 __all__ = [
+    "AUGMENTATION_VERSION",
     "CLASS_KINDS",
     "DAMAGED_SHARD",
     "FEWEST_SHARDS",
+    "Augment",
+    "BadSample",
     "EvaluationSet",
+    "FeatureRows",
     "Feed",
     "Images",
     "Kind",
     "Layout",
+    "Pair",
     "PairSet",
     "Pairs",
     "Skip",
@@ -31,6 +36,7 @@ __all__ = [
     "check_label",
     "check_vector",
     "exceeds",
+    "loader_options",
     "open_evaluation_set",
     "open_feed",
     "open_pairs",

@@ -8,18 +8,19 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from types import MappingProxyType, TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clipkd.config import DataConfig
-from clipkd.data.images import decode, decoding_scale, open_image, random_crop_box, reduce_scale, render
+from clipkd.data.images import Box, decode, decoding_scale, open_image, random_crop_box, reduce_scale, render
 from clipkd.data.order import BatchOrder, Position, Purpose, generator
 from clipkd.data.skips import BadSample, Skip
 from clipkd.data.sources import Pair, PairSet
+from clipkd.data_options import DataConfig
 from clipkd.stops import RunStopped
 from clipkd.views import Batch, Views
 
@@ -44,6 +45,20 @@ class Sample(NamedTuple):
     label: int
     key: str
     skipped: tuple[Skip, ...] = ()
+    features: tuple[np.ndarray, ...] = ()
+    """Stored ones of this view, where the teachers' are read instead of computed."""
+
+
+@runtime_checkable
+class FeatureRows(Protocol):
+    """Where features of frozen models are stored (clipkd.feature_store)."""
+
+    num_views: int
+    """Of each sample; later passes see them again in the same order."""
+
+    def read(self, pair: Pair, id: int, view: int, caption_number: int) -> tuple[np.ndarray, ...]:
+        """One vector per kind of feature. Raises: BadSample if the sample has none; RunStopped."""
+        ...
 
 
 class Augment:
@@ -63,7 +78,7 @@ class Augment:
         box = random_crop_box(*image.size, self.config.min_crop, rng)
         caption_number = int(rng.integers(len(pair.captions)))
         scales = [decoding_scale(image, box, spec) for spec in self.specs]
-        decoded = {}
+        decoded: dict[int, tuple[Image.Image, Box]] = {}
         for scale in dict.fromkeys(scales):
             image = image if not decoded else open_image(pair.image, pair.key)
             smaller = reduce_scale(image, box, scale)
@@ -75,22 +90,32 @@ class Augment:
 class AugmentedPairs(Dataset):
     """(view index, id) → sample; in place of one that cannot be used another, which depends on the position alone."""
 
-    def __init__(self, pairs: PairSet, augment: Augment) -> None:
-        self.pairs, self.augment = pairs, augment
+    def __init__(self, pairs: PairSet, augment: Augment, stored: FeatureRows | None = None) -> None:
+        self.pairs, self.augment, self.stored = pairs, augment, stored
 
     def __getitem__(self, position: Position) -> Sample:
         view, id = position
+        if self.stored is not None:
+            view %= self.stored.num_views
         substitutes: np.random.Generator | None = None
         skipped: list[Skip] = []
         while len(skipped) < MOST_TRIES:
             try:
-                return self.augment(self.pairs.read(id), view, id)._replace(skipped=tuple(skipped))
+                return self.make(view, id)._replace(skipped=tuple(skipped))
             except BadSample as bad:
                 skipped.append(bad.skip)
             substitutes = substitutes or generator(Purpose.SUBSTITUTE, self.augment.seed, *position)
             id = int(substitutes.integers(len(self.pairs)))
         key, _, message = skipped[-1]
         raise RunStopped(f"{MOST_TRIES} samples in a row cannot be used, the last of them {key}: {message}")
+
+    def make(self, view: int, id: int) -> Sample:
+        """Raises: BadSample."""
+        pair = self.pairs.read(id)
+        sample = self.augment(pair, view, id)
+        if self.stored is None:
+            return sample
+        return sample._replace(features=self.stored.read(pair, id, view, sample.caption_number))
 
 
 class Collate:
@@ -100,7 +125,7 @@ class Collate:
         self.views = views
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        pixels, captions, _, ids, labels, keys, skipped = zip(*samples, strict=True)
+        pixels, captions, _, ids, labels, keys, skipped, features = zip(*samples, strict=True)
         return Batch(
             pixels=tuple(stack(list(kind)) for kind in zip(*pixels, strict=True)),
             texts=tuple(spec.tokenize(list(captions)) for spec in self.views.token_specs),
@@ -108,6 +133,7 @@ class Collate:
             labels=torch.tensor(labels),
             keys=keys,
             skipped=tuple(skip for part in skipped for skip in part),
+            features=tuple(torch.from_numpy(np.stack(kind)) for kind in zip(*features, strict=True)),
         )
 
 
@@ -127,7 +153,10 @@ def died(error: RuntimeError) -> RunStopped:
     )
 
 
-class Feed:
+B = TypeVar("B", bound=NamedTuple)
+
+
+class Feed(Generic[B]):
     """One process's batches, one per step. Never `prepare` it: it is already this process's share."""
 
     def __init__(
@@ -139,13 +168,13 @@ class Feed:
     ) -> None:
         """epoch: (steps done, places of this process's readers) → passes through the data so far."""
         self.loader = loader
-        self.batches: Iterator[Batch] | None = None
+        self.batches: Iterator[B] | None = None
         self.processes: list[BaseProcess] = []
         self.places = dict(places)
         """Of streamed shards: reader → the first shard that it has not given whole."""
         self.epoch_of = epoch
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> B:
         if self.batches is None:  # not before somebody is there to close it
             before = multiprocessing.active_children()
             try:
@@ -158,14 +187,14 @@ class Feed:
             if not is_death(error):
                 raise
             raise died(error) from error
-        if batch.place is not None:
-            self.places[batch.place[0]] = batch.place[1]
+        if (place := getattr(batch, "place", None)) is not None:
+            self.places[place[0]] = place[1]
         return batch
 
     def epoch(self, step: int) -> float:
         return self.epoch_of(step, self.places)
 
-    def __enter__(self) -> "Feed":
+    def __enter__(self) -> "Feed[B]":
         return self
 
     def __exit__(
@@ -185,16 +214,27 @@ class Feed:
             process.join()
 
 
-def indexed_batches(pairs: PairSet, config: DataConfig, views: Views, order: BatchOrder, *, pin_memory: bool) -> Feed:
+def indexed_batches(
+    pairs: PairSet,
+    config: DataConfig,
+    views: Views,
+    order: BatchOrder,
+    *,
+    stored: FeatureRows | None = None,
+    pin_memory: bool,
+) -> Feed[Batch]:
     """The batches of `order`."""
     augment = Augment(config, views, order.mixture.seed)
     loader = DataLoader(
-        AugmentedPairs(pairs, augment), batch_sampler=order, collate_fn=Collate(views), **options(config, pin_memory)
+        AugmentedPairs(pairs, augment, stored),
+        batch_sampler=order,
+        collate_fn=Collate(views),
+        **loader_options(config, pin_memory),
     )
     return Feed(loader, epoch=lambda step, _: step * order.batch_size / order.mixture.epoch_size)
 
 
-def options(config: DataConfig, pin_memory: bool) -> dict[str, Any]:
+def loader_options(config: DataConfig, pin_memory: bool) -> dict[str, Any]:
     """What every DataLoader here is given."""
     parallel = {"prefetch_factor": 4, "timeout": SECONDS_FOR_A_BATCH} if config.num_workers else {}
     return {

@@ -4,14 +4,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from clipkd import distributed
-from clipkd.config import DataConfig, SourceConfig, TrainConfig
-from clipkd.data.loader import Feed, indexed_batches
+from clipkd.config import TrainConfig
+from clipkd.data.loader import FeatureRows, Feed, indexed_batches
 from clipkd.data.order import BatchOrder, require_share
 from clipkd.data.shards import WebdatasetPairs
 from clipkd.data.sources import PairSet, PairSource, Track, configured_sources, is_remote
 from clipkd.data.stream import StreamedShards, streamed_batches
 from clipkd.data.tables import HuggingFacePairs, TablePairs
-from clipkd.views import Views
+from clipkd.data_options import DataConfig, SourceConfig
+from clipkd.views import Batch, Views
 
 Pairs = PairSet | StreamedShards
 
@@ -55,14 +56,17 @@ def open_feed(
     *,
     start: int = 0,
     places: Mapping[int, int] | None = None,
+    stored: FeatureRows | None = None,
     pin_memory: bool = False,
-) -> Feed:
-    """This process's batches from a step on. places: of streamed shards, where a checkpoint's readers were.
+) -> Feed[Batch]:
+    """This process's batches from a step on. places: of streamed shards, where a checkpoint's readers were. stored: features
+    that come with every sample, of indexed pairs only.
 
     Raises: ValueError if the processes cannot share a batch or the data does not fill one.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
     if isinstance(pairs, StreamedShards):
+        assert stored is None
         require_share(config.batch_size, world_size)
         return streamed_batches(
             pairs,
@@ -83,4 +87,4 @@ def open_feed(
         rank=rank,
         world_size=world_size,
     )
-    return indexed_batches(pairs, config.data, views, order, pin_memory=pin_memory)
+    return indexed_batches(pairs, config.data, views, order, stored=stored, pin_memory=pin_memory)

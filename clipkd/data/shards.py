@@ -10,10 +10,10 @@ import numpy as np
 from webdataset.shardlists import expand_urls
 
 from clipkd import distributed
-from clipkd.config import SourceConfig
 from clipkd.data.skips import DAMAGED_SHARD, BadSample, Skip, Skips
-from clipkd.data.sources import IMAGE_EXTENSIONS, MOST_SAMPLE_BYTES, Pair, Track, make_pair
+from clipkd.data.sources import IMAGE_EXTENSIONS, MOST_SAMPLE_BYTES, Pair, Track, make_pair, member_captions
 from clipkd.data.tar_index import DUPLICATE, TarIndex, as_text, index_tar, is_indexed
+from clipkd.data_options import SourceConfig
 
 MANY_SHARDS = 20
 """New ones from which on their indexing shows its progress."""
@@ -162,7 +162,22 @@ class WebdatasetPairs:
             self.opened.popitem(last=False)
         return rows
 
+    def parts(self) -> list[tuple[str, str]]:
+        return [(str(path), digest) for path, digest in zip(self.shards, self.digests, strict=True)]
+
     def read(self, index: int) -> Pair:
+        key, (image, caption, *label) = self.read_members(index, slice(None))
+        assert image is not None
+        assert caption is not None
+        return make_pair(key, image, caption, label[0] if label else None, self.config)
+
+    def read_captions(self, index: int) -> tuple[str, ...]:
+        key, (caption,) = self.read_members(index, slice(1, 2))
+        assert caption is not None
+        return member_captions(key, caption, self.config)
+
+    def read_members(self, index: int, wanted: slice) -> tuple[str, list[bytes | None]]:
+        """Key and contents of image, caption and label, or those of them that are wanted. Raises: BadSample."""
         shard = int(np.searchsorted(self.starts, index, "right")) - 1
         path, row = self.shards[shard], index - int(self.starts[shard])
         key = str(path)
@@ -173,14 +188,10 @@ class WebdatasetPairs:
             with path.open("rb", buffering=0) as file:
                 if stamp_of(os.fstat(file.fileno())) != rows.stamp:
                     raise ValueError("it was written again since")
-                members = [read_span(file.fileno(), *span) for span in rows.spans[row].tolist()]
+                return key, [read_span(file.fileno(), *span) for span in rows.spans[row, wanted].tolist()]
         except (OSError, ValueError, EOFError) as error:
             message = f"the shard cannot be read any more ({error})"
             raise BadSample(key, "unreadable shard", message) from error
-        image, caption, *label = members
-        assert image is not None
-        assert caption is not None
-        return make_pair(key, image, caption, label[0] if label else None, self.config)
 
 
 def read_span(file: int, offset: int, size: int) -> bytes | None:

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from clipkd.config import DataConfig, SourceConfig
 from clipkd.data.order import Mixture
 from clipkd.data.skips import BadSample, Skip, Skips, exceeds
+from clipkd.data_options import DataConfig, SourceConfig
 
 UNLABELLED = -1
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -52,8 +52,16 @@ class PairSource(Protocol):
         """Changes when samples are added, removed or put in another order."""
         ...
 
+    def parts(self) -> list[tuple[str, str]]:
+        """The files that it is read from, each with a digest that changes with its samples or their order."""
+        ...
+
     def read(self, index: int) -> Pair:
         """Raises: BadSample."""
+        ...
+
+    def read_captions(self, index: int) -> tuple[str, ...]:
+        """Those of `read`, without its image. Raises: BadSample."""
         ...
 
 
@@ -73,8 +81,18 @@ class PairSet:
 
     def read(self, index: int) -> Pair:
         """Raises: BadSample."""
+        source, number = self.find(index)
+        return source.read(number)
+
+    def read_captions(self, index: int) -> tuple[str, ...]:
+        """Raises: BadSample."""
+        source, number = self.find(index)
+        return source.read_captions(number)
+
+    def find(self, index: int) -> tuple[PairSource, int]:
+        """Source of a sample, and its number there."""
         number = int(np.searchsorted(self.ends, index, "right"))
-        return self.sources[number].read(index - (int(self.ends[number - 1]) if number else 0))
+        return self.sources[number], index - (int(self.ends[number - 1]) if number else 0)
 
     def identity(self) -> list[dict[str, Any]]:
         """What a resumed run must find again, wherever it lies now."""
@@ -139,11 +157,16 @@ def probe(source: PairSource) -> None:
 
 def make_pair(key: str, image: bytes, caption: bytes, label: bytes | None, config: SourceConfig) -> Pair:
     """Members of a webdataset sample → Pair. Raises: BadSample."""
-    captions = as_captions(read_member(caption, config.caption_key, "txt", key, "data.caption_key"), key)
+    captions = member_captions(key, caption, config)
     if label is None or config.label_key is None:
         return Pair(key, image, captions)
     value = read_member(label, config.label_key, "cls", key, "data.label_key")
     return Pair(key, image, captions, as_label(value, key))
+
+
+def member_captions(key: str, caption: bytes, config: SourceConfig) -> tuple[str, ...]:
+    """Raises: BadSample."""
+    return as_captions(read_member(caption, config.caption_key, "txt", key, "data.caption_key"), key)
 
 
 def read_member(content: bytes, name: str, extension: str, where: str, option: str) -> Any:

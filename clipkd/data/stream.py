@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.gopen import gopen, gopen_schemes
 from webdataset.shardlists import expand_urls
 
-from clipkd.config import DataConfig, SourceConfig
-from clipkd.data.loader import MOST_TRIES, Augment, Collate, Feed, Sample, options
+from clipkd.data.loader import MOST_TRIES, Augment, Collate, Feed, Sample, loader_options
 from clipkd.data.order import Mixture, Purpose, generator
 from clipkd.data.skips import DAMAGED_SHARD, BadSample, Skip
 from clipkd.data.sources import IMAGE_EXTENSIONS, Pair, about, make_pair
 from clipkd.data.tar_index import DUPLICATE, as_text
 from clipkd.data.tar_members import StrictMember, group_members, walk
+from clipkd.data_options import DataConfig, SourceConfig
 from clipkd.stops import RunStopped
 from clipkd.views import Batch, Views
 
@@ -214,7 +214,7 @@ def streamed_batches(
     rank: int,
     world_size: int,
     pin_memory: bool,
-) -> Feed:
+) -> Feed[Batch]:
     mixture = shards.mixture(seed)
     pairs = StreamedPairs(
         shards,
@@ -226,6 +226,6 @@ def streamed_batches(
         rank=rank,
         world_size=world_size,
     )
-    loader = DataLoader(pairs, batch_size=None, **options(config, pin_memory))
+    loader = DataLoader(pairs, batch_size=None, **loader_options(config, pin_memory))
     places_now = pairs.starts(max(1, config.num_workers))
     return Feed(loader, places=places_now, epoch=lambda _, now: min(now.values()) / mixture.epoch_size)

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from clipkd.config import SourceConfig
 from clipkd.data.skips import BadSample, Skip, Skips
 from clipkd.data.sources import MOST_SAMPLE_BYTES, UNLABELLED, Pair, as_captions, as_label
+from clipkd.data_options import SourceConfig
 
 ROWS_PER_SHARD = 1 << 14
 """Rows that stay together when a table larger than a block is shuffled."""
@@ -35,6 +35,7 @@ class HuggingFacePairs:
         rows = load_rows(self.path, config.split)
         columns = require_columns(config, self.path, rows.column_names)
         self.rows = rows.select_columns(columns).cast_column(config.image_column, datasets.Image(decode=False))
+        self.captions = rows.select_columns([config.caption_key])
         if not len(self.rows):
             raise ValueError(f"{self.path} holds no rows in split {config.split!r}")
         self.shard_sizes = split_evenly(len(self.rows))
@@ -47,6 +48,12 @@ class HuggingFacePairs:
         for rows in self.rows.select_columns(columns).iter(10_000):
             digest.update(json.dumps(rows, default=str).encode())
         return digest.hexdigest()
+
+    def parts(self) -> list[tuple[str, str]]:
+        return [(self.path, self.fingerprint())]
+
+    def read_captions(self, index: int) -> tuple[str, ...]:
+        return as_captions(self.captions[index][self.config.caption_key], f"{self.path} row {index}")
 
     def read(self, index: int) -> Pair:
         key, config = f"{self.path} row {index}", self.config
@@ -73,21 +80,32 @@ class TablePairs:
         self.num_shards, self.left_out, self.damaged = len(self.shard_sizes), Skips(), list[Skip]()
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
+        return hashlib.sha256(b"".join(bytes.fromhex(digest) for _, digest in self.parts())).hexdigest()
+
+    def parts(self) -> list[tuple[str, str]]:
+        found = []
         for path in self.config.paths:
             with Path(path).open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+                found.append((path, hashlib.file_digest(file, "sha256").hexdigest()))
+        return found
 
     def read(self, index: int) -> Pair:
-        number = int(np.searchsorted(self.ends, index, "right"))
-        row = index - (int(self.ends[number - 1]) if number else 0)
+        number, row = self.find(index)
         path, caption, *label = (column[row].as_py() for column in self.tables[number].columns)
         key = f"{self.config.paths[number]} row {row}: {path}"
         if not path:
             raise BadSample(key, "no image", f"has no path in column {self.config.image_column!r}")
         data = read_file(self.folders[number] / path, key)
         return Pair(key, data, as_captions(caption, key), as_label(label[0] or None, key) if label else UNLABELLED)
+
+    def read_captions(self, index: int) -> tuple[str, ...]:
+        number, row = self.find(index)
+        return as_captions(self.tables[number].column(1)[row].as_py(), f"{self.config.paths[number]} row {row}")
+
+    def find(self, index: int) -> tuple[int, int]:
+        """Table and row of a sample."""
+        number = int(np.searchsorted(self.ends, index, "right"))
+        return number, index - (int(self.ends[number - 1]) if number else 0)
 
 
 def read_file(path: Path, key: str) -> bytes:

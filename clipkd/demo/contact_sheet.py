@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from clipkd.config import DataConfig
 from clipkd.data import Images, PairSet, open_evaluation_set, open_pairs
+from clipkd.data_options import DataConfig
 
 COLUMNS = 6
 TILE, TEXT_WIDTH, LINE, MARGIN = 72, 200, 16, 16

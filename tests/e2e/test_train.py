@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from clipkd import models
 from clipkd.arguments import parse
 from clipkd.closed_set import closed_set_fingerprint
-from clipkd.config import DataConfig, StudentConfig, TrainConfig
+from clipkd.config import StudentConfig, TrainConfig
 from clipkd.data import open_feed, open_pairs
+from clipkd.data_options import DataConfig
 from clipkd.objective import ObjectiveConfig
 from clipkd.resume import require_same_run
 from clipkd.term_options import InfoNCETerm

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipkd.closed_set import ClosedSet, open_closed_set, read_classes
+from clipkd.closed_set import ClosedSet, class_vectors, open_closed_set, read_classes
 from clipkd.models import Encoder
 from clipkd.term_options import ClosedSetTerm
 
@@ -80,7 +80,8 @@ def open_set(folder: Path, names: list[str], templates: list[str], vectors: Tens
     texts = [template.replace("{c}", name) for name in names for template in templates]
     term = ClosedSetTerm(classes=class_file(folder, "\n".join(names)), templates=tuple(templates), **options)
     student = encoder(texts, torch.zeros(len(texts), 5), first_token=100)
-    return open_closed_set(term, student=student, teacher=encoder(texts, vectors), device=CPU)
+    classes = class_vectors(term, encoder(texts, vectors), CPU)
+    return open_closed_set(term, student=student, teacher_classes=classes, device=CPU)
 
 
 def test_the_students_prompts_take_turns_by_template(tmp_path: Path) -> None:

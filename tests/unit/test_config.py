@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from clipkd import config as configuration
-from clipkd import objective, term_options
+from clipkd import data_options, objective, term_options
 from clipkd.arguments import parse
 from clipkd.config import TeacherConfig, TrainConfig, save, to_dict
 from clipkd.evaluation import load_task
@@ -71,7 +71,7 @@ def test_there_are_at_most_110_options_to_learn() -> None:
 
 def test_every_option_is_explained_and_frozen() -> None:
     explained = 0
-    modules = (configuration, objective, term_options)
+    modules = (configuration, data_options, objective, term_options)
     for module, node in [(m, node) for m in modules for node in ast.parse(inspect.getsource(m)).body]:
         if isinstance(node, ast.ClassDef):
             kind = getattr(module, node.name)

@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from samples import encode, view_spec, write_tar
 
-from clipkd.config import DataConfig, SourceConfig
 from clipkd.data.images import decode, open_image
 from clipkd.data.loader import Augment, AugmentedPairs, Collate
 from clipkd.data.open import open_pairs
@@ -26,6 +25,7 @@ from clipkd.data.skips import BadSample, Skip
 from clipkd.data.sources import Pair, PairSet
 from clipkd.data.stream import key_id, read_shard
 from clipkd.data.tar_index import index_tar, index_whole_tar
+from clipkd.data_options import DataConfig, SourceConfig
 from clipkd.stops import RunStopped
 from clipkd.views import Views
 

@@ -19,9 +19,10 @@ from PIL import Image
 from samples import encode, view_spec, write_tar
 
 from clipkd import distributed
-from clipkd.config import DataConfig, SourceConfig, TrainConfig
+from clipkd.config import TrainConfig
 from clipkd.data.loader import Feed
 from clipkd.data.open import open_feed, open_pairs
+from clipkd.data_options import DataConfig, SourceConfig
 from clipkd.objective import ObjectiveConfig
 from clipkd.term_options import InfoNCETerm
 from clipkd.views import Batch, Views

@@ -20,13 +20,13 @@ import torch
 from PIL import Image
 from samples import coordinates, encode, view_spec, write_tar
 
-from clipkd.config import DataConfig
 from clipkd.data.images import Box, decode, decoding_scale, open_image, random_crop_box, reduce_scale, render
 from clipkd.data.loader import MOST_TRIES, Augment, AugmentedPairs, Sample, indexed_batches
 from clipkd.data.open import open_pairs
 from clipkd.data.order import BatchOrder, Mixture
 from clipkd.data.skips import BadSample, Skip, Skips
 from clipkd.data.sources import UNLABELLED, Pair, PairSet
+from clipkd.data_options import DataConfig
 from clipkd.stops import RunStopped
 from clipkd.views import Batch, View, Views, ViewSpec
 

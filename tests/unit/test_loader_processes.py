@@ -20,11 +20,11 @@ from samples import plain_png, tokenize, view_spec
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from clipkd.config import DataConfig
 from clipkd.data.loader import Feed, indexed_batches
 from clipkd.data.order import BatchOrder, Mixture
 from clipkd.data.skips import BadSample, Skip, Skips
 from clipkd.data.sources import Pair, PairSet
+from clipkd.data_options import DataConfig
 from clipkd.stops import RunStopped
 from clipkd.views import Views, ViewSpec
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from clipkd import checkpoint
-from clipkd.config import DataConfig, StudentConfig
+from clipkd.config import StudentConfig
 from clipkd.data.loader import Augment, Collate
 from clipkd.data.sources import Pair
+from clipkd.data_options import DataConfig
 from clipkd.models import Encoder, check_weights, create_student, load
 from clipkd.students import MODEL_CONFIGS
 from clipkd.views import View, Views

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from samples import plain_png, write_tar
 
-from clipkd.config import DataConfig, SourceConfig
 from clipkd.data.open import open_pairs
 from clipkd.data.shards import WebdatasetPairs
 from clipkd.data.skips import BadSample
 from clipkd.data.sources import MOST_CHARACTERS, UNLABELLED, PairSet
 from clipkd.data.stream import StreamedShards
+from clipkd.data_options import DataConfig, SourceConfig
 
 
 @pytest.fixture(autouse=True)

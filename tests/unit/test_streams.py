@@ -24,7 +24,7 @@ from PIL import Image
 from samples import encode, plain_png, view_spec, write_tar
 
 from clipkd import distributed
-from clipkd.config import DataConfig, SourceConfig, TrainConfig
+from clipkd.config import TrainConfig
 from clipkd.data import stream
 from clipkd.data.loader import Feed
 from clipkd.data.open import open_feed, open_pairs
@@ -32,6 +32,7 @@ from clipkd.data.skips import Skip
 from clipkd.data.sources import PairSet
 from clipkd.data.stream import StreamedShards, key_id, read_shard, streamed_batches
 from clipkd.data.tar_index import scan_tar
+from clipkd.data_options import DataConfig, SourceConfig
 from clipkd.objective import ObjectiveConfig
 from clipkd.stops import RunStopped
 from clipkd.term_options import InfoNCETerm

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from samples import plain_png
 
-from clipkd.config import DataConfig
 from clipkd.data.open import open_pairs
 from clipkd.data.skips import BadSample
 from clipkd.data.sources import MOST_CHARACTERS, UNLABELLED, PairSet
+from clipkd.data_options import DataConfig
 
 # datasets leaves the tables beside images open, and files that it fails to read.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")

@@ -1,0 +1,98 @@
+"""Writing a cache: each file whole or absent, each shard known as done only after its last file."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from clipkd import checkpoint
+from clipkd.feature_store.manifest import MANIFEST, PLAN, FileRecord, Manifest, Shard, parse_shard, to_json
+
+RECORDS, FEATURES = "records", "features"
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Under a temporary name, forced to disk, then renamed. Raises: OSError that names the file; nothing of it stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def write_json(path: Path, record: Any) -> None:
+    write_whole(path, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
+
+
+def write_array(folder: Path, planned: FileRecord, array: np.ndarray) -> FileRecord:
+    """As .npy. Raises: OSError that names the file."""
+    assert (array.shape, array.dtype.str) == (planned.shape, planned.dtype), (array.shape, array.dtype.str, planned)
+    path = folder / planned.name
+
+    def write(file: BinaryIO) -> None:
+        # Not numpy.save, whose errors of a full disk have no number.
+        header: Any = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(np.ascontiguousarray(array).data)
+
+    write_whole(path, write)
+    return dataclasses.replace(planned, bytes=path.stat().st_size, sha256=checkpoint.sha256(path))
+
+
+def record_path(folder: Path, number: int) -> Path:
+    return folder / RECORDS / f"{number:05d}.json"
+
+
+def write_record(folder: Path, number: int, shard: Shard) -> None:
+    """This makes a shard count as done."""
+    write_json(record_path(folder, number), to_json(shard))
+
+
+def read_record(folder: Path, number: int) -> Shard | None:
+    """None unless all files of a shard are there in their size."""
+    try:
+        shard = parse_shard(json.loads(record_path(folder, number).read_text(encoding="utf-8")))
+        whole = all((folder / file.name).stat().st_size == file.bytes for file in shard.files.values())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return shard if whole else None
+
+
+def read_plan(folder: Path) -> dict[str, Any] | None:
+    """Of a cache that is not finished. Raises: ValueError if it cannot be read."""
+    path = folder / PLAN
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove {folder} and make the cache again") from error
+    assert isinstance(found, dict)
+    return found
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What kills have left half written."""
+    for place in (folder, folder / FEATURES, folder / RECORDS):
+        for path in place.glob("*.tmp"):
+            path.unlink()
+
+
+def finish(folder: Path, manifest: Manifest) -> None:
+    """From here on it may be trained from."""
+    write_json(folder / MANIFEST, to_json(manifest))
+    for path in (folder / RECORDS).glob("*.json"):
+        path.unlink()
+    (folder / RECORDS).rmdir()
+    (folder / PLAN).unlink(missing_ok=True)
+    checkpoint.sync(folder)
