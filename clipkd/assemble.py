@@ -19,6 +19,7 @@ from clipkd.evaluation import METRICS, Subject, as_tuple, open_subjects
 from clipkd.evaluation.embed import DTYPES
 from clipkd.feature_store import StoredTeacher, TeacherCache, open_cache
 from clipkd.models import Encoder
+from clipkd.models.text_tower import copy_text_tower
 from clipkd.objective import require_number_of_teachers
 
 
@@ -72,7 +73,10 @@ def require_installed(config: TrainConfig) -> None:
 def create_student(config: TrainConfig) -> Encoder:
     torch.manual_seed(config.seed)
     bias = config.objective.logit_scale.bias_init if config.objective.needs_bias else None
-    return models.create_student(config.student, logit_bias=bias).train()
+    student = models.create_student(config.student, logit_bias=bias).train()
+    if config.student.text != "trained":
+        student.freeze_text()
+    return student
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ def configured_teachers(config: TrainConfig) -> list[TeacherConfig]:
 
 
 def load_teacher(options: TeacherConfig) -> Teacher:
+    """As it is stored; `hold_teachers` rounds it."""
     assert options.model is not None
     encoder = models.load(options.model, pretrained=options.pretrained).requires_grad_(False)
     identity = {
@@ -100,7 +105,25 @@ def load_teacher(options: TeacherConfig) -> Teacher:
         "model_cfg": encoder.model_config,
         "tokens": hashlib.sha256(encoder.spec.tokenize(list(models.PROBES)).numpy().tobytes()).hexdigest(),
     }
-    return Teacher(encoder if options.dtype == "fp32" else encoder.hold_in(DTYPES[options.dtype]), identity)
+    return Teacher(encoder, identity)
+
+
+def share_text_tower(config: TrainConfig, student: Encoder, teachers: list[Teacher]) -> None:
+    """Give the student the first teacher's text tower, if it shall have it; before that is rounded.
+
+    teachers: none with a cache; then the first is loaded for as long as this takes. Raises: ValueError if it does not fit.
+    """
+    if config.student.text == "teacher":
+        first = teachers[0] if teachers else load_teacher(config.teacher)
+        assert isinstance(first.model, Encoder)
+        copy_text_tower(first.model, student)
+
+
+def hold_teachers(teachers: list[Teacher]) -> None:
+    """Each in the dtype that is configured."""
+    for teacher in teachers:
+        if isinstance(teacher.model, Encoder) and (dtype := teacher.identity["dtype"]) != "fp32":
+            teacher.model.hold_in(DTYPES[dtype])
 
 
 def open_data(config: TrainConfig) -> data.Pairs:
@@ -222,6 +245,8 @@ def assemble(config: TrainConfig) -> Parts:
     accelerator = make_accelerator(config)
     student = create_student(config)
     teachers = [load_teacher(options) for options in configured_teachers(config)]
+    share_text_tower(config, student, teachers)
+    hold_teachers(teachers)
     require_fitting_teachers(config.objective, loaded(teachers))
     pairs, cache = open_data(config), None
     if config.teacher.cache is not None:

@@ -115,6 +115,9 @@ def find_parts(config: TrainConfig, findings: Findings) -> Parts | None:
     student = findings.attempt(lambda: assemble.create_student(config))
     teachers = [findings.attempt(lambda o=options: assemble.load_teacher(o)) for options in configured_teachers(config)]
     found = [teacher for teacher in teachers if teacher is not None]
+    if student is not None and len(found) == len(teachers):
+        findings.attempt(lambda: assemble.share_text_tower(config, student, found))
+    assemble.hold_teachers(found)
     pairs = findings.attempt(lambda: assemble.open_data(config))
     cache = None
     if config.teacher.cache is not None and pairs is not None:
@@ -183,6 +186,8 @@ def describe_model(role: str, encoder: Encoder) -> None:
         parts.append("QuickGELU" if configured.get("quick_gelu") else "GELU")
     if encoder.dtype != torch.float32:
         parts.append(str(encoder.dtype).removeprefix("torch."))
+    if encoder.text_is_frozen:
+        parts.append("text tower frozen")
     tell(role, ", ".join(parts))
 
 
@@ -214,13 +219,14 @@ def finite(tensor: Tensor) -> bool:
 def describe_memory(config: TrainConfig, student: Encoder, teachers: list[Teacher]) -> None:
     """Bytes per process that do not depend on the architecture's inner workings; activations are measured by a step."""
     weights = sum(parameter.numel() for parameter in student.parameters())
-    trained = {"weights": 4 * weights, "gradients": 4 * weights, "AdamW": 8 * weights}
-    trained |= {"average": 4 * weights} if config.optim.ema_momentum else {}
-    trained |= {"DDP": 4 * weights} if distributed.world_size() > 1 else {}
+    trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    own = {"weights": 4 * weights, "gradients": 4 * trained, "AdamW": 8 * trained}
+    own |= {"average": 4 * weights} if config.optim.ema_momentum else {}
+    own |= {"DDP": 4 * trained} if distributed.world_size() > 1 else {}
     frozen = sum(p.numel() * p.element_size() for teacher in assemble.loaded(teachers) for p in teacher.parameters())
     capacity = config.objective.queue.capacity
     widths = [student.dim if ring == "momentum" else teachers[0].model.dim for ring in config.objective.queues]
-    parts = [f"student {mib(sum(trained.values()))} ({', '.join(f'{k} {mib(v)}' for k, v in trained.items())})"]
+    parts = [f"student {mib(sum(own.values()))} ({', '.join(f'{k} {mib(v)}' for k, v in own.items())})"]
     parts += [f"teachers {mib(frozen)}"] if frozen else []
     parts += [f"queue {mib(8 * capacity * sum(widths))}"] if capacity else []
     tell("memory", ", ".join(parts))

@@ -20,6 +20,8 @@ class StudentConfig:
     """Architecture: an open_clip config name, one of clipkd's (ViT-T-16, demo-student, demo-teacher) or a path to an open_clip JSON."""
     pretrained: str | None = None
     """Initial weights: an open_clip tag or a weight file; null starts from random weights."""
+    text: Literal["trained", "frozen", "teacher"] = "trained"
+    """Text tower: trained; frozen as it starts (from student.pretrained); or teacher: the first teacher's own, frozen (same text_cfg, width and tokenizer)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +164,8 @@ class TrainConfig:
         )
         require(self.threads is None or self.threads >= 1, f"threads is {self.threads}; it must be 1 or more")
         require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")
+        at_random = self.student.text == "frozen" and not self.student.pretrained
+        require(not at_random, "student.text is frozen at random weights: set student.pretrained, or leave it trained")
         require_finite(self)
         require_objective(self)
 
@@ -184,6 +188,7 @@ def require_objective(config: TrainConfig) -> None:
     first = f"objective.{distillation[0]}" if distillation else ""
     if config.teacher.model is None:
         require(not config.ensemble, "ensemble names further teachers, but there is no first: set teacher.model")
+        require(config.student.text != "teacher", "student.text is teacher, but there is none: set teacher.model")
     if config.teacher.model is None and config.teacher.cache is None:
         require(not distillation, f"{first} needs a teacher: set teacher.model, or teacher.cache")
     else:

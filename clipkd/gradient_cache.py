@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from clipkd.comparison import Targets
 from clipkd.distill import Distiller, Metrics
+from clipkd.models import Encoder
 from clipkd.views import Features, View, join
 
 Encoded = tuple[Features, Float[Tensor, "k d"] | None]
@@ -43,7 +44,8 @@ def backward(
         reseed(number)
         return encoder(views[number], prompts[number])
 
-    features, classes = as_leaves(without_traces(distiller.student, lambda n: encode(distiller, n), micro_batches))
+    encoded = without_traces(distiller.student, lambda n: encode(distiller, n), micro_batches)
+    features, classes = as_leaves(encoded, distiller.student)
     loss, metrics = distiller.loss(features, targets, step=step, class_features=classes)
     # What the loss reads besides the towers: projections and scales of single terms.
     beside = [p for name, p in distiller.named_parameters() if p.requires_grad and not name.startswith("student.")]
@@ -62,7 +64,8 @@ def backward(
         if last:
             outputs += [features.logit_scale, features.logit_bias, *beside]
             their_gradients += rest
-        start_backward(inner_product(outputs, their_gradients))
+        if (product := inner_product(outputs, their_gradients)) is not None:
+            start_backward(product)
     return loss.detach(), metrics
 
 
@@ -76,15 +79,18 @@ def without_traces(student: nn.Module, encode: Callable[[int], Encoded], micro_b
     return encoded
 
 
-def as_leaves(encoded: list[Encoded]) -> Encoded:
-    """Of the whole batch, cut off from the towers: where the gradient of the loss shall end."""
+def as_leaves(encoded: list[Encoded], student: Encoder) -> Encoded:
+    """Of the whole batch, cut off from the student: where the gradient of the loss shall end, constants what is frozen."""
     features = join([part for part, _ in encoded])
     classes = [part for _, part in encoded if part is not None]
-    image, text, scale = (
-        each.detach().requires_grad_() for each in (features.image, features.text, features.logit_scale)
+    trains_text, scale, bias = not student.text_is_frozen, student.logit_scale, student.logit_bias
+    leaves = Features(
+        features.image.detach().requires_grad_(),
+        features.text.detach().requires_grad_(trains_text),
+        scale.detach().requires_grad_(scale.requires_grad),
+        None if bias is None else bias.detach().requires_grad_(bias.requires_grad),
     )
-    bias = None if features.logit_bias is None else features.logit_bias.detach().requires_grad_()
-    return Features(image, text, scale, bias), torch.cat(classes).requires_grad_() if classes else None
+    return leaves, torch.cat(classes).requires_grad_(trains_text) if classes else None
 
 
 def split(rows: Tensor | None, parts: int) -> list[Tensor | None]:
@@ -93,13 +99,14 @@ def split(rows: Tensor | None, parts: int) -> list[Tensor | None]:
 
 
 def gradients(loss: Float[Tensor, ""], leaves: list[Tensor | None]) -> list[Tensor | None]:
-    """None where the loss does not depend on a leaf, or there is none."""
-    present = [leaf for leaf in leaves if leaf is not None]
-    found = iter(torch.autograd.grad(loss, present, allow_unused=True))
-    return [None if leaf is None else next(found) for leaf in leaves]
+    """None where the loss does not depend on a leaf, it is a constant, or there is none."""
+    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
+    return [next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
 
 
-def inner_product(outputs: list[Tensor | None], upstream: list[Tensor | None]) -> Float[Tensor, ""]:
-    """What has the upstream gradients as its own with respect to the outputs."""
+def inner_product(outputs: list[Tensor | None], upstream: list[Tensor | None]) -> Float[Tensor, ""] | None:
+    """What has the upstream gradients as its own with respect to the outputs; None if all of them are constants."""
     pairs = zip(outputs, upstream, strict=True)
-    return torch.stack([(o * g).sum() for o, g in pairs if o is not None and g is not None]).sum()
+    products = [(o * g).sum() for o, g in pairs if o is not None and g is not None and o.requires_grad]
+    return torch.stack(products).sum() if products else None

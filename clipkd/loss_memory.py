@@ -88,9 +88,10 @@ def count_matrices(distiller: Distiller, teacher_dims: list[int]) -> Counter[str
     student = features(width)._replace(
         logit_scale=distiller.student.logit_scale, logit_bias=distiller.student.logit_bias
     )
-    for leaf in student[:2]:
-        leaf.requires_grad_()
-    class_features = features(width).image[:1].repeat(classes, 1).requires_grad_() if classes else None
+    trains_text = not distiller.student.text_is_frozen
+    student.image.requires_grad_()
+    student.text.requires_grad_(trains_text)
+    class_features = features(width).image[:1].repeat(classes, 1).requires_grad_(trains_text) if classes else None
     comparison = distiller.compare(student, targets, step=LATE, class_features=class_features)
     queue = None
     if distiller.queue is not None:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -32,11 +32,17 @@ def find_student_config(model: str) -> tuple[str, dict[str, Any]] | None:
     return path.stem, config
 
 
+def tower_of(name: str) -> Literal["image", "text"] | None:
+    """Of a parameter or a module by its name in the model, projections into the joint space included; None for scales."""
+    if name.endswith(("logit_scale", "logit_bias")):
+        return None
+    return "image" if name.split(".")[0] in ("visual", "vision_model", "visual_projection") else "text"
+
+
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters of the image tower and the text tower, projections into the joint space included, scales left out."""
     counts = {"image": 0, "text": 0}
     for name, parameter in model.named_parameters():
-        if not name.endswith(("logit_scale", "logit_bias")):
-            is_image = name.split(".")[0] in ("visual", "vision_model", "visual_projection")
-            counts["image" if is_image else "text"] += parameter.numel()
+        if tower := tower_of(name):
+            counts[tower] += parameter.numel()
     return counts

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
+from clipkd.students import tower_of
 from clipkd.views import Features, View, ViewSpec
 
 
@@ -34,7 +35,7 @@ class Encoder(nn.Module):
         """short_text_tower: a text tower that also takes fewer tokens than its context; tried before it is used."""
         super().__init__()
         self.model, self.name, self.dim = model, name, dim
-        self.dtype, self.short_is_tried = torch.float32, False
+        self.dtype, self.short_is_tried, self.text_is_frozen = torch.float32, False, False
         self.image_tower, self.text_tower, self.short_text_tower = image_tower, text_tower, short_text_tower
         self.preprocess_config, self.model_config = preprocess_config, model_config
         """open_clip's preprocess_cfg, and its model_cfg where the model is one of open_clip's."""
@@ -95,6 +96,21 @@ class Encoder(nn.Module):
     def encode_short(self, texts: Int[Tensor, "b t"]) -> Float[Tensor, "b d"]:
         assert self.short_text_tower is not None
         return F.normalize(self.short_text_tower(self.model, texts).float(), dim=-1)
+
+    def freeze_text(self) -> None:
+        """From now on the text tower gets no gradient and is in eval mode, whatever mode the rest is in."""
+        self.text_is_frozen = True
+        for name, parameter in self.model.named_parameters():
+            if tower_of(name) == "text":
+                parameter.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Encoder":
+        super().train(mode)
+        for name, part in self.model.named_children():
+            if self.text_is_frozen and tower_of(name) == "text":
+                part.eval()
+        return self
 
     def hold_in(self, dtype: torch.dtype) -> "Encoder":
         """Weights in another dtype, to save memory; for inference. Features stay float32.

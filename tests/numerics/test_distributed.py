@@ -115,13 +115,16 @@ def test_micro_batches_exchange_their_gradients_once(processes: list[Seen]) -> N
         ("panels", torch.float64, 1e-12),
         ("micro-batches", torch.float64, 1e-12),
         ("panels of micro-batches", torch.float64, 1e-12),
+        ("frozen text", torch.float64, 1e-12),
+        ("frozen text in parts", torch.float64, 1e-12),
     ],
 )
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_two_processes_give_the_loss_and_gradients_of_one(
     processes: list[Seen], name: str, how: str, dtype: torch.dtype, tolerance: float
 ) -> None:
-    whole = steps(name, dtype)
+    frozen = how.startswith("frozen text")
+    whole = steps(name, dtype, frozen_text=frozen)
     halves = [
         {key.split("/", 2)[2]: value for key, value in tensors.items() if key.startswith(f"{name}/{how}/")}
         for tensors, _ in processes
@@ -138,7 +141,8 @@ def test_two_processes_give_the_loss_and_gradients_of_one(
             for half in halves:  # DDP leaves the same average on every process
                 error = (half[key] - expected).norm().item()
                 assert error <= tolerance * max(expected.norm().item(), 1e-3), f"{key}: {error}"
-    assert sum(key.startswith("gradient/") for key in whole) >= 7
+    assert sum(key.startswith("gradient/") for key in whole) >= (4 if frozen else 7)
+    assert any("token_embedding" in key for key in whole) != frozen
     uses_projection = name in (
         "queued",
         *("every term", "gkl with equal rows", "features alone", "relations", "sigmoid on teacher keys"),

@@ -145,10 +145,16 @@ def make_encoder(
 
 
 def make_distiller(
-    objective: ObjectiveConfig, *, dtype: torch.dtype, teacher_dim: int | None = TEACHER_WIDTH
+    objective: ObjectiveConfig,
+    *,
+    dtype: torch.dtype,
+    teacher_dim: int | None = TEACHER_WIDTH,
+    frozen_text: bool = False,
 ) -> Distiller:
     """With a queue and a closed set of random classes if the objective has them, all in one precision."""
     encoder = make_encoder(dtype=dtype, bias=objective.needs_bias)
+    if frozen_text:
+        encoder.freeze_text()
     closed_set = None
     if objective.closed_set.weight:
         generator = torch.Generator().manual_seed(11)
@@ -226,9 +232,11 @@ def steps(
     tile_size: int = ObjectiveConfig().tile_size,
     micro_batches: int = 1,
     pairs: int = PAIRS,
+    frozen_text: bool = False,
 ) -> dict[str, Tensor]:
     """Series, gradients and memory after some steps on one process's share of the batches."""
-    distiller = make_distiller(dataclasses.replace(OBJECTIVES[name], tile_size=tile_size), dtype=dtype)
+    objective = dataclasses.replace(OBJECTIVES[name], tile_size=tile_size)
+    distiller = make_distiller(objective, dtype=dtype, frozen_text=frozen_text)
     model = distiller if world_size == 1 else nn.parallel.DistributedDataParallel(distiller)
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01)
     metrics: dict[str, Tensor] = {}

@@ -140,6 +140,8 @@ def main() -> None:
             "panels": {"tile_size": 7},
             "micro-batches": {"micro_batches": 3},
             "panels of micro-batches": {"tile_size": 7, "micro_batches": 3},
+            "frozen text": {"frozen_text": True},
+            "frozen text in parts": {"frozen_text": True, "tile_size": 7, "micro_batches": 3},
         }
         for form, options in forms.items():
             result = steps(name, torch.float64, rank=rank, world_size=WORLD_SIZE, **options)

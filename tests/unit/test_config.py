@@ -287,6 +287,9 @@ def test_an_option_unlike_any_other_gets_no_suggestion(capsys: pytest.CaptureFix
         (["--objective.kl.weight", "-1", "--teacher.model", "x"], ["objective.kl.weight is -1"]),
         (["--objective.info_nce.weight", "0"], ["no loss term", "objective.info_nce.weight"]),
         (["--teacher.model", "x"], ["teacher", "no term", "objective.gkl.weight"]),
+        (["--student.text", "frozen"], ["student.text is frozen at random", "student.pretrained"]),
+        (["--student.text", "teacher"], ["student.text is teacher", "teacher.model"]),
+        (["--student.text", "shared"], ["student.text", "shared", "trained", "frozen", "teacher"]),
         *(
             ([f"--objective.{name}.temperature", "-1"], [f"objective.{name}.temperature is -1"])
             for name in ("kl", "soft_ce", "gkl", "dkl", "closed_set")

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from clipkd.resume import claim
+from clipkd.config import StudentConfig, TeacherConfig, TrainConfig, to_dict
+from clipkd.objective import ObjectiveConfig
+from clipkd.resume import claim, require_same_run
+from clipkd.term_options import GKLTerm
 
 HOLDER = """
 import sys, time
@@ -29,3 +32,24 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
         with claim(tmp_path) as held:
             assert Path(held.name) == tmp_path / ".lock"
     claim(tmp_path).close()
+
+
+def test_a_run_goes_on_only_with_the_text_tower_it_began_with() -> None:
+    def config(**options: str) -> TrainConfig:
+        objective = ObjectiveConfig(gkl=GKLTerm(weight=1.0))
+        student = StudentConfig(pretrained="x.bin", **options)  # type: ignore[arg-type]
+        return TrainConfig(student=student, teacher=TeacherConfig(model="x"), objective=objective)
+
+    kinds = ("trained", "frozen", "teacher")
+    for before, now in [(a, b) for a in kinds for b in kinds]:
+        state = {"config": to_dict(config(text=before)), "identity": {}}
+        if before == now:
+            require_same_run(Path("step_1"), state, config(text=now), {})
+            continue
+        with pytest.raises(ValueError, match=f"made with student.text = {before}, now it is {now}"):
+            require_same_run(Path("step_1"), state, config(text=now), {})
+    state = {"config": to_dict(config()), "identity": {}}
+    del state["config"]["student"]["text"]  # of a run that was begun before there was this option
+    require_same_run(Path("step_1"), state, config(text="trained"), {})
+    with pytest.raises(ValueError, match="now it is frozen"):
+        require_same_run(Path("step_1"), state, config(text="frozen"), {})

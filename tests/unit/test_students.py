@@ -9,7 +9,7 @@ from torch import nn
 
 from clipkd.config import StudentConfig
 from clipkd.models import create_student
-from clipkd.students import count_parameters, find_student_config, student_names
+from clipkd.students import count_parameters, find_student_config, student_names, tower_of
 
 
 def transformer(width: int, layers: int) -> int:
@@ -32,6 +32,15 @@ def test_scales_are_no_part_of_a_tower() -> None:
     model.vision_model, model.visual_projection = nn.Linear(1, 7, bias=False), nn.Linear(1, 2, bias=False)
     model.logit_scale, model.logit_bias = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(1))
     assert count_parameters(model) == {"image": 20 + 7 + 2, "text": 4}
+
+
+def test_names_tell_the_towers_apart_in_every_layout() -> None:
+    towers = {
+        "image": ("visual", "visual.proj", "vision_model.encoder.x", "visual_projection.weight"),
+        "text": ("text", "text.text_projection", "text_projection", "transformer.resblocks.0.ln_1.bias", "ln_final"),
+        None: ("logit_scale", "logit_bias"),
+    }
+    assert {tower: {tower_of(name) for name in names} for tower, names in towers.items()} == {t: {t} for t in towers}
 
 
 def test_the_shipped_architectures_are_listed_and_found() -> None:

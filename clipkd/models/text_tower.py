@@ -1,0 +1,74 @@
+"""A teacher's text tower in a student: its weights under the student's own names, or an error that says what differs."""
+
+import dataclasses
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor
+
+from clipkd.models import PROBES
+from clipkd.models.encoder import Encoder
+from clipkd.students import tower_of
+
+LAYOUTS = (open_clip.CLIP, open_clip.CustomTextCLIP)
+"""Both hold the same text tower; the second's names begin with `text.`."""
+
+Difference = tuple[str, Any, Any]
+"""What it is, the student's value and the teacher's."""
+
+
+@torch.no_grad()
+def copy_text_tower(teacher: Encoder, student: Encoder) -> None:
+    """Overwrite the student's text weights with the teacher's: from then on both give the same text features.
+
+    Raises: ValueError if one is none of open_clip's plain models, or the towers, widths or tokens differ.
+    """
+    for option, encoder in (("teacher.model", teacher), ("student.model", student)):
+        if not isinstance(encoder.model, LAYOUTS):
+            raise ValueError(
+                f"student.text is teacher, but {option} {encoder.name} is a {type(encoder.model).__name__}; it takes an "
+                "open_clip model (CLIP or CustomTextCLIP): choose one, or set student.text to trained"
+            )
+    own, theirs = text_weights(student), text_weights(teacher)
+    if found := configured_differently(student, teacher) or shaped_differently(own, theirs):
+        listed = ", ".join(f"{what} {ours} (teacher {value})" for what, ours, value in found)
+        raise ValueError(
+            f"student.text is teacher, but the student {student.name} has {listed}; give it the text_cfg, embed_dim, "
+            f"quick_gelu and tokenizer of {teacher.name} (student.model), or set student.text to trained"
+        )
+    for name, tensor in own.items():
+        tensor.copy_(theirs[name])
+
+
+def text_weights(encoder: Encoder) -> dict[str, Tensor]:
+    """The model's own tensors, named alike in both layouts."""
+    weights = encoder.model.state_dict()
+    return {name.removeprefix("text."): tensor for name, tensor in weights.items() if tower_of(name) == "text"}
+
+
+def configured_differently(student: Encoder, teacher: Encoder) -> list[Difference]:
+    ours, theirs = text_options(student), text_options(teacher)
+    found = [(name, ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]]
+    names = student.spec.tokenizer_name, teacher.spec.tokenizer_name
+    # Tokenizers that are not open_clip's own never share a name.
+    if names[0] != names[1] and not torch.equal(*(each.spec.tokenize(list(PROBES)) for each in (student, teacher))):
+        found.append(("tokenizer", *names))
+    return found
+
+
+def text_options(encoder: Encoder) -> dict[str, Any]:
+    """What a text tower is made from, defaults included."""
+    # Of a model from the hub no config is kept; it lies in the hub's cache.
+    config = encoder.model_config or open_clip.get_model_config(encoder.name)
+    assert config is not None, encoder.name
+    tower = dataclasses.asdict(open_clip.CLIPTextCfg(**config["text_cfg"]))
+    options = {"embed_dim": encoder.dim, "quick_gelu": config.get("quick_gelu", False)}
+    return options | {f"text_cfg.{name}": value for name, value in tower.items()}
+
+
+def shaped_differently(own: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[Difference]:
+    shapes = [{name: tuple(tensor.shape) for name, tensor in weights.items()} for weights in (own, theirs)]
+    names = sorted(shapes[0].keys() | shapes[1].keys())
+    pairs = [(name, shapes[0].get(name, "nothing"), shapes[1].get(name, "nothing")) for name in names]
+    return [pair for pair in pairs if pair[1] != pair[2]][:3]

@@ -1,0 +1,123 @@
+"""`clipkd train` with a text tower that is not trained: the teacher's own, or one that came with its weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clipkd import models
+from clipkd.students import MODEL_CONFIGS
+from tests.e2e.conftest import SMALL, Run
+from tests.e2e.test_train import VARYING, read_metrics, with_all_terms
+
+STATE = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "memory.safetensors")
+CAPTIONS = ["a photo of a cat", "two dogs, running"]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo student's image tower beside a text tower of the demo teacher's shape."""
+    student, teacher = (json.loads((MODEL_CONFIGS / f"demo-{who}.json").read_text()) for who in ("student", "teacher"))
+    path = tmp_path_factory.mktemp("students") / "mixed.json"
+    path.write_text(json.dumps({**student, "text_cfg": teacher["text_cfg"]}))
+    return path
+
+
+def saved(run: Path, step: int, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step_{step:06d}" / file)
+
+
+def test_the_teachers_text_tower_stays_while_all_else_learns(
+    clipkd: Run, data: Path, teacher: Path, mixed: Path, tmp_path: Path
+) -> None:
+    """On one process and two, in micro-batches, resumed, averaged, with every term and a queue, and exported whole."""
+    student = ("--student.model", mixed, "--student.text", "teacher", "--teacher.model", f"local-dir:{teacher}")
+    arguments = [*SMALL, *with_all_terms(data), *student, "--data.path", data / "pairs", "--steps", 4]
+    arguments += ["--checkpoint.every_steps", 2]
+    described = clipkd("check", *arguments, "--output", tmp_path / "one").stdout
+    (line,) = [line for line in described.splitlines() if line.startswith("student")]
+    assert line.endswith("text tower frozen")
+    assert described.count("text tower frozen") == 1
+
+    clipkd("train", *arguments, "--output", tmp_path / "one")
+    clipkd("train", *arguments, "--output", tmp_path / "two", "--micro_batches", 3, processes=2)
+    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert [row["world_size"] for row in (one[0], two[0])] == [1, 2]
+    for name in one[0].keys() - VARYING:
+        assert [row[name] for row in one] == pytest.approx([row[name] for row in two], rel=1e-5, abs=1e-5), name
+
+    theirs = models.load(f"local-dir:{teacher}")
+    text = [name for name in theirs.model.state_dict() if not name.startswith(("visual", "logit"))]
+    assert len(text) > 10
+    for run in ("one", "two"):
+        for file, prefix in (("model.safetensors", "student.model."), ("ema.safetensors", "model.")):
+            weights, earlier = saved(tmp_path / run, 4, file), saved(tmp_path / run, 2, file)
+            assert [n for n in text if not torch.equal(weights[prefix + n], theirs.model.state_dict()[n])] == []
+            images = [name for name in weights if name.startswith(f"{prefix}visual.")]
+            assert [name for name in images if torch.equal(weights[name], earlier[name])] == []
+    moments = saved(tmp_path / "one", 4, "optimizer.safetensors")
+    assert any(name.startswith("student.model.visual.") for name in moments)
+    assert [n for n in text if any(name.startswith(f"student.model.{n}/") for name in moments)] == []
+
+    shutil.copytree(tmp_path / "one", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step_000004")
+    again = (*arguments, "--output", tmp_path / "cut", "--resume", "latest")
+    other = clipkd("train", *again, "--student.text", "trained", check=False)
+    assert other.returncode == 2
+    assert "was made with student.text = teacher, now it is trained" in other.stderr
+    clipkd("train", *again)
+    for file in STATE:
+        expected, found = (saved(tmp_path / run, 4, file) for run in ("one", "cut"))
+        assert expected.keys() == found.keys()
+        assert [name for name in expected if not torch.equal(expected[name], found[name])] == [], file
+
+    clipkd("export", tmp_path / "one", "--output", tmp_path / "student")
+    exported = models.load(str(tmp_path / "student"))
+    tokens = exported.spec.tokenize(CAPTIONS)
+    with torch.no_grad():
+        assert torch.equal(exported.encode_text(tokens), theirs.encode_text(tokens))
+
+
+def test_a_teacher_held_in_half_precision_gives_its_text_tower_whole(
+    clipkd: Run, data: Path, teacher: Path, mixed: Path, tmp_path: Path
+) -> None:
+    student = ("--student.model", mixed, "--student.text", "teacher", "--teacher.model", f"local-dir:{teacher}")
+    arguments = (*SMALL, *student, "--teacher.dtype", "bf16", "--objective.kl.weight", 1, "--data.path", data / "pairs")
+    clipkd("train", *arguments, "--output", tmp_path / "run", "--steps", 1)
+    weights, theirs = saved(tmp_path / "run", 1), load_file(teacher / "open_clip_model.safetensors")
+    text = [name for name in theirs if not name.startswith(("visual.", "logit"))]
+    assert [name for name in text if not torch.equal(weights[f"student.model.{name}"], theirs[name])] == []
+    assert any(not torch.equal(theirs[name], theirs[name].bfloat16().float()) for name in text)
+
+
+def test_a_text_tower_stays_as_its_weights_came(clipkd: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
+    start = teacher / "open_clip_model.safetensors"
+    arguments = (*SMALL, "--student.model", "demo-teacher", "--student.text", "frozen", "--data.path", data / "pairs")
+    paths = ("--output", tmp_path / "run", "--steps", 2)
+    refused = clipkd("train", *arguments, *paths, check=False)
+    assert refused.returncode == 2
+    assert "student.text is frozen at random weights: set student.pretrained" in refused.stderr
+    clipkd("train", *arguments, *paths, "--student.pretrained", start)
+    before, after = load_file(start), saved(tmp_path / "run", 2)
+    kept = {name for name, tensor in before.items() if torch.equal(after[f"student.model.{name}"], tensor)}
+    assert kept == {name for name in before if not name.startswith(("visual.", "logit_scale"))}
+
+
+def test_a_text_tower_that_is_not_the_teachers_is_one_problem_among_the_others(
+    clipkd: Run, data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    arguments = (*SMALL, "--student.text", "teacher", "--data.path", tmp_path / "none", "--output", tmp_path / "run")
+    options = ("--teacher.model", f"local-dir:{teacher}", "--objective.gkl.weight", 1)
+    done = clipkd("check", *arguments, *options, check=False)
+    assert done.returncode == 2
+    first, second = (line.removeprefix("clipkd check: problem: ") for line in done.stderr.splitlines())
+    assert first.startswith(
+        "student.text is teacher, but the student demo-student has text_cfg.width 64 (teacher 96), "
+    )
+    assert "no shard" in second
+    done = clipkd("train", *arguments, *options, check=False)
+    assert (done.returncode, "text_cfg.width 64 (teacher 96)" in done.stderr) == (2, True)
+    assert not (tmp_path / "run").exists()
