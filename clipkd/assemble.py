@@ -19,7 +19,7 @@ from clipkd.evaluation import METRICS, Subject, as_tuple, open_subjects
 from clipkd.evaluation.embed import DTYPES
 from clipkd.feature_store import StoredTeacher, TeacherCache, open_cache
 from clipkd.models import Encoder
-from clipkd.models.text_tower import copy_text_tower
+from clipkd.models.text_tower import copy_text_tower, text_sha256
 from clipkd.objective import require_number_of_teachers
 
 
@@ -134,9 +134,10 @@ def main_process_track() -> Any:
     return functools.partial(progress.track, visible=distributed.rank() == 0)
 
 
-def open_teacher_cache(config: TrainConfig, pairs: data.Pairs) -> TeacherCache:
+def open_teacher_cache(config: TrainConfig, pairs: data.Pairs, student: Encoder) -> TeacherCache:
     """Raises: FileNotFoundError or ValueError that name the file or option that does not fit."""
-    cache = open_cache(config, pairs, track=main_process_track())
+    student_text = text_sha256(student) if student.text_is_frozen else None
+    cache = open_cache(config, pairs, student_text=student_text, track=main_process_track())
     require_number_of_teachers(config.objective, len(cache.teachers))
     closed_set = config.objective.closed_set
     if closed_set.weight and (
@@ -250,7 +251,7 @@ def assemble(config: TrainConfig) -> Parts:
     require_fitting_teachers(config.objective, loaded(teachers))
     pairs, cache = open_data(config), None
     if config.teacher.cache is not None:
-        cache = open_teacher_cache(config, pairs)
+        cache = open_teacher_cache(config, pairs, student)
         teachers = stored_teachers(cache)
         require_fitting_teachers(config.objective, cache.teachers)
     return Parts(accelerator, student, teachers, cache, pairs, open_tasks(config))

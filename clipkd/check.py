@@ -120,8 +120,8 @@ def find_parts(config: TrainConfig, findings: Findings) -> Parts | None:
     assemble.hold_teachers(found)
     pairs = findings.attempt(lambda: assemble.open_data(config))
     cache = None
-    if config.teacher.cache is not None and pairs is not None:
-        cache = findings.attempt(lambda: assemble.open_teacher_cache(config, pairs))
+    if config.teacher.cache is not None and pairs is not None and student is not None:
+        cache = findings.attempt(lambda: assemble.open_teacher_cache(config, pairs, student))
         teachers = found = [] if cache is None else assemble.stored_teachers(cache)
     findings.attempt(lambda: require_fitting_teachers(config.objective, [one.model for one in found]))
     if sound and pairs is not None:

@@ -104,12 +104,12 @@ class Distiller(nn.Module):
     ) -> tuple[Features, Float[Tensor, "k d"] | None]:
         """The towers alone, which is what DDP and autocast need to see: features of a view, and of class prompts."""
         model = self.student
-        text = self.text_features(view.texts)
+        text = self.text_features(view.texts) if view.text_features is None else view.text_features
         features = Features(model.encode_image(view.images), text, model.logit_scale, model.logit_bias)
         return features, None if prompts is None else self.text_features(prompts)
 
     def text_features(self, texts: Int[Tensor, "n t"]) -> Float[Tensor, "n d"]:
-        """The student's, of captions and of class prompts: nothing else makes them in training."""
+        """The student's, of captions and of class prompts."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.student.text_is_frozen):
             return self.student.encode_text(texts)
 

@@ -101,6 +101,8 @@ def training_step(run: Run, batch: Batch, step: int) -> dict[str, Tensor]:
     )
     optim.set_learning_rate(optimizer, rate)
     student_view, *teacher_views = run.views.of(batch, accelerator.device)
+    if run.cache is not None:
+        student_view = run.cache.with_student_text(student_view, batch.features)
     targets = find_targets(run, batch, student_view, teacher_views)
     del teacher_views  # as large as the student's
     loss, metrics = backward(run, student_view, targets, step)

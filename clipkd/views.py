@@ -44,11 +44,15 @@ class View(NamedTuple):
 
     images: Float[Tensor, "b 3 h w"]
     texts: Int[Tensor, "b t"]
+    text_features: Float[Tensor, "b d"] | None = None
+    """Those of a frozen text tower, where they are known already."""
 
     def split(self, parts: int) -> list["View"]:
         """Into parts of as equal size as may be."""
+        known = [None] * parts if self.text_features is None else self.text_features.tensor_split(parts)
         return [
-            View(*part) for part in zip(self.images.tensor_split(parts), self.texts.tensor_split(parts), strict=True)
+            View(*part)
+            for part in zip(self.images.tensor_split(parts), self.texts.tensor_split(parts), known, strict=True)
         ]
 
 

@@ -14,13 +14,23 @@ import torch
 
 from clipkd import config as configuration
 from clipkd import data, distributed, progress
-from clipkd.assemble import configured_teachers, load_teacher, loaded, main_process_track, make_accelerator, open_data
+from clipkd.assemble import (
+    configured_teachers,
+    create_student,
+    hold_teachers,
+    load_teacher,
+    loaded,
+    main_process_track,
+    make_accelerator,
+    open_data,
+)
 from clipkd.cache.encode import TEXTS_AT_A_TIME, Job, collate, encode_shard
 from clipkd.cache.options import CacheConfig
 from clipkd.cache.plan import make_plan, planned_files
 from clipkd.cache.readme import describe_folder
 from clipkd.closed_set import class_vectors
 from clipkd.config import LogConfig
+from clipkd.distill import require_fitting_teachers
 from clipkd.feature_store import (
     CONFIG,
     MANIFEST,
@@ -32,6 +42,7 @@ from clipkd.feature_store import (
     require_same,
     writer,
 )
+from clipkd.models.text_tower import text_sha256
 from clipkd.progress import mib
 from clipkd.resume import claim
 from clipkd.stops import RunStopped
@@ -50,14 +61,19 @@ def run(config: CacheConfig) -> Path:
         torch.set_num_threads(config.threads)
     accelerator = make_accelerator(dataclasses.replace(config, log=LogConfig()))
     teachers = [load_teacher(options) for options in configured_teachers(config)]
+    hold_teachers(teachers)
+    require_fitting_teachers(config.objective, loaded(teachers))
+    student = create_student(config) if config.student.text == "frozen" else None
+    if student is not None and text_sha256(student) in map(text_sha256, loaded(teachers)):
+        student = None  # its text features are that teacher's
     pairs = open_data(config)
     if not isinstance(pairs, data.PairSet):
         raise ValueError(
             "a cache needs data that can be read at any place; data.path names shards behind URLs or pipes: copy them"
         )
-    plan, captions = make_plan(config, teachers, pairs, precision=accelerator.mixed_precision)
+    plan, captions = make_plan(config, teachers, student, pairs, precision=accelerator.mixed_precision)
     encoders = [encoder.to(accelerator.device) for encoder in loaded(teachers)]
-    job = Job(config, pairs, captions, encoders, accelerator)
+    job = Job(config, pairs, captions, encoders, student and student.to(accelerator.device), accelerator)
     folder = Path(config.output)
     with contextlib.ExitStack() as stack:
         main = distributed.rank() == 0

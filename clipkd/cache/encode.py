@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from clipkd.cache.captions import Captions
 from clipkd.cache.options import CacheConfig
 from clipkd.data import Augment, BadSample, Feed, PairSet, Skip, loader_options
-from clipkd.feature_store import Shard, fingerprint
+from clipkd.feature_store import DTYPES, Shard, fingerprint
 from clipkd.models import Encoder
 from clipkd.views import Views
 
@@ -60,6 +60,8 @@ class Job:
     pairs: PairSet
     captions: Captions
     teachers: list[Encoder]
+    student: Encoder | None
+    """One whose frozen text tower is no teacher's."""
     accelerator: Accelerator
 
     @property
@@ -109,12 +111,12 @@ class Job:
 
     @torch.inference_mode()
     def encode_texts(self, texts: list[str]) -> list[np.ndarray]:
-        """Features [texts, width] of each teacher, as they are stored."""
+        """Features [texts, width] of each teacher, and of the student if it is here, as they are stored."""
         found = []
-        for teacher in self.teachers:
+        for encoder in (*self.teachers, *filter(None, [self.student])):
             with self.accelerator.autocast():
-                features = not_alone(teacher.encode_text, teacher.spec.tokenize(texts).to(self.device))
-            found.append(self.store(features, teacher))
+                features = not_alone(encoder.encode_text, encoder.spec.tokenize(texts).to(self.device))
+            found.append(self.store(features, encoder))
         return found
 
     def store(self, features: Tensor, teacher: Encoder) -> np.ndarray:
@@ -130,9 +132,14 @@ class Job:
         return features.to(getattr(torch, self.config.dtype)).numpy()
 
 
+FEWEST_ROWS = 8
+
+
 def not_alone(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    """A batch of one takes other kernels (matrix times vector) than any larger one, and comes out with other last bits."""
-    return encode(inputs) if len(inputs) > 1 else encode(inputs.expand(2, *inputs.shape[1:]))[:1]
+    """Batches of one or two take other kernels (matrix times vector) than larger ones, and come out with other last bits."""
+    if len(inputs) >= FEWEST_ROWS:
+        return encode(inputs)
+    return encode(inputs.repeat(FEWEST_ROWS, *[1] * (inputs.ndim - 1)))[: len(inputs)]
 
 
 def encode_shard(
@@ -161,9 +168,10 @@ def encode_shard(
     table[bad] = -1
     arrays = {"samples": np.concatenate([np.array(fingerprints, np.int64)[:, None], table], axis=1)}
     for number, images in enumerate(zip(*found_images, strict=True)):
-        stored = np.concatenate(images)
-        stored[bad] = 0
-        arrays[f"image.{number}"] = stored
-        empty = np.empty((0, stored.shape[-1]), stored.dtype)
-        arrays[f"text.{number}"] = np.concatenate([empty, *(part[number] for part in found_texts)])
+        arrays[f"image.{number}"] = np.concatenate(images)
+        arrays[f"image.{number}"][bad] = 0
+    for number, encoder in enumerate((*job.teachers, *filter(None, [job.student]))):
+        kind = "text.student" if encoder is job.student else f"text.{number}"
+        empty = np.empty((0, encoder.dim), DTYPES[job.config.dtype])
+        arrays[kind] = np.concatenate([empty, *(part[number] for part in found_texts)])
     return arrays, [skip for skip in skips if skip is not None]

@@ -16,11 +16,14 @@ from clipkd.feature_store import (
     FileRecord,
     Manifest,
     Shard,
+    StudentText,
     TeacherRecord,
     augmentation_of,
     sources_of,
     weight_files,
 )
+from clipkd.models import Encoder
+from clipkd.models.text_tower import text_sha256
 
 LARGEST_SHARD = 4096
 """Samples whose features are written together: what a kill may cost each process."""
@@ -42,9 +45,9 @@ def cut(pairs: PairSet, num_views: int) -> list[tuple[int, int]]:
 
 
 def make_plan(
-    config: CacheConfig, teachers: list[Teacher], pairs: PairSet, *, precision: str
+    config: CacheConfig, teachers: list[Teacher], student: Encoder | None, pairs: PairSet, *, precision: str
 ) -> tuple[Manifest, Captions]:
-    """Call on every process."""
+    """student: one whose frozen text tower is no teacher's. Call on every process."""
     stretches = cut(pairs, config.views)
     captions = survey(pairs, stretches)
     shards = []
@@ -64,6 +67,7 @@ def make_plan(
                 dim=encoder.dim,
                 logit_scale=encoder.logit_scale.item(),
                 logit_bias=None if encoder.logit_bias is None else encoder.logit_bias.item(),
+                text_sha256=text_sha256(encoder),
                 identity=teacher.identity,
                 files={str(path): checkpoint.sha256(path) for path in weight_files(options.model, options.pretrained)},
             )
@@ -80,7 +84,7 @@ def make_plan(
         teachers=tuple(records),
         data=sources_of(pairs),
         num_captions=len(captions.rows),
-        student_text=None,
+        student=student and StudentText(student.name, student.dim, text_sha256(student)),
         classes=classes,
         shards=tuple(shards),
     )
@@ -94,6 +98,8 @@ def planned_files(manifest: Manifest, number: int, captions: Captions) -> dict[s
     for teacher, record in enumerate(manifest.teachers):
         shapes[f"image.{teacher}"] = ((shard.rows, manifest.num_views, record.dim), stored)
         shapes[f"text.{teacher}"] = ((shard.texts, record.dim), stored)
+    if manifest.student is not None:
+        shapes["text.student"] = ((shard.texts, manifest.student.dim), stored)
     files = {}
     for kind, (shape, dtype) in shapes.items():
         file = FileRecord(f"features/{number:05d}.{kind}.npy", shape, dtype)

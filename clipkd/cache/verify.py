@@ -9,7 +9,15 @@ import torch
 
 from clipkd import data
 from clipkd.arguments import parse_into
-from clipkd.assemble import configured_teachers, load_teacher, loaded, main_process_track, make_accelerator, open_data
+from clipkd.assemble import (
+    configured_teachers,
+    hold_teachers,
+    load_teacher,
+    loaded,
+    main_process_track,
+    make_accelerator,
+    open_data,
+)
 from clipkd.cache.captions import Captions
 from clipkd.cache.encode import Job, collate
 from clipkd.cache.options import VerifyConfig
@@ -94,6 +102,7 @@ def compare_again(config: VerifyConfig, cache: TeacherCache, findings: Findings)
     Raises: ValueError if the data or the teachers are others than those that the cache was made with.
     """
     teachers, pairs = [load_teacher(options) for options in configured_teachers(config)], open_data(config)
+    hold_teachers(teachers)
     if not isinstance(pairs, data.PairSet):
         raise ValueError("a cache is made from local data; data.path names shards behind URLs or pipes")
     plan = cache.manifest.plan()
@@ -105,7 +114,7 @@ def compare_again(config: VerifyConfig, cache: TeacherCache, findings: Findings)
     require_same(cache.folder, plan, plan | {"data": [to_json(one) for one in sources_of(pairs)], "teachers": now})
     accelerator = make_accelerator(config)
     encoders = [encoder.to(accelerator.device) for encoder in loaded(teachers)]
-    job = Job(config, pairs, Captions.none(), encoders, accelerator)
+    job = Job(config, pairs, Captions.none(), encoders, None, accelerator)
     ids = np.unique(np.linspace(0, len(pairs) - 1, min(config.recompute, len(pairs))).astype(int)).tolist()
     largest, lowest, compared = 0.0, 1.0, 0
     dataset = job.dataset()

@@ -65,6 +65,8 @@ class TeacherRecord:
     dim: int
     logit_scale: float
     logit_bias: float | None
+    text_sha256: str
+    """Of its text tower, by which a student that has the same finds its text features here."""
     identity: dict[str, Any]
     """SHA-256 of weights and tokens, dtype, preprocessing and architecture, as a checkpoint keeps them."""
     files: dict[str, str]
@@ -98,6 +100,15 @@ class Classes:
 
 
 @dataclass(frozen=True)
+class StudentText:
+    """A student's frozen text tower."""
+
+    name: str
+    dim: int
+    text_sha256: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     num_views: int
     dtype: str
@@ -107,8 +118,8 @@ class Manifest:
     teachers: tuple[TeacherRecord, ...]
     data: tuple[SourceRecord, ...]
     num_captions: int
-    student_text: str | None
-    """SHA-256 of the text tower whose features text.student are."""
+    student: StudentText | None
+    """Whose features text.student are."""
     classes: Classes | None
     shards: tuple[Shard, ...]
     num_unusable: int = 0
@@ -171,6 +182,7 @@ def parse(found: dict[str, Any]) -> Manifest:
         "augmentation": Augmentation(**found["augmentation"]),
         "teachers": tuple(TeacherRecord(**teacher) for teacher in found["teachers"]),
         "data": tuple(SourceRecord(**source) for source in found["data"]),
+        "student": found["student"] and StudentText(**found["student"]),
         "classes": classes and Classes(classes["fingerprint"], parse_file(classes["file"])),
         "shards": tuple(parse_shard(shard) for shard in found["shards"]),
     }

@@ -29,7 +29,7 @@ from clipkd.feature_store.manifest import (
     weight_files,
 )
 from clipkd.stops import RunStopped
-from clipkd.views import Features
+from clipkd.views import Features, View
 
 VERIFIED = ".verified.json"
 """Files that were hashed before, with size and time of change: an unchanged file is not hashed at every start."""
@@ -51,7 +51,8 @@ class StoredTeacher:
 class TeacherCache:
     """Features of every view of every sample, by its id."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, *, student_text: str | None = None) -> None:
+        """student_text: SHA-256 of the student's text tower, if that is frozen (models.text_tower.text_sha256)."""
         self.folder, self.manifest, self.num_views = folder, manifest, manifest.num_views
         self.first_ids = np.array([shard.first for shard in manifest.shards])
         self.first_texts = np.array([shard.first_text for shard in manifest.shards])
@@ -66,7 +67,10 @@ class TeacherCache:
             for teacher in manifest.teachers
         ]
         sides = [side for number in range(len(self.teachers)) for side in (f"image.{number}", f"text.{number}")]
-        self.kinds = [*sides, *(["text.student"] if manifest.student_text else [])]
+        known = {teacher.text_sha256: f"text.{number}" for number, teacher in enumerate(manifest.teachers)}
+        known |= {} if manifest.student is None else {manifest.student.text_sha256: "text.student"}
+        self.student_kind = known.get(student_text or "")
+        self.kinds = list(dict.fromkeys([*sides, *filter(None, [self.student_kind])]))
         """What `read` gives, in this order."""
 
     def read(self, pair: Pair, id: int, view: int, caption_number: int) -> tuple[np.ndarray, ...]:
@@ -125,8 +129,12 @@ class TeacherCache:
             for number, teacher in enumerate(self.teachers)
         )
 
-    def student_text(self, rows: Sequence[Tensor], device: torch.device) -> Tensor:
-        return self.widen(rows[-1].to(device, non_blocking=True))
+    def with_student_text(self, view: View, rows: Sequence[Tensor]) -> View:
+        """The student's view of a batch; with its text features, if its text tower is frozen and they are here."""
+        if self.student_kind is None:
+            return view
+        stored = rows[self.kinds.index(self.student_kind)].to(view.images.device, non_blocking=True)
+        return view._replace(text_features=self.widen(stored))
 
     def widen(self, stored: Tensor) -> Tensor:
         """float32 as it was stored; half precision back to unit norm, which rounding has left."""
@@ -155,12 +163,13 @@ class TeacherCache:
         return (
             f"{one.num_samples:,} samples × {one.num_views} views and {one.num_texts:,} captions of "
             f"{', '.join(teacher.name for teacher in one.teachers)}, {one.dtype}"
+            f"{'; the student reads its text features too' if self.student_kind else ''}"
         )
 
 
-def open_cache(config: TrainConfig, pairs: Pairs, *, track: Track) -> TeacherCache:
+def open_cache(config: TrainConfig, pairs: Pairs, *, student_text: str | None, track: Track) -> TeacherCache:
     """The cache of a run, if it is whole and was made from these pairs, this augmentation and these teachers. Call on
-    every process.
+    every process. student_text: as TeacherCache takes it.
 
     Raises: FileNotFoundError or ValueError naming the file or option.
     """
@@ -182,7 +191,7 @@ def open_cache(config: TrainConfig, pairs: Pairs, *, track: Track) -> TeacherCac
             f"{next(iter(faults.values()))}; {len(faults)} of {len(manifest.files())} files of the cache are damaged: "
             "give its clipkd cache command again, which makes them anew"
         )
-    return TeacherCache(folder, manifest)
+    return TeacherCache(folder, manifest, student_text=student_text)
 
 
 def require_same_teachers(config: TrainConfig, folder: Path, manifest: Manifest) -> None:

@@ -124,7 +124,8 @@ class Encoder(nn.Module):
         return self
 
     def features(self, view: View) -> Features:
-        return Features(self.encode_image(view.images), self.encode_text(view.texts), self.logit_scale, self.logit_bias)
+        text = self.encode_text(view.texts) if view.text_features is None else view.text_features
+        return Features(self.encode_image(view.images), text, self.logit_scale, self.logit_bias)
 
     def architecture(self) -> list[Any]:
         """What equal weights may still differ in: activations, heads, pooling, whatever the configuration says."""

@@ -1,6 +1,8 @@
 """A teacher's text tower in a student: its weights under the student's own names, or an error that says what differs."""
 
 import dataclasses
+import hashlib
+import json
 from typing import Any
 
 import open_clip
@@ -45,6 +47,18 @@ def text_weights(encoder: Encoder) -> dict[str, Tensor]:
     """The model's own tensors, named alike in both layouts."""
     weights = encoder.model.state_dict()
     return {name.removeprefix("text."): tensor for name, tensor in weights.items() if tower_of(name) == "text"}
+
+
+def text_sha256(encoder: Encoder) -> str:
+    """Of all that text features depend on: weights, architecture and tokens. Equal in both layouts."""
+    plain = isinstance(encoder.model, LAYOUTS) and encoder.model_config is not None
+    tokens = encoder.spec.tokenize(list(PROBES)).tolist()
+    about = [text_options(encoder) if plain else encoder.architecture(), tokens]
+    digest = hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode())
+    for name, tensor in sorted(text_weights(encoder).items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def configured_differently(student: Encoder, teacher: Encoder) -> list[Difference]:

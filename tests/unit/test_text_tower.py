@@ -159,11 +159,12 @@ def test_a_run_has_the_tower_it_is_configured_for(text: Any, tmp_path: Path) -> 
         objective=ObjectiveConfig(gkl=GKLTerm(weight=1.0)),
     )
     student, teacher = create_student(config), load_teacher(config.teacher)
-    share_text_tower(config, student, teacher)
+    share_text_tower(config, student, [teacher])
     hold_teachers([teacher])
     assert student.training
     assert student.text_is_frozen == (text != "trained")
-    assert teacher.encoder.dtype == torch.bfloat16
+    assert isinstance(teacher.model, Encoder)
+    assert teacher.model.dtype == torch.bfloat16
     expected = make(6 if text == "teacher" else 5).model.state_dict()
     found = student.model.state_dict()
     assert [n for n in found if tower_of(n) == "text" and not torch.equal(found[n], expected[n])] == []
