@@ -70,13 +70,13 @@ class Augment:
     def __init__(self, config: DataConfig, views: Views, seed: int) -> None:
         self.config, self.specs, self.seed = config, views.pixel_specs, seed
 
-    def __call__(self, pair: Pair, view: int, id: int) -> Sample:
-        """Raises: BadSample."""
-        rng = generator(Purpose.AUGMENTATION, self.seed, view, id)
+    def __call__(self, pair: Pair, view: int, id: int, *, num_views: int | None = None) -> Sample:
+        """num_views: after so many the pixels come again; captions are drawn anew all the same. Raises: BadSample."""
+        rng = generator(Purpose.AUGMENTATION, self.seed, view if num_views is None else view % num_views, id)
         red, green, blue = rng.integers(0, 256, 3).tolist() if self.config.background == "random" else WHITE
         image = open_image(pair.image, pair.key)
         box = random_crop_box(*image.size, self.config.min_crop, rng)
-        caption_number = int(rng.integers(len(pair.captions)))
+        caption_number = int(generator(Purpose.CAPTION, self.seed, view, id).integers(len(pair.captions)))
         scales = [decoding_scale(image, box, spec) for spec in self.specs]
         decoded: dict[int, tuple[Image.Image, Box]] = {}
         for scale in dict.fromkeys(scales):
@@ -95,8 +95,6 @@ class AugmentedPairs(Dataset):
 
     def __getitem__(self, position: Position) -> Sample:
         view, id = position
-        if self.stored is not None:
-            view %= self.stored.num_views
         substitutes: np.random.Generator | None = None
         skipped: list[Skip] = []
         while len(skipped) < MOST_TRIES:
@@ -112,10 +110,11 @@ class AugmentedPairs(Dataset):
     def make(self, view: int, id: int) -> Sample:
         """Raises: BadSample."""
         pair = self.pairs.read(id)
-        sample = self.augment(pair, view, id)
         if self.stored is None:
-            return sample
-        return sample._replace(features=self.stored.read(pair, id, view, sample.caption_number))
+            return self.augment(pair, view, id)
+        num_views = self.stored.num_views
+        sample = self.augment(pair, view, id, num_views=num_views)
+        return sample._replace(features=self.stored.read(pair, id, view % num_views, sample.caption_number))
 
 
 class Collate:

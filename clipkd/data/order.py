@@ -20,7 +20,7 @@ Position = tuple[int, int]
 class Purpose(IntEnum):
     """First word of every seed, so that no two draws share their randomness."""
 
-    SHARDS, BLOCK, AUGMENTATION, SUBSTITUTE, STREAM = range(5)
+    SHARDS, BLOCK, AUGMENTATION, SUBSTITUTE, STREAM, CAPTION = range(6)
 
 
 def generator(purpose: Purpose, *key: int) -> np.random.Generator:
