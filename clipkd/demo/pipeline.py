@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from clipkd import metrics_log
-from clipkd.arguments import parse, recipe
+from clipkd import cache, metrics_log
+from clipkd.arguments import parse, parse_into, recipe
 from clipkd.demo import pairs
 from clipkd.demo.contact_sheet import draw_contact_sheet
 from clipkd.evaluation.command import EvalConfig
@@ -37,6 +37,9 @@ QUICK = {
     "teacher": (*QUICK_BATCH, "--steps", "150", "--student.model", "demo-student"),
     "student": (*QUICK_BATCH, "--steps", "40"),
 }
+AS_LONG = "alone, as long"
+NUM_VIEWS = 8
+"""Of the teacher cache: a student passes over the pairs 19 times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +53,28 @@ class DemoConfig:
 
 
 def run(config: DemoConfig) -> Path:
-    """Build data, train a teacher and students, evaluate, export the best student; returns config.output."""
+    """Build data, train a teacher and students, evaluate, export the best student; returns config.output.
+
+    The teacher's features are computed once, for all its students. So that equal steps are not all that is compared, the
+    student alone is trained a second time, for as many seconds as the best distilled student took.
+    """
     output = Path(config.output)
     require_same_demo(config, output)
     write_data(config, output / "data")
     teacher_run = train_model(config, "teacher", "demo_teacher", QUICK["teacher"])
     export_again(teacher_run, output / "teacher", "open_clip")
+    make_cache(config)
     runs = {"teacher": teacher_run}
     for name, options in STUDENTS.items():
-        teacher = () if name == "alone" else ("--teacher.model", f"local-dir:{output / 'teacher'}")
+        teacher = () if name == "alone" else ("--teacher.cache", str(output / "cache"))
         runs[name] = train_model(config, name, "demo", QUICK["student"], *options, *teacher)
 
-    rows = evaluate_runs(output, runs)
+    rows = evaluate_runs(output, runs, teacher_run)
     scores = {row["model"]: row["metrics"]["acc5"] for row in rows if row["dataset"] == CHOOSE}
     best = max((name for name in STUDENTS if name != "alone"), key=lambda name: scores[name])
+    steps = str(steps_in_equal_time(runs["alone"], runs[best]))
+    runs[AS_LONG] = train_model(config, AS_LONG, "demo", QUICK["student"], "--steps", steps)
+    rows += evaluate_runs(output, {AS_LONG: runs[AS_LONG]}, teacher_run)
     artefacts = export_again(runs[best], output / "student", "open_clip,hf,onnx,onnx-int8", held_out(output))
     student = f"local-dir:{output / 'student'}"
     beside = evaluate_models(eval_config(output, (student,), str(runs["teacher"])))
@@ -75,7 +86,8 @@ def run(config: DemoConfig) -> Path:
     draw_samples(output, rows, ("teacher", "alone", best))
     for folder in (*runs.values(), output / "results"):
         write_report(ReportConfig(run=str(folder)))
-    print_summary(rows, artefacts, best, output, config)
+    print_tables(rows, best, config)
+    print_summary(artefacts, output)
     return output
 
 
@@ -89,13 +101,13 @@ def eval_config(output: Path, models: tuple[str, ...], teacher: str) -> EvalConf
     )
 
 
-def evaluate_runs(output: Path, runs: dict[str, Path]) -> list[dict[str, Any]]:
+def evaluate_runs(output: Path, runs: dict[str, Path], teacher: Path) -> list[dict[str, Any]]:
     """`clipkd eval` of every run beside the teacher's; each row with what the table shows of its run."""
     names = {str(folder): name for name, folder in runs.items()}
-    rows = evaluate_models(eval_config(output, tuple(names), str(runs["teacher"])))
+    rows = evaluate_models(eval_config(output, tuple(names), str(teacher)))
     last = {name: metrics_log.read(folder / "metrics.jsonl")[-1] for name, folder in runs.items()}
     found = []
-    for row in rows:
+    for row in [row for row in rows if row["model"] in names]:
         name, cost = names[row["model"]], row["cost"]
         about = {"model": name, "run": row["model"], "step": last[name]["step"], "parameters": cost["parameters"]}
         found.append(row | about | {"training_seconds": round(last[name]["seconds"], 1)})
@@ -126,16 +138,39 @@ def write_data(config: DemoConfig, folder: Path) -> None:
     console.print(f"data: {num_pairs} pairs in {' and '.join(pairs.TRAINING_STYLES)} style; {counts}")
 
 
+def make_cache(config: DemoConfig) -> None:
+    """`clipkd cache` of the teacher; one that was interrupted goes on."""
+    output = Path(config.output)
+    arguments = (
+        *(
+            "--config",
+            str(recipe("demo")),
+            "--config",
+            str(recipe("losses/gkl")),
+            *(QUICK_BATCH if config.quick else ()),
+        ),
+        *("--data.path", str(output / "data" / "pairs"), "--seed", str(config.seed), "--views", str(NUM_VIEWS)),
+        *("--teacher.model", f"local-dir:{output / 'teacher'}", "--output", str(output / "cache")),
+    )
+    cache.run(parse_into(cache.CacheConfig, list(arguments), "cache", "Compute the teachers' features once."))
+
+
 def train_model(config: DemoConfig, name: str, recipe_name: str, quick: tuple[str, ...], *options: str) -> Path:
     """`clipkd train` with a recipe of configs/, resumed where an earlier demo was interrupted."""
-    folder = Path(config.output) / "runs" / name.replace(" + ", "_").lower()
+    folder = Path(config.output) / "runs" / name.replace(" + ", "_").replace(", ", "_").replace(" ", "_").lower()
     data = ",".join(held_out(Path(config.output)))
     arguments = (
-        *("--config", str(recipe(recipe_name)), *options, *(quick if config.quick else ())),
+        *("--config", str(recipe(recipe_name)), *(quick if config.quick else ()), *options),
         *("--data.path", str(Path(config.output) / "data" / "pairs"), "--seed", str(config.seed)),
         *("--evaluation.data", f"[{data}]", "--output", str(folder), "--resume", "latest"),
     )
     return train(parse(list(arguments)))
+
+
+def steps_in_equal_time(run: Path, other: Path) -> int:
+    """How many steps of one run take as long as all of the other."""
+    own, others = (metrics_log.read(folder / "metrics.jsonl")[-1] for folder in (run, other))
+    return max(1, round(own["step"] * others["seconds"] / own["seconds"]))
 
 
 def export_again(run_folder: Path, output: Path, to: str, data: tuple[str, ...] = ()) -> list[dict[str, Any]]:
@@ -162,16 +197,20 @@ def draw_samples(output: Path, rows: list[dict[str, Any]], models: tuple[str, ..
     draw_contact_sheet(output / "samples.png", output / "data" / "pairs", output / "data" / REPORT, guesses)
 
 
-def print_summary(
-    rows: list[dict[str, Any]], artefacts: list[dict[str, Any]], best: str, output: Path, config: DemoConfig
-) -> None:
-    title = f"zero-shot in two unseen styles, % (seed {config.seed}; {CHOOSE} chooses the student, {REPORT} reports)"
+def print_tables(rows: list[dict[str, Any]], best: str, config: DemoConfig) -> None:
+    styles = f"% (seed {config.seed}; {CHOOSE} chooses the student, {REPORT} reports)"
+    console_out = Console(width=max(100, Console().width))
+    console_out.print(make_table(rows, ("teacher", *STUDENTS), f"zero-shot in two unseen styles, {styles}", best))
+    console_out.print(make_table(rows, (AS_LONG, best), "the same at equal seconds (the cache's not counted)", best))
+
+
+def make_table(rows: list[dict[str, Any]], models: tuple[str, ...], title: str, best: str) -> Table:
     table = Table(title=title)
     table.add_column("model", no_wrap=True)
     headings = ("image", "text", *(f"{style} top-{k}" for style in (REPORT, CHOOSE) for k in (1, 5)))
     for heading in (*headings, "n", "steps", "seconds"):
         table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
-    for name in dict.fromkeys(row["model"] for row in rows):
+    for name in models:
         by_style = {row["dataset"]: row for row in rows if row["model"] == name}
         row = by_style[REPORT]
         shares = [
@@ -180,7 +219,10 @@ def print_summary(
         sizes = [f"{row['parameters'][tower] / 1e6:.2f}M" for tower in ("image", "text")]
         label = f"{name} → student/" if name == best else name
         table.add_row(label, *sizes, *shares, str(row["n"]), str(row["step"]), f"{row['training_seconds']:.0f}")
-    Console(width=max(100, Console().width)).print(table)
+    return table
+
+
+def print_summary(artefacts: list[dict[str, Any]], output: Path) -> None:
     for row in artefacts:
         print(f"student/ as {describe_artefact(row)}")
     print(
