@@ -1,0 +1,110 @@
+"""`scripts/bench_train.py` at a size that says nothing about time: every variant has a row, and both losses are one number."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_train.py"
+VARIANTS = ("plain", "online", "online_gkl", "cached", "open_clip")
+PARTS = ("data", "teacher", "student", "loss", "optimizer")
+
+
+@pytest.fixture(scope="module")
+def results(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("bench_train") / "results" / "train.jsonl"
+    sizes = ("--setting", "demo", "--batch", 8, "--images", 32, "--steps", 2, "--rounds", 2, "--workers", 1)
+    command = [sys.executable, SCRIPT, *sizes, "--device", "cpu", "--threads", 1, "--variants", *VARIANTS]
+    command += ["--output", output]
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"→ {output}"
+    assert "online_gkl" in done.stdout
+    return output
+
+
+@pytest.fixture(scope="module")
+def rows(results: Path) -> dict[str, dict[str, Any]]:
+    machine, *rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    assert machine["kind"] == "machine"
+    assert [row["variant"] for row in rows] == list(VARIANTS)
+    return {row["variant"]: row for row in rows}
+
+
+def test_rates_ratios_and_shares_fit_together(rows: dict[str, dict[str, Any]]) -> None:
+    for row in rows.values():
+        assert (row["student"], row["teacher"], row["batch"]) == ("demo-student", "demo-teacher", 8)
+        assert (row["precision"], row["threads"], row["workers"], row["rounds"]) == ("fp32", 1, 1, 2)
+    measured = {name: row for name, row in rows.items() if "error" not in row}
+    assert {"plain", "online", "online_gkl", "open_clip"} <= measured.keys()
+    for name, row in measured.items():
+        one, two = row["seconds_per_step_rounds"]
+        assert row["seconds_per_step"] == pytest.approx((one + two) / 2)
+        assert row["seconds_per_step_min"] == min(one, two)
+        assert row["images_per_second"] == pytest.approx(8 / row["seconds_per_step"])
+        for other in ("plain", "open_clip"):
+            theirs = rows[other]["seconds_per_step_rounds"]
+            assert row[f"of_{other}"] == pytest.approx((theirs[0] / one + theirs[1] / two) / 2)
+        shares = {part: row[f"share_{part}"] for part in PARTS}
+        assert sum(shares.values()) == pytest.approx(1)
+        assert min(shares["data"], shares["student"], shares["loss"], shares["optimizer"]) > 0
+        assert (shares["teacher"] > 0.05) == (name in ("online", "online_gkl", "open_clip"))
+        assert 0 <= row["data_wait"] < 1
+        assert row["cpu_seconds_per_step"] > 0
+
+
+def test_clipkd_and_open_clip_start_from_one_loss(rows: dict[str, dict[str, Any]]) -> None:
+    assert rows["online"]["first_loss"] == pytest.approx(rows["open_clip"]["first_loss"], rel=1e-6)
+    assert abs(rows["online_gkl"]["first_loss"] - rows["online"]["first_loss"]) > 1e-3
+    assert rows["plain"]["first_loss"] < 3  # the logarithm of 8 pairs is 2.08
+
+
+def test_the_cache_has_a_size_or_its_row_an_error(rows: dict[str, dict[str, Any]]) -> None:
+    if "error" in rows["cached"]:
+        assert "images_per_second" not in rows["cached"]
+    else:
+        # 32 images and texts of 128 numbers of 2 bytes.
+        assert rows["cached"]["cache_bytes"] >= 2 * 32 * 128 * 2
+        assert rows["cached"]["first_loss"] == pytest.approx(rows["online"]["first_loss"], rel=1e-2)
+
+
+def load_script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    spec = importlib.util.spec_from_file_location("bench_train", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_has_a_line_per_variant(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = load_script(monkeypatch).table(results).splitlines()
+    assert [line.split("|")[3].strip() for line in lines[2:]] == [f"`{name}`" for name in VARIANTS]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_parts_of_a_step_make_the_same_step(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load_script(monkeypatch)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    setting = script.SETTINGS["demo"]._replace(batch=8, images=16)
+    script.write_files(setting, tmp_path)
+    import train_loops
+
+    task = train_loops.Task(tmp_path, "demo-student", 8, "cpu", "fp32", 0)
+    for variant in ("online_gkl", "open_clip"):
+        weights: dict[bool, dict[str, torch.Tensor]] = {}
+        for by_parts in (False, True):
+            loop, batch = train_loops.open_loop(variant, task), train_loops.first_batch(variant, task)
+            seen: list[str] = []
+            loop.step(batch, seen.append if by_parts else None)
+            assert len(seen) == (6 if by_parts else 0)
+            module = loop.model if variant == "open_clip" else loop.run.distiller
+            weights[by_parts] = {name: each.clone() for name, each in module.state_dict().items()}
+        for name, whole in weights[False].items():
+            torch.testing.assert_close(weights[True][name], whole, rtol=0, atol=1e-6)
