@@ -34,6 +34,9 @@ from clipkd.views import Features, View
 VERIFIED = ".verified.json"
 """Files that were hashed before, with size and time of change: an unchanged file is not hashed at every start."""
 
+NOTICEABLE_BYTES = 1 << 30
+"""From which on hashing shows its progress: a second's work."""
+
 Track = Callable[[Iterable[Any], str, int], Iterator[Any]]
 
 
@@ -103,14 +106,17 @@ class TeacherCache:
 
     def vector(self, file: FileRecord, row: int) -> np.ndarray:
         """Raises: RunStopped."""
-        path = self.folder / file.name
         try:
             # Not mapped into memory: a file that is cut short meanwhile would end the process by a signal.
-            with path.open("rb", buffering=0) as opened:
-                content = os.pread(opened.fileno(), file.row_bytes, file.header_bytes + row * file.row_bytes)
+            opened = os.open(f"{self.folder}/{file.name}", os.O_RDONLY)
+            try:
+                content = os.pread(opened, file.row_bytes, file.header_bytes + row * file.row_bytes)
+            finally:
+                os.close(opened)
             if len(content) < file.row_bytes:
                 raise EOFError(f"it ends before row {row}")
         except (OSError, EOFError) as error:
+            path = self.folder / file.name
             raise RunStopped(
                 f"{path} cannot be read any more ({error}); see clipkd cache verify {self.folder}"
             ) from error
@@ -236,7 +242,9 @@ def find_faults(folder: Path, manifest: Manifest, *, track: Track, trust: bool =
     own = fresh[distributed.rank() :: distributed.world_size()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = pool.map(lambda file: try_sha256(folder / file.name), own)
-        for file, digest in zip(own, track(digests, "check the cache", len(own)), strict=True):
+        if sum(file.bytes for file in own) >= NOTICEABLE_BYTES:
+            digests = track(digests, "check the cache", len(own))
+        for file, digest in zip(own, digests, strict=True):
             if digest != file.sha256:
                 faults[file.name] = f"{folder / file.name} is not what was written (its SHA-256 is another)"
     found: dict[str, str] = {}
