@@ -1,7 +1,5 @@
 """The parts of a run, each built from the configuration by itself, so that `check` can go on where one fails."""
 
-import functools
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -13,14 +11,21 @@ from accelerate import Accelerator, DistributedType
 
 from clipkd import data, distributed, models, optim, progress
 from clipkd.closed_set import class_vectors, closed_set_fingerprint, open_closed_set
-from clipkd.config import TeacherConfig, TrainConfig
+from clipkd.config import TrainConfig
 from clipkd.distill import Distiller, require_fitting_teachers
 from clipkd.evaluation import METRICS, Subject, as_tuple, open_subjects
-from clipkd.evaluation.embed import DTYPES
-from clipkd.feature_store import StoredTeacher, TeacherCache, open_cache
+from clipkd.feature_store import TeacherCache
 from clipkd.models import Encoder
-from clipkd.models.text_tower import copy_text_tower, text_sha256
-from clipkd.objective import require_number_of_teachers
+from clipkd.teachers import (
+    Teacher,
+    configured_teachers,
+    hold_teachers,
+    load_teacher,
+    loaded,
+    open_teacher_cache,
+    share_text_tower,
+    stored_teachers,
+)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -79,84 +84,8 @@ def create_student(config: TrainConfig) -> Encoder:
     return student
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A frozen model, loaded or as a cache knows it, and what sets it apart from any other, wherever it lies."""
-
-    model: Encoder | StoredTeacher
-    identity: dict[str, Any]
-
-
-def configured_teachers(config: TrainConfig) -> list[TeacherConfig]:
-    """Those to load: none with a cache."""
-    if config.teacher.cache is not None:
-        return []
-    return [options for options in (config.teacher, *config.ensemble) if options.model is not None]
-
-
-def load_teacher(options: TeacherConfig) -> Teacher:
-    """As it is stored; `hold_teachers` rounds it."""
-    assert options.model is not None
-    encoder = models.load(options.model, pretrained=options.pretrained).requires_grad_(False)
-    identity = {
-        "sha256": encoder.weights_sha256(),  # as they are stored
-        "dtype": options.dtype,
-        "preprocess_cfg": encoder.preprocess_config,
-        "model_cfg": encoder.model_config,
-        "tokens": hashlib.sha256(encoder.spec.tokenize(list(models.PROBES)).numpy().tobytes()).hexdigest(),
-    }
-    return Teacher(encoder, identity)
-
-
-def share_text_tower(config: TrainConfig, student: Encoder, teachers: list[Teacher]) -> None:
-    """Give the student the first teacher's text tower, if it shall have it; before that is rounded.
-
-    teachers: none with a cache; then the first is loaded for as long as this takes. Raises: ValueError if it does not fit.
-    """
-    if config.student.text == "teacher":
-        first = teachers[0] if teachers else load_teacher(config.teacher)
-        assert isinstance(first.model, Encoder)
-        copy_text_tower(first.model, student)
-
-
-def hold_teachers(teachers: list[Teacher]) -> None:
-    """Each in the dtype that is configured."""
-    for teacher in teachers:
-        if isinstance(teacher.model, Encoder) and (dtype := teacher.identity["dtype"]) != "fp32":
-            teacher.model.hold_in(DTYPES[dtype])
-
-
 def open_data(config: TrainConfig) -> data.Pairs:
-    return data.open_pairs(config.data, track=main_process_track())
-
-
-def main_process_track() -> Any:
-    return functools.partial(progress.track, visible=distributed.rank() == 0)
-
-
-def open_teacher_cache(config: TrainConfig, pairs: data.Pairs, student: Encoder) -> TeacherCache:
-    """Raises: FileNotFoundError or ValueError that name the file or option that does not fit."""
-    student_text = text_sha256(student) if student.text_is_frozen else None
-    cache = open_cache(config, pairs, student_text=student_text, track=main_process_track())
-    require_number_of_teachers(config.objective, len(cache.teachers))
-    closed_set = config.objective.closed_set
-    if closed_set.weight and (
-        cache.manifest.classes is None or cache.manifest.classes.fingerprint != closed_set_fingerprint(closed_set)
-    ):
-        raise ValueError(
-            f"{cache.folder} holds no class vectors for objective.closed_set's classes and templates; make a cache with this "
-            "objective"
-        )
-    return cache
-
-
-def stored_teachers(cache: TeacherCache) -> list[Teacher]:
-    return [Teacher(teacher, teacher.identity) for teacher in cache.teachers]
-
-
-def loaded(teachers: list[Teacher]) -> list[Encoder]:
-    """None of them where features come from a cache."""
-    return [teacher.model for teacher in teachers if isinstance(teacher.model, Encoder)]
+    return data.open_pairs(config.data, track=progress.track_on_main)
 
 
 def open_tasks(config: TrainConfig) -> list[Subject]:
@@ -198,11 +127,12 @@ def identify(
         "teachers": {str(number): teacher.identity for number, teacher in enumerate(teachers)},
         "pairs": {str(number): source for number, source in enumerate(pairs.identity())},
         "mixed_precision": precision,
+        "augmentation": data.AUGMENTATION_VERSION,
     }
     if closed_set.weight:
         identity["classes"] = closed_set_fingerprint(closed_set)
     if cache is not None:
-        identity["cache"] = cache.identity()
+        identity["teacher_cache"] = cache.identity()
     return identity
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clipkd import assemble, data, distributed, students, train
 from clipkd.arguments import parse
-from clipkd.assemble import Parts, Teacher, configured_teachers
+from clipkd.assemble import Parts
 from clipkd.config import TrainConfig
 from clipkd.cost import count_saved
 from clipkd.distill import require_fitting_teachers
@@ -23,6 +23,16 @@ from clipkd.requirements import collecting
 from clipkd.resume import find_checkpoint
 from clipkd.run import Run, build_run, record_skips, skipped_too_much
 from clipkd.stops import RunStopped
+from clipkd.teachers import (
+    Teacher,
+    configured_teachers,
+    hold_teachers,
+    load_teacher,
+    loaded,
+    open_teacher_cache,
+    share_text_tower,
+    stored_teachers,
+)
 from clipkd.views import Batch, ViewSpec
 
 T = TypeVar("T")
@@ -113,16 +123,16 @@ def find_parts(config: TrainConfig, findings: Findings) -> Parts | None:
     findings.attempt(lambda: assemble.require_installed(config))
     accelerator = findings.attempt(lambda: assemble.make_accelerator(config))
     student = findings.attempt(lambda: assemble.create_student(config))
-    teachers = [findings.attempt(lambda o=options: assemble.load_teacher(o)) for options in configured_teachers(config)]
+    teachers = [findings.attempt(lambda o=options: load_teacher(o)) for options in configured_teachers(config)]
     found = [teacher for teacher in teachers if teacher is not None]
     if student is not None and len(found) == len(teachers):
-        findings.attempt(lambda: assemble.share_text_tower(config, student, found))
-    assemble.hold_teachers(found)
+        findings.attempt(lambda: share_text_tower(config, student, found))
+    hold_teachers(found)
     pairs = findings.attempt(lambda: assemble.open_data(config))
     cache = None
     if config.teacher.cache is not None and pairs is not None and student is not None:
-        cache = findings.attempt(lambda: assemble.open_teacher_cache(config, pairs, student))
-        teachers = found = [] if cache is None else assemble.stored_teachers(cache)
+        cache = findings.attempt(lambda: open_teacher_cache(config, pairs, student))
+        teachers = found = [] if cache is None else stored_teachers(cache)
     findings.attempt(lambda: require_fitting_teachers(config.objective, [one.model for one in found]))
     if sound and pairs is not None:
         describe_data(config, pairs, findings)
@@ -133,7 +143,7 @@ def find_parts(config: TrainConfig, findings: Findings) -> Parts | None:
         findings.problems += find_broken_weights(student)
     if cache is not None:
         tell("teacher", f"{cache.describe()}, from {cache.folder}")
-    for number, teacher in enumerate(assemble.loaded(found)):
+    for number, teacher in enumerate(loaded(found)):
         describe_model(f"teacher {number}" if number else "teacher", teacher)
         if student is not None:
             tell("", compare_views(student.spec, teacher.spec))
@@ -223,7 +233,7 @@ def describe_memory(config: TrainConfig, student: Encoder, teachers: list[Teache
     own = {"weights": 4 * weights, "gradients": 4 * trained, "AdamW": 8 * trained}
     own |= {"average": 4 * weights} if config.optim.ema_momentum else {}
     own |= {"DDP": 4 * trained} if distributed.world_size() > 1 else {}
-    frozen = sum(p.numel() * p.element_size() for teacher in assemble.loaded(teachers) for p in teacher.parameters())
+    frozen = sum(p.numel() * p.element_size() for teacher in loaded(teachers) for p in teacher.parameters())
     capacity = config.objective.queue.capacity
     widths = [student.dim if ring == "momentum" else teachers[0].model.dim for ring in config.objective.queues]
     parts = [f"student {mib(sum(own.values()))} ({', '.join(f'{k} {mib(v)}' for k, v in own.items())})"]

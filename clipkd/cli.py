@@ -141,7 +141,7 @@ def cache_command(arguments: list[str]) -> None:
     from clipkd import cache
 
     config = parse_into(cache.CacheConfig, with_config(arguments), "cache", "Compute the teachers' features once.")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that nothing unfinished stays
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that nothing half written stays
     folder = cache.run(config)
     if is_main_process():
         print(f"cached: {folder}; train from it with --teacher.cache {folder}")

@@ -97,16 +97,24 @@ def gather_objects(value: T) -> list[T]:
 
 
 def together(make: Callable[[], T]) -> T:
-    """What `make` returns here. A ValueError or OSError of one process is raised on all: none waits for one that is gone."""
+    """What `make` returns here. An error of one process is raised on all: none waits for one that is gone.
+
+    `make` itself must not wait for other processes.
+    """
     value: list[T] = []
     error: Exception | None = None
     try:
         value.append(make())
-    except (ValueError, OSError) as problem:
+    except Exception as problem:
         error = problem
     if problems := [problem for problem in gather_objects(error) if problem is not None]:
         raise error or problems[0]
     return value[0]
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` returns on the main process, where alone it is called; its error is raised on all."""
+    return gather_objects(together(lambda: make() if rank() == 0 else None))[0]  # type: ignore[return-value]
 
 
 def copy_from_main(tensors: Iterable[Tensor]) -> None:

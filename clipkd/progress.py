@@ -11,6 +11,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from clipkd import distributed
+
 T = TypeVar("T")
 console = Console(stderr=True, highlight=False)
 
@@ -64,6 +66,11 @@ def track(items: Iterable[T], title: str, total: int, *, visible: bool = True) -
         for item in items:
             yield item
             bar.advance()
+
+
+def track_on_main(items: Iterable[T], title: str, total: int) -> Iterator[T]:
+    """On several processes the main one alone shows it."""
+    return track(items, title, total, visible=distributed.rank() == 0)
 
 
 class Stopwatch:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clipkd import checkpoint, data, distributed, metrics_log, momentum, progress
 from clipkd import config as configuration
-from clipkd.assemble import Parts, assemble, identify, loaded, make_distiller, make_optimizer, parse_best
+from clipkd.assemble import Parts, assemble, identify, make_distiller, make_optimizer, parse_best
 from clipkd.config import TrainConfig
 from clipkd.distill import Distiller
 from clipkd.evaluation import Embedder, Subject, describe_result, measure, result_row
@@ -21,6 +21,7 @@ from clipkd.loss_memory import LossMemory, measure_loss_memory
 from clipkd.models import Encoder
 from clipkd.progress import Stopwatch
 from clipkd.resume import claim, find_checkpoint, require_same_run
+from clipkd.teachers import loaded, name_teachers
 from clipkd.views import Batch, Views
 
 RECORDS = ("metrics.jsonl", "results.jsonl", "skipped.jsonl")
@@ -87,6 +88,7 @@ def open_run(config: TrainConfig) -> Run:
 
 def build_run(config: TrainConfig, parts: Parts) -> Run:
     """Put the parts together, at the step of the checkpoint that is resumed; writes nothing."""
+    config = name_teachers(config, parts.cache)
     accelerator, teachers, cache = parts.accelerator, loaded(parts.teachers), parts.cache
     identity = identify(config, parts.student, parts.teachers, cache, parts.pairs, accelerator.mixed_precision)
     resumed = find_checkpoint(config)

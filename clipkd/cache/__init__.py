@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,8 @@ import torch
 
 from clipkd import config as configuration
 from clipkd import data, distributed, progress
-from clipkd.assemble import (
-    configured_teachers,
-    create_student,
-    hold_teachers,
-    load_teacher,
-    loaded,
-    main_process_track,
-    make_accelerator,
-    open_data,
-)
-from clipkd.cache.encode import TEXTS_AT_A_TIME, Job, collate, encode_shard
+from clipkd.assemble import create_student, make_accelerator, open_data
+from clipkd.cache.encode import TEXTS_AT_A_TIME, EncodedViews, Job, collate, encode_shard
 from clipkd.cache.options import CacheConfig
 from clipkd.cache.plan import make_plan, planned_files
 from clipkd.cache.readme import describe_folder
@@ -42,10 +34,12 @@ from clipkd.feature_store import (
     require_same,
     writer,
 )
+from clipkd.models import Encoder
 from clipkd.models.text_tower import text_sha256
 from clipkd.progress import mib
 from clipkd.resume import claim
 from clipkd.stops import RunStopped
+from clipkd.teachers import Teacher, configured_teachers, hold_teachers, load_teacher, loaded, share_text_tower
 
 __all__ = ["CacheConfig", "run"]
 
@@ -59,13 +53,10 @@ def run(config: CacheConfig) -> Path:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    accelerator = make_accelerator(dataclasses.replace(config, log=LogConfig()))
+    accelerator = make_accelerator(dataclasses.replace(config, log=LogConfig(), micro_batches=1))
     teachers = [load_teacher(options) for options in configured_teachers(config)]
-    hold_teachers(teachers)
+    student = find_frozen_student(config, teachers)
     require_fitting_teachers(config.objective, loaded(teachers))
-    student = create_student(config) if config.student.text == "frozen" else None
-    if student is not None and text_sha256(student) in map(text_sha256, loaded(teachers)):
-        student = None  # its text features are that teacher's
     pairs = open_data(config)
     if not isinstance(pairs, data.PairSet):
         raise ValueError(
@@ -76,53 +67,70 @@ def run(config: CacheConfig) -> Path:
     job = Job(config, pairs, captions, encoders, student and student.to(accelerator.device), accelerator)
     folder = Path(config.output)
     with contextlib.ExitStack() as stack:
-        main = distributed.rank() == 0
-        distributed.together(lambda: open_folder(config, folder, plan, stack) if main else None)
-        done = distributed.together(lambda: find_done(folder, plan))
+        if distributed.from_main(lambda: open_folder(config, folder, plan, stack)):
+            reopen_if_damaged(folder, plan)
+        done = distributed.from_main(lambda: read_done(folder, plan))
         todo = [number for number in range(len(plan.shards)) if number not in done]
-        distributed.together(lambda: announce(job, folder, plan, todo) if main else None)
-        if todo or not (folder / MANIFEST).is_file():
-            make_shards(job, folder, plan, todo)
-            distributed.together(lambda: finish(job, folder, plan) if main else None)
-        distributed.barrier()
+        distributed.from_main(lambda: announce(job, folder, plan, todo))
+        make_shards(job, folder, plan, todo)
+        distributed.from_main(lambda: finish(job, folder, plan))
     return folder
 
 
-def open_folder(config: CacheConfig, folder: Path, plan: Manifest, stack: contextlib.ExitStack) -> None:
-    """Claim it, if it is new, empty or holds this cache. Main process only.
+def find_frozen_student(config: CacheConfig, teachers: list[Teacher]) -> Encoder | None:
+    """A student whose text features are stored beside the teachers': its text tower is frozen, and none of theirs.
+
+    Rounds the teachers to the dtype that they are held in.
+    """
+    student = create_student(config) if config.student.text != "trained" else None
+    if student is not None:
+        share_text_tower(config, student, teachers)
+    hold_teachers(teachers)
+    known = [text_sha256(teacher) for teacher in loaded(teachers)]
+    return None if student is None or text_sha256(student) in known else student
+
+
+def open_folder(config: CacheConfig, folder: Path, plan: Manifest, stack: contextlib.ExitStack) -> bool:
+    """Claim it, if it is new, empty or holds this cache; returns whether that is finished. Main process only.
 
     Raises: ValueError if it holds another cache, or anything else, or another process writes it.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output {folder} is a file; name a folder")
+    if folder.is_dir() and not ((folder / MANIFEST).is_file() or (folder / PLAN).is_file()):
+        others = sorted(path.name for path in folder.iterdir() if path.name not in (".lock", f"{PLAN}.tmp"))
+        if others:
+            raise ValueError(f"{folder} holds {others[0]}, which is of no cache; choose another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(claim(folder))
     finished = (folder / MANIFEST).is_file()
     before = read_manifest(folder).plan() if finished else writer.read_plan(folder)
     if before is not None:
         require_same(folder, before, plan.plan())
-    elif folder.is_dir() and (others := sorted(path.name for path in folder.iterdir() if path.name != ".lock")):
-        raise ValueError(f"{folder} holds {others[0]}, which is of no cache; choose another --output")
-    folder.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(claim(folder))
     writer.remove_leftovers(folder)
     if not finished:
+        writer.write_json(folder / PLAN, plan.plan())  # first: by it the next start knows the folder for its own
         configuration.save(config, folder / CONFIG)
         (folder / "README.md").write_text(describe_folder(plan), encoding="utf-8")
-        writer.write_json(folder / PLAN, plan.plan())
+    return finished
 
 
-def find_done(folder: Path, plan: Manifest) -> dict[int, Shard]:
-    """Shards that need not be made: whole ones of a cache that was interrupted, and right ones of a finished one."""
-    done = {}
+def reopen_if_damaged(folder: Path, plan: Manifest) -> None:
+    """A finished cache with damaged files becomes an unfinished one without them. Call on every process."""
+    manifest = distributed.from_main(lambda: read_manifest(folder))
+    faults = find_faults(folder, manifest, track=progress.track_on_main, trust=False)
+    for fault in faults.values():
+        say(f"made anew: {fault}")
+    shards = enumerate(manifest.shards)
+    whole = {n: shard for n, shard in shards if not any(file.name in faults for file in shard.files.values())}
+    distributed.from_main(lambda: writer.reopen(folder, plan.plan(), whole if faults else None))
+
+
+def read_done(folder: Path, plan: Manifest) -> set[int]:
+    """Shards that need not be made."""
     if (folder / MANIFEST).is_file():
-        manifest = read_manifest(folder)
-        faults = find_faults(folder, manifest, track=main_process_track(), trust=False)
-        for fault in faults.values():
-            say(f"made anew: {fault}")
-        for number, shard in enumerate(manifest.shards):
-            if not any(file.name in faults for file in shard.files.values()):
-                done[number] = shard
-    recorded = {number: writer.read_record(folder, number) for number in range(len(plan.shards))}
-    return {number: shard for number, shard in recorded.items() if shard is not None} | done
+        return set(range(len(plan.shards)))
+    return {number for number in range(len(plan.shards)) if writer.read_record(folder, number) is not None}
 
 
 def say(text: str) -> None:
@@ -179,38 +187,64 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def make_shards(job: Job, folder: Path, plan: Manifest, todo: list[int]) -> None:
-    """This process's share of them. Raises: RunStopped if more samples cannot be used than data.max_skipped allows."""
-    own = todo[distributed.rank() :: distributed.world_size()]
-    shards = [plan.shards[number] for number in own]
-    skips, seen, allowed = data.Skips(), 0, job.config.data.max_skipped
+    """All of them, a round of one for each process after the other: none waits for long, and all learn of an error.
+
+    Raises: RunStopped if more samples cannot be used than data.max_skipped allows.
+    """
+    world_size, allowed = distributed.world_size(), job.config.data.max_skipped
+    own: list[int | None] = [*todo[distributed.rank() :: world_size]]
+    own += [None] * (-(-len(todo) // world_size) - len(own))
+    shards = [plan.shards[number] for number in own if number is not None]
+    skips, seen = data.Skips(), 0
     with (
         job.feed(shards) as feed,
         progress.Bar(folder.name, sum(map(job.num_batches, shards)), visible=distributed.rank() == 0) as bar,
     ):
-        for number, shard in zip(own, shards, strict=True):
-            arrays, bad = encode_shard(job, shard, feed, bar.advance)
-            planned = planned_files(plan, number, job.captions)
-            files = {kind: writer.write_array(folder, planned[kind], array) for kind, array in arrays.items()}
-            writer.write_record(folder, number, dataclasses.replace(shard, files=files))
+        for number in own:
+            bad = distributed.together(
+                lambda n=number: [] if n is None else make_shard(job, folder, plan, n, feed, bar.advance)
+            )
             skips.add(bad)
-            seen += shard.rows
-            if data.exceeds(skips.counts.total(), seen, allowed):
-                first = skips.examples[0]
-                raise RunStopped(
-                    f"{skips.counts.total()} of the first {seen} samples cannot be used ({skips}), such as {first.key}: "
-                    f"{first.message}; more than data.max_skipped allows ({allowed:.1%}). Mend the data, or raise it"
-                )
+            seen += 0 if number is None else plan.shards[number].rows
+            distributed.together(partial(require_few_skipped, skips.counts.total(), seen, allowed, skips.examples))
+
+
+def make_shard(
+    job: Job, folder: Path, plan: Manifest, number: int, feed: data.Feed[EncodedViews], advance: Callable[[], Any]
+) -> list[data.Skip]:
+    """Its unusable samples. Raises: OSError that names the file that cannot be written."""
+    arrays, bad = encode_shard(job, plan.shards[number], feed, advance)
+    planned = planned_files(plan, number, job.captions)
+    files = {kind: writer.write_array(folder, planned[kind], array) for kind, array in arrays.items()}
+    writer.write_record(folder, number, dataclasses.replace(plan.shards[number], files=files))
+    return bad
+
+
+def require_few_skipped(num_skipped: int, seen: int, allowed: float, examples: Sequence[data.Skip] = ()) -> None:
+    """Raises: RunStopped."""
+    if data.exceeds(num_skipped, seen, allowed):
+        named = f", such as {examples[0].key}: {examples[0].message}" if examples else ""
+        raise RunStopped(
+            f"{num_skipped} of {seen} samples cannot be used{named}; more than data.max_skipped allows ({allowed:.1%}). Mend "
+            "the data and make another cache, or raise it and give the same command again"
+        )
 
 
 def finish(job: Job, folder: Path, plan: Manifest) -> None:
-    """Class vectors, and the manifest that makes a cache of the shards. Main process only."""
+    """Class vectors, and the manifest that makes a cache of the shards. Main process only.
+
+    Raises: RunStopped if more samples cannot be used than data.max_skipped allows.
+    """
+    if (folder / MANIFEST).is_file():
+        return
+    shards = tuple(filter(None, (writer.read_record(folder, number) for number in range(len(plan.shards)))))
+    assert len(shards) == len(plan.shards)
+    unusable = sum(count_unusable(folder, shard) for shard in shards)
+    require_few_skipped(unusable, plan.num_samples, job.config.data.max_skipped)
     classes = plan.classes
     if classes is not None:
         vectors = class_vectors(job.config.objective.closed_set, job.teachers[0], job.device)
         classes = dataclasses.replace(classes, file=writer.write_array(folder, classes.file, vectors.cpu().numpy()))
-    done = find_done(folder, plan)
-    shards = tuple(done[number] for number in range(len(plan.shards)))
-    unusable = sum(count_unusable(folder, shard) for shard in shards)
     if unusable:
         say(f"{unusable} samples could not be used; training skips them")
     writer.finish(folder, dataclasses.replace(plan, shards=shards, classes=classes, num_unusable=unusable))

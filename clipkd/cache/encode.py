@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clipkd.cache.captions import Captions
+from clipkd.cache.captions import Captions, require_readable
 from clipkd.cache.options import CacheConfig
 from clipkd.data import Augment, BadSample, Feed, PairSet, Skip, loader_options
 from clipkd.feature_store import DTYPES, Shard, fingerprint
@@ -41,6 +41,7 @@ class EveryView(Dataset):
             pair = self.pairs.read(id)
             views = [self.augment(pair, view, id).pixels for view in range(self.num_views)]
         except BadSample as bad:
+            require_readable(bad)
             shapes = [(self.num_views, *spec.size, 3) for spec in self.augment.specs]
             return [np.zeros(shape, np.uint8) for shape in shapes], 0, bad.skip
         return [np.stack(kind) for kind in zip(*views, strict=True)], fingerprint(pair), None

@@ -5,7 +5,6 @@ import math
 from dataclasses import replace
 
 from clipkd import checkpoint
-from clipkd.assemble import Teacher, configured_teachers, loaded
 from clipkd.cache.captions import Captions, survey
 from clipkd.cache.options import CacheConfig
 from clipkd.closed_set import closed_set_fingerprint, read_classes
@@ -20,10 +19,10 @@ from clipkd.feature_store import (
     TeacherRecord,
     augmentation_of,
     sources_of,
-    weight_files,
 )
-from clipkd.models import Encoder
+from clipkd.models import Encoder, weight_files
 from clipkd.models.text_tower import text_sha256
+from clipkd.teachers import Teacher, configured_teachers, loaded
 
 LARGEST_SHARD = 4096
 """Samples whose features are written together: what a kill may cost each process."""

@@ -1,43 +1,40 @@
 """`clipkd cache verify`: is a cache what was written, and would its teachers write it again?"""
 
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from clipkd import data
+from clipkd import data, progress
 from clipkd.arguments import parse_into
-from clipkd.assemble import (
-    configured_teachers,
-    hold_teachers,
-    load_teacher,
-    loaded,
-    main_process_track,
-    make_accelerator,
-    open_data,
-)
+from clipkd.assemble import make_accelerator, open_data
 from clipkd.cache.captions import Captions
 from clipkd.cache.encode import Job, collate
 from clipkd.cache.options import VerifyConfig
+from clipkd.config import LogConfig
 from clipkd.feature_store import (
     CONFIG,
     Manifest,
     TeacherCache,
+    augmentation_of,
     find_faults,
     read_manifest,
     require_same,
     sources_of,
     to_json,
-    weight_files,
 )
+from clipkd.models import weight_files
+from clipkd.teachers import Teacher, configured_teachers, hold_teachers, load_teacher, loaded
 
 NORM_TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 """How far rounding may take a vector from unit norm."""
 
-COSINE_TOLERANCE = {"no": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
-"""How far features computed again, perhaps on another device, may turn away; by the autocast of the towers."""
+COSINE_TOLERANCE, COSINE_TOLERANCE_HALF = 1e-4, 1e-2
+"""How far features computed again, perhaps on another device, may turn away: in single precision, and in half."""
 
 
 @dataclass
@@ -51,21 +48,23 @@ def verify(arguments: list[str]) -> Findings:
 
     Raises: FileNotFoundError or ValueError if it is no finished cache, or what is needed to compute again is not there.
     """
-    folder = Path(arguments[0] if arguments and not arguments[0].startswith("-") else "")
-    known = ["--config", str(folder / CONFIG), "--output", str(folder)] if (folder / CONFIG).is_file() else []
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError("name the folder first: clipkd cache verify FOLDER [--recompute 64]")
+    folder, options = Path(arguments[0]), arguments[1:]
     about = "Check a cache: clipkd cache verify FOLDER [--recompute 64]."
-    config = parse_into(VerifyConfig, [*known, *arguments[1 if folder.name else 0 :]], "cache verify", about)
+    made_with = ["--config", str(folder / CONFIG), "--output", str(folder)]
+    config = parse_into(VerifyConfig, [*made_with, *options], "cache verify", about) if options else None
     manifest, findings = read_manifest(folder), Findings()
     cache = TeacherCache(folder, manifest)
     findings.lines.append(f"{folder}: {cache.describe()}")
-    faults = find_faults(folder, manifest, track=main_process_track(), trust=False)
+    faults = find_faults(folder, manifest, track=progress.track_on_main, trust=False)
     findings.problems += faults.values()
     findings.lines.append(
         f"{len(manifest.files()) - len(faults)} of {len(manifest.files())} files have their size and SHA-256"
     )
     if not faults:
         check_features(folder, manifest, findings)
-        if config.recompute:
+        if config is not None and config.recompute:
             compare_again(config, cache, findings)
     return findings
 
@@ -99,47 +98,70 @@ def check_features(folder: Path, manifest: Manifest, findings: Findings) -> None
 def compare_again(config: VerifyConfig, cache: TeacherCache, findings: Findings) -> None:
     """Some samples, all their views and first captions, by the teachers themselves.
 
-    Raises: ValueError if the data or the teachers are others than those that the cache was made with.
+    Raises: ValueError if data, teachers or options are others than those that the cache was made with.
     """
     teachers, pairs = [load_teacher(options) for options in configured_teachers(config)], open_data(config)
     hold_teachers(teachers)
     if not isinstance(pairs, data.PairSet):
         raise ValueError("a cache is made from local data; data.path names shards behind URLs or pipes")
-    plan = cache.manifest.plan()
-    now = []
-    for before, options, teacher in zip(plan["teachers"], configured_teachers(config), teachers, strict=True):
-        assert options.model is not None
-        files = {str(path): "" for path in weight_files(options.model, options.pretrained)}
-        now.append(before | {"identity": json.loads(json.dumps(teacher.identity)), "files": files})
-    require_same(cache.folder, plan, plan | {"data": [to_json(one) for one in sources_of(pairs)], "teachers": now})
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(dataclasses.replace(config, log=LogConfig(), micro_batches=1))
+    require_same_cache(config, cache, teachers, pairs)
     encoders = [encoder.to(accelerator.device) for encoder in loaded(teachers)]
-    job = Job(config, pairs, Captions.none(), encoders, None, accelerator)
+    # Not rounded as the stored ones are: the difference is what rounding has cost.
+    job = Job(dataclasses.replace(config, dtype="float32"), pairs, Captions.none(), encoders, None, accelerator)
     ids = np.unique(np.linspace(0, len(pairs) - 1, min(config.recompute, len(pairs))).astype(int)).tolist()
-    largest, lowest, compared = 0.0, 1.0, 0
-    dataset = job.dataset()
+    compared, largest, lowest = 0, 0.0, 1.0
     for start in range(0, len(ids), job.samples_at_a_time):
-        batch = collate([dataset[id] for id in ids[start : start + job.samples_at_a_time]])
+        own = ids[start : start + job.samples_at_a_time]
+        batch = collate([job.dataset()[id] for id in own])
         images = job.encode_images(batch)
-        for row, id in enumerate(ids[start : start + job.samples_at_a_time]):
-            if batch.skips[row] is not None:
+        for row, (id, skip) in enumerate(zip(own, batch.skips, strict=True)):
+            try:
+                pairs_of_vectors = (
+                    stored_and_again(job, cache, id, [part[row] for part in images]) if skip is None else []
+                )
+                if skip is not None and cache.is_usable(id):
+                    findings.problems.append(f"{skip.key} has features, but cannot be read now: {skip.message}")
+            except data.BadSample as bad:
+                findings.problems.append(f"{bad}, but it can be used now: make another cache")
                 continue
-            pair = pairs.read(id)
-            texts = job.encode_texts([pair.captions[0]])
-            for view in range(config.views):
-                stored = cache.read(pair, id, view, 0)
-                again = [each for n in range(len(teachers)) for each in (images[n][row, view], texts[n][0])]
-                for one, other in zip(stored, again, strict=False):
-                    a, b = (cache.as_float(torch.from_numpy(np.array(each))) for each in (one, other))
-                    largest = max(largest, (a - b).abs().max().item())
-                    lowest = min(lowest, torch.cosine_similarity(a, b, dim=0).item())
-            compared += 1
-    tolerance = COSINE_TOLERANCE[cache.manifest.precision]
+            for stored, again in pairs_of_vectors:
+                largest = max(largest, (stored - again).abs().max().item())
+                lowest = min(lowest, torch.cosine_similarity(stored, again, dim=0).item())
+            compared += bool(pairs_of_vectors)
     findings.lines.append(
         f"{compared} samples computed again, {config.views} views each: largest difference {largest:.2g}, lowest cosine "
         f"{lowest:.7f}"
     )
-    if not lowest >= 1 - tolerance:
+    rough = cache.manifest.precision != "no" or any(teacher.identity["dtype"] != "fp32" for teacher in teachers)
+    if not lowest >= 1 - (COSINE_TOLERANCE_HALF if rough else COSINE_TOLERANCE):
         findings.problems.append(
             f"the teachers compute other features: a cosine of {lowest:.5f} with those of {cache.folder}"
         )
+
+
+def require_same_cache(config: VerifyConfig, cache: TeacherCache, teachers: list[Teacher], pairs: data.PairSet) -> None:
+    """Raises: ValueError."""
+    plan = cache.manifest.plan()
+    now = []
+    for before, options, teacher in zip(plan["teachers"], configured_teachers(config), teachers, strict=False):
+        assert options.model is not None
+        files = {str(path): "" for path in weight_files(options.model, options.pretrained)}
+        now.append(
+            before | {"identity": json.loads(json.dumps(teacher.identity)), "files": files, "model": options.model}
+        )
+    found = {"num_views": config.views, "dtype": config.dtype, "augmentation": to_json(augmentation_of(config))}
+    found |= {"data": [to_json(one) for one in sources_of(pairs)], "teachers": now}
+    require_same(cache.folder, {name: plan[name] for name in found}, found)
+
+
+def stored_and_again(job: Job, cache: TeacherCache, id: int, images: list[np.ndarray]) -> list[tuple[Tensor, Tensor]]:
+    """Vectors of a sample as they are stored, each with its own computed now. Raises: BadSample, RunStopped."""
+    pair = job.pairs.read(id)
+    texts = [torch.from_numpy(part[0]) for part in job.encode_texts([pair.captions[0]])]
+    found = []
+    for view in range(job.config.views):
+        stored = [cache.as_float(torch.from_numpy(row.copy())) for row in cache.read(pair, id, view, 0)]
+        again = [each for n, part in enumerate(images) for each in (torch.from_numpy(part[view]), texts[n])]
+        found += zip(stored, again, strict=True)
+    return found

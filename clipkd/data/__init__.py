@@ -12,7 +12,7 @@ from clipkd.data.evaluation_sets import (
 )
 from clipkd.data.loader import AUGMENTATION_VERSION, Augment, FeatureRows, Feed, loader_options
 from clipkd.data.open import Pairs, open_feed, open_pairs
-from clipkd.data.skips import DAMAGED_SHARD, FEWEST_SHARDS, BadSample, Skip, Skips, exceeds
+from clipkd.data.skips import DAMAGED_SHARD, FEWEST_SHARDS, UNREADABLE_SHARD, BadSample, Skip, Skips, exceeds
 from clipkd.data.sources import Pair, PairSet
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "CLASS_KINDS",
     "DAMAGED_SHARD",
     "FEWEST_SHARDS",
+    "UNREADABLE_SHARD",
     "Augment",
     "BadSample",
     "EvaluationSet",

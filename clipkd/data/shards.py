@@ -10,7 +10,7 @@ import numpy as np
 from webdataset.shardlists import expand_urls
 
 from clipkd import distributed
-from clipkd.data.skips import DAMAGED_SHARD, BadSample, Skip, Skips
+from clipkd.data.skips import DAMAGED_SHARD, UNREADABLE_SHARD, BadSample, Skip, Skips
 from clipkd.data.sources import IMAGE_EXTENSIONS, MOST_SAMPLE_BYTES, Pair, Track, make_pair, member_captions
 from clipkd.data.tar_index import DUPLICATE, TarIndex, as_text, index_tar, is_indexed
 from clipkd.data_options import SourceConfig
@@ -59,8 +59,9 @@ class Rows:
     stamp: tuple[int, int]
     """Size and time of change of the shard that they lie in."""
 
-    def digest(self) -> str:
-        return hashlib.sha256(self.keys.tobytes() + self.spans.tobytes()).hexdigest()
+    def digest(self, *, labels: bool = True) -> str:
+        spans = self.spans if labels else np.ascontiguousarray(self.spans[:, :2])
+        return hashlib.sha256(self.keys.tobytes() + spans.tobytes()).hexdigest()
 
 
 def stamp_of(stat: os.stat_result) -> tuple[int, int]:
@@ -100,6 +101,7 @@ class WebdatasetPairs:
         self.num_shards = len(shards)
         self.shards = [shards[number] for number in used]
         self.digests = [surveys[number].digest for number in used]
+        self.unlabelled_digests = [surveys[number].unlabelled_digest for number in used]
         self.shard_sizes = np.array([surveys[number].num_rows for number in used], np.int64)
         self.starts = np.cumsum(self.shard_sizes) - self.shard_sizes
         self.require_pairs(any(survey.labelled for survey in surveys))
@@ -121,12 +123,12 @@ class WebdatasetPairs:
         try:
             index, stamp = index_tar(shard), stamp_of(shard.stat())
         except OSError as error:
-            return Survey(0, "", Skips(), [Skip(str(shard), "unreadable shard", f"cannot be read ({error})")], False)
+            return Survey(0, "", "", Skips(), [Skip(str(shard), UNREADABLE_SHARD, f"cannot be read ({error})")], False)
         rows, left_out = self.whole_rows(index, shard, stamp)
         message = str(index.damage)
         damaged = [Skip(str(shard), DAMAGED_SHARD, message)] if message else []
         labelled = bool((rows.spans[:, -1, 1] >= 0).any())
-        return Survey(len(rows.keys), rows.digest(), left_out, damaged, labelled)
+        return Survey(len(rows.keys), rows.digest(), rows.digest(labels=False), left_out, damaged, labelled)
 
     def whole_rows(self, index: TarIndex, shard: Path, stamp: tuple[int, int]) -> tuple[Rows, Skips]:
         extensions = [IMAGE_EXTENSIONS, (self.caption_extension,)]
@@ -163,7 +165,7 @@ class WebdatasetPairs:
         return rows
 
     def parts(self) -> list[tuple[str, str]]:
-        return [(str(path), digest) for path, digest in zip(self.shards, self.digests, strict=True)]
+        return [(str(path), digest) for path, digest in zip(self.shards, self.unlabelled_digests, strict=True)]
 
     def read(self, index: int) -> Pair:
         key, (image, caption, *label) = self.read_members(index, slice(None))
@@ -191,7 +193,7 @@ class WebdatasetPairs:
                 return key, [read_span(file.fileno(), *span) for span in rows.spans[row, wanted].tolist()]
         except (OSError, ValueError, EOFError) as error:
             message = f"the shard cannot be read any more ({error})"
-            raise BadSample(key, "unreadable shard", message) from error
+            raise BadSample(key, UNREADABLE_SHARD, message) from error
 
 
 def read_span(file: int, offset: int, size: int) -> bytes | None:
@@ -211,6 +213,8 @@ class Survey:
 
     num_rows: int
     digest: str
+    unlabelled_digest: str
+    """Of keys, images and captions alone."""
     left_out: Skips
     damaged: list[Skip]
     labelled: bool

@@ -12,6 +12,8 @@ FEWEST_SHARDS = 100
 """Likewise of streamed shards."""
 
 DAMAGED_SHARD = "damaged shard"
+UNREADABLE_SHARD = "unreadable shard"
+"""For now: it may lie on a disk or network that fails, or be written at the moment."""
 
 
 class Skip(NamedTuple):

@@ -53,7 +53,7 @@ class PairSource(Protocol):
         ...
 
     def parts(self) -> list[tuple[str, str]]:
-        """The files that it is read from, each with a digest that changes with its samples or their order."""
+        """The files that it is read from, each with a digest that changes with its samples or their order, labels aside."""
         ...
 
     def read(self, index: int) -> Pair:

@@ -43,14 +43,16 @@ class HuggingFacePairs:
 
     def fingerprint(self) -> str:
         """Of captions and labels: the library's own fingerprint changes with the folder."""
+        return self.digest([name for name in (self.config.caption_key, self.config.label_key) if name is not None])
+
+    def digest(self, columns: list[str]) -> str:
         digest = hashlib.sha256()
-        columns = [name for name in (self.config.caption_key, self.config.label_key) if name is not None]
         for rows in self.rows.select_columns(columns).iter(10_000):
             digest.update(json.dumps(rows, default=str).encode())
         return digest.hexdigest()
 
     def parts(self) -> list[tuple[str, str]]:
-        return [(self.path, self.fingerprint())]
+        return [(self.path, self.digest([self.config.caption_key]))]
 
     def read_captions(self, index: int) -> tuple[str, ...]:
         return as_captions(self.captions[index][self.config.caption_key], f"{self.path} row {index}")

@@ -19,7 +19,6 @@ from clipkd.feature_store.manifest import (
     require_same,
     sources_of,
     to_json,
-    weight_files,
 )
 from clipkd.feature_store.reader import StoredTeacher, TeacherCache, find_faults, open_cache
 
@@ -46,5 +45,4 @@ __all__ = [
     "require_same",
     "sources_of",
     "to_json",
-    "weight_files",
 ]

@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import math
+import re
 import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from clipkd import checkpoint
 from clipkd.config import TrainConfig, flatten
 from clipkd.data import AUGMENTATION_VERSION, Pair, PairSet
 
@@ -17,8 +17,6 @@ MANIFEST, PLAN, CONFIG = "manifest.json", "plan.json", "config.yaml"
 
 DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}
 """What numpy calls the stored values; it has no bfloat16, whose bits are stored as integers."""
-
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ class Manifest:
     classes: Classes | None
     shards: tuple[Shard, ...]
     num_unusable: int = 0
-    """Samples that could not be read, decoded or captioned: they have no features."""
+    """Samples of which a view could not be decoded, or that have no caption: they have no features."""
     format: str = FORMAT
     version: int = VERSION
 
@@ -195,6 +193,9 @@ def parse_shard(shard: dict[str, Any]) -> Shard:
 
 
 def parse_file(file: dict[str, Any]) -> FileRecord:
+    path = PurePosixPath(file["name"])
+    if path.is_absolute() or ".." in path.parts:
+        raise TypeError(f"a file outside of the cache: {path}")
     return FileRecord(**{name: value for name, value in file.items() if name != "shape"}, shape=tuple(file["shape"]))
 
 
@@ -203,24 +204,13 @@ def augmentation_of(config: TrainConfig) -> Augmentation:
 
 
 def sources_of(pairs: PairSet) -> tuple[SourceRecord, ...]:
-    """How often an epoch passes through a source is left out: that changes no sample."""
+    """Of their options those on which images and captions depend."""
     found = []
-    for source, identity in zip(pairs.sources, pairs.identity(), strict=True):
-        options = {name: value for name, value in identity.items() if name not in ("pairs", "fingerprint", "weight")}
-        found.append(SourceRecord(identity["pairs"], options, dict(source.parts())))
+    for source, config in zip(pairs.sources, pairs.configs, strict=True):
+        options = {"format": config.format, "caption_key": config.caption_key}
+        options |= {} if config.format == "webdataset" else {"image_column": config.image_column}
+        found.append(SourceRecord(int(source.shard_sizes.sum()), options, dict(source.parts())))
     return tuple(found)
-
-
-def weight_files(model: str, pretrained: str | None) -> list[Path]:
-    """The files on this machine that hold a teacher's weights; none for a name that a hub resolves, or a folder that is gone."""
-    folder = Path(model.removeprefix("local-dir:"))
-    if pretrained is not None:
-        return [Path(pretrained)] if Path(pretrained).is_file() else []
-    if not folder.is_dir():
-        return []
-    if checkpoint.is_run(folder):
-        return [checkpoint.resolve(folder) / "model.safetensors"]
-    return sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
 
 
 def fingerprint(pair: Pair) -> int:
@@ -230,31 +220,51 @@ def fingerprint(pair: Pair) -> int:
 
 def require_same(folder: Path, made_with: dict[str, Any], now: dict[str, Any]) -> None:
     """Parts of two plans. Raises: ValueError naming the first thing, and the file, in which they differ."""
-    for number, (before, after) in enumerate(zip(made_with.get("data", []), now.get("data", []), strict=False)):
-        require_same_parts(folder, number, before, after)
-    before, after = (flatten(numbered(plan)) for plan in (made_with, now))
-    weights = next((key for key in after if key.endswith("identity.sha256") and before.get(key) != after[key]), None)
-    if weights is not None:
-        teacher = now["teachers"][int(weights.split(".")[1])]
-        where = ", ".join(teacher["files"]) or " ".join(filter(None, (teacher["model"], teacher["pretrained"])))
-        raise ValueError(f"{folder} was made with other weights than those of {where}; set another --output")
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key) and ".files." not in key:
-            option = OPTIONS.get(key, key)
+    for name, what in (("data", "data sources (data, data.mix)"), ("teachers", "teachers (teacher, ensemble)")):
+        before, after = made_with.get(name, []), now.get(name, [])
+        if len(before) != len(after):
             raise ValueError(
-                f"{folder} was made with {option} = {before.get(key)}, now it is {after.get(key)}; change it back, or "
-                "make another cache"
+                f"{folder} was made with {len(before)} {what}, now there are {len(after)}; make another cache"
+            )
+    for number, (before, after) in enumerate(zip(made_with.get("data", []), now.get("data", []), strict=True)):
+        require_same_parts(folder, number, before, after)
+    for before, after in zip(made_with.get("teachers", []), now.get("teachers", []), strict=True):
+        if before["identity"]["sha256"] != after["identity"]["sha256"]:
+            where = ", ".join(after["files"]) or " ".join(filter(None, (after["model"], after["pretrained"])))
+            raise ValueError(
+                f"{folder} was made with other weights than those of {where}; put them back, or make another cache"
+            )
+    before, after = (flatten(numbered(plan)) for plan in (made_with, now))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key) and not PATHS.search(key):
+            raise ValueError(
+                f"{folder} was made with {option_name(key)} = {before.get(key)}, now it is {after.get(key)}; change it back, "
+                "or make another cache"
             )
 
 
+PATHS = re.compile(r"^data\.\d+\.parts\.|^teachers\.\d+\.(model|pretrained|name|files\..*)$")
+"""Where things lie: data and teachers are compared by what they hold."""
+
 OPTIONS = {
-    "augmentation.version": "augmentation version",
-    "augmentation.seed": "seed",
-    "augmentation.min_crop": "data.min_crop",
-    "augmentation.background": "data.background",
-    "num_views": "--views",
-    "dtype": "--dtype",
+    r"augmentation\.version": "augmentation version",
+    r"augmentation\.seed": "seed",
+    r"augmentation\.": "data.",
+    r"num_views": "--views",
+    r"dtype": "--dtype",
+    r"data\.0\.(options\.)?": "data.",
+    r"data\.(\d+)\.(options\.)?": r"data.mix (source \1).",
+    r"teachers\.0\.(identity\.)?": "teacher.",
+    r"teachers\.(\d+)\.(identity\.)?": r"ensemble (teacher \1).",
 }
+
+
+def option_name(key: str) -> str:
+    """What a user calls a part of a plan."""
+    for pattern, name in OPTIONS.items():
+        if re.match(pattern, key):
+            return re.sub(rf"^{pattern}", name, key)
+    return key
 
 
 def numbered(value: Any) -> Any:
@@ -267,13 +277,17 @@ def numbered(value: Any) -> Any:
 def require_same_parts(folder: Path, number: int, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Raises: ValueError naming the file of a source that holds other samples than it did, or that came or went."""
     option = f"data.mix[{number - 1}].path" if number else "data.path"
-    for (old, old_digest), (new, new_digest) in zip(before["parts"].items(), after["parts"].items(), strict=False):
+    old, new = before["parts"], after["parts"]
+    if len(old) != len(new):
+        missing = [path for path, digest in old.items() if digest not in new.values()]
+        added = [path for path, digest in new.items() if digest not in old.values()]
+        named = (f"; {missing[0]} is missing" if missing else "") + (f"; {added[0]} is new" if added else "")
+        raise ValueError(
+            f"{option} holds {len(new)} files, {folder} was made from {len(old)}{named}; put them back, or make another cache"
+        )
+    for (was, old_digest), (now, new_digest) in zip(old.items(), new.items(), strict=True):
         if old_digest != new_digest:
             raise ValueError(
-                f"{new} does not hold the samples that {old} held when {folder} was made, in that order; put the file "
-                "back, or make another cache"
+                f"{now} does not hold the samples that {was} held when {folder} was made, in that order; put the file back, "
+                "or make another cache"
             )
-    if len(before["parts"]) != len(after["parts"]):
-        raise ValueError(
-            f"{option} holds {len(after['parts'])} files, {folder} was made from {len(before['parts'])}; make another cache"
-        )

@@ -1,7 +1,10 @@
 """A finished cache, opened for training: checked as a whole, then read row by row at offsets."""
 
+import contextlib
+import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +20,6 @@ from clipkd import checkpoint, distributed
 from clipkd.config import TrainConfig
 from clipkd.data import BadSample, Pair, Pairs, PairSet
 from clipkd.feature_store.manifest import (
-    MANIFEST,
     FileRecord,
     Manifest,
     augmentation_of,
@@ -26,7 +28,6 @@ from clipkd.feature_store.manifest import (
     require_same,
     sources_of,
     to_json,
-    weight_files,
 )
 from clipkd.stops import RunStopped
 from clipkd.views import Features, View
@@ -34,6 +35,7 @@ from clipkd.views import Features, View
 VERIFIED = ".verified.json"
 """Files that were hashed before, with size and time of change: an unchanged file is not hashed at every start."""
 
+MOST_THREADS = 8
 NOTICEABLE_BYTES = 1 << 30
 """From which on hashing shows its progress: a second's work."""
 
@@ -104,6 +106,12 @@ class TeacherCache:
                 found.append(self.vector(files[kind], text - self.manifest.shards[of_text].first_text))
         return tuple(found)
 
+    def is_usable(self, id: int) -> bool:
+        """Whether a sample has features."""
+        number = int(np.searchsorted(self.first_ids, id, "right")) - 1
+        shard = self.manifest.shards[number]
+        return int(self.vector(shard.files["samples"], id - shard.first)[1]) >= 0
+
     def vector(self, file: FileRecord, row: int) -> np.ndarray:
         """Raises: RunStopped."""
         try:
@@ -157,18 +165,16 @@ class TeacherCache:
         return torch.from_numpy(np.load(self.folder / self.manifest.classes.file.name))
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must find again: the very same features."""
-        return {
-            "views": self.num_views,
-            "dtype": self.manifest.dtype,
-            "sha256": checkpoint.sha256(self.folder / MANIFEST),
-        }
+        """What a resumed run must find again: the very same features, wherever they lie now."""
+        digest = hashlib.sha256(json.dumps([[file.name, file.sha256] for file in self.manifest.files()]).encode())
+        return {"views": self.num_views, "dtype": self.manifest.dtype, "sha256": digest.hexdigest()}
 
     def describe(self) -> str:
         one = self.manifest
         return (
             f"{one.num_samples:,} samples × {one.num_views} views and {one.num_texts:,} captions of "
             f"{', '.join(teacher.name for teacher in one.teachers)}, {one.dtype}"
+            f"{f' computed in {one.precision}' if one.precision != 'no' else ''}"
             f"{'; the student reads its text features too' if self.student_kind else ''}"
         )
 
@@ -190,7 +196,6 @@ def open_cache(config: TrainConfig, pairs: Pairs, *, student_text: str | None, t
     }
     plan = manifest.plan()
     require_same(folder, {name: plan[name] for name in now}, now)
-    distributed.together(lambda: require_same_teachers(config, folder, manifest))
     faults = find_faults(folder, manifest, track=track)
     if faults:
         raise ValueError(
@@ -200,59 +205,33 @@ def open_cache(config: TrainConfig, pairs: Pairs, *, student_text: str | None, t
     return TeacherCache(folder, manifest, student_text=student_text)
 
 
-def require_same_teachers(config: TrainConfig, folder: Path, manifest: Manifest) -> None:
-    """Of the teachers that the configuration names beside the cache. Raises: ValueError."""
-    named = [teacher for teacher in (config.teacher, *config.ensemble) if teacher.model is not None]
-    if named and len(named) != len(manifest.teachers):
-        raise ValueError(
-            f"{folder} holds {len(manifest.teachers)} teachers, the configuration names {len(named)}; leave teacher.model "
-            "and ensemble out, or make another cache"
-        )
-    for number, (teacher, record) in enumerate(zip(named, manifest.teachers, strict=False)):
-        option = f"ensemble[{number - 1}]" if number else "teacher"
-        assert teacher.model is not None
-        before, now = (record.model, record.pretrained), (teacher.model, teacher.pretrained)
-        files = {str(path): checkpoint.sha256(path) for path in weight_files(*now)}
-        if record.files and files:
-            other = [path for path, digest in files.items() if digest not in record.files.values()]
-        else:
-            other = [" ".join(filter(None, now))] if now != before else []
-        if other:
-            raise ValueError(
-                f"{folder} holds features of {' '.join(filter(None, before))}, but {option}.model names {other[0]} with "
-                "other weights; leave it out, or make another cache"
-            )
-        if teacher.dtype != record.identity["dtype"]:
-            raise ValueError(
-                f"{folder} was made with {option}.dtype {record.identity['dtype']}, now it is {teacher.dtype}; change it back"
-            )
-
-
 def find_faults(folder: Path, manifest: Manifest, *, track: Track, trust: bool = True) -> dict[str, str]:
     """Files that are missing, of another size or, by their SHA-256, of other content, each with what is wrong with it.
     Call on every process.
 
     trust: take a file that was found right before, and has not been written since, for right.
     """
-    files = manifest.files()
+    files = manifest.files()[distributed.rank() :: distributed.world_size()]
     known = read_verified(folder) if trust else {}
     stamps = {file.name: stamp(folder / file.name) for file in files}
     faults = {file.name: fault for file in files if (fault := find_wrong_size(folder, file, stamps[file.name]))}
-    fresh = [f for f in files if f.name not in faults and known.get(f.name) != [*stamps[f.name], f.sha256]]
-    own = fresh[distributed.rank() :: distributed.world_size()]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    own = [f for f in files if f.name not in faults and known.get(f.name) != [*stamps[f.name], f.sha256]]
+    with ThreadPoolExecutor(MOST_THREADS) as pool:
         digests = pool.map(lambda file: try_sha256(folder / file.name), own)
         if sum(file.bytes for file in own) >= NOTICEABLE_BYTES:
             digests = track(digests, "check the cache", len(own))
         for file, digest in zip(own, digests, strict=True):
             if digest != file.sha256:
                 faults[file.name] = f"{folder / file.name} is not what was written (its SHA-256 is another)"
+    verified = {file.name: [*stamps[file.name], file.sha256] for file in files}
     found: dict[str, str] = {}
-    for part in distributed.gather_objects(faults):
-        found |= part
-    if fresh and not found and distributed.rank() == 0:
-        write_verified(folder, {file.name: [*stamps[file.name], file.sha256] for file in files})
-    return {file.name: found[file.name] for file in files if file.name in found}
+    hashed: dict[str, list[Any]] = {}
+    any_fresh = False
+    for part, right, fresh in distributed.gather_objects((faults, verified, bool(own))):
+        found, hashed, any_fresh = found | part, hashed | right, any_fresh or fresh
+    if any_fresh and not found and distributed.rank() == 0:
+        write_verified(folder, hashed)
+    return {file.name: found[file.name] for file in manifest.files() if file.name in found}
 
 
 def find_wrong_size(folder: Path, file: FileRecord, found: list[int]) -> str | None:
@@ -270,12 +249,14 @@ def try_sha256(path: Path) -> str:
 
 
 def stamp(path: Path) -> list[int]:
-    """Size and time of change; empty if it is not there."""
+    """Size, times of change (the second cannot be set) and number on its disk; empty if there is no such file."""
     try:
-        stat = path.stat()
+        found = path.stat()
     except OSError:
         return []
-    return [stat.st_size, stat.st_mtime_ns]
+    if not stat.S_ISREG(found.st_mode):
+        return []
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def read_verified(folder: Path) -> dict[str, list[Any]]:
@@ -293,4 +274,5 @@ def write_verified(folder: Path, files: dict[str, list[Any]]) -> None:
         temporary.write_text(json.dumps(files) + "\n", encoding="utf-8")
         os.replace(temporary, folder / VERIFIED)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

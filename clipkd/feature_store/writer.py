@@ -25,9 +25,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
 
 
 def write_json(path: Path, record: Any) -> None:
@@ -90,9 +92,27 @@ def remove_leftovers(folder: Path) -> None:
 
 def finish(folder: Path, manifest: Manifest) -> None:
     """From here on it may be trained from."""
+    checkpoint.sync(folder / FEATURES)
     write_json(folder / MANIFEST, to_json(manifest))
+    remove_traces(folder)
+    checkpoint.sync(folder)
+
+
+def remove_traces(folder: Path) -> None:
+    """What only an unfinished cache has."""
     for path in (folder / RECORDS).glob("*.json"):
         path.unlink()
-    (folder / RECORDS).rmdir()
+    if (folder / RECORDS).is_dir():
+        (folder / RECORDS).rmdir()
     (folder / PLAN).unlink(missing_ok=True)
-    checkpoint.sync(folder)
+
+
+def reopen(folder: Path, plan: dict[str, Any], whole: dict[int, Shard] | None) -> None:
+    """A finished cache as one that was interrupted after the shards that are whole; None leaves it finished."""
+    remove_traces(folder)  # a kill may have left them
+    if whole is not None:
+        for number, shard in whole.items():
+            write_record(folder, number, shard)
+        write_json(folder / PLAN, plan)
+        (folder / MANIFEST).unlink()
+        checkpoint.sync(folder)

@@ -19,6 +19,7 @@ from clipkd.config import StudentConfig
 from clipkd.models.encoder import Encoder
 from clipkd.models.hugging_face import load_transformers
 from clipkd.models.onnx import load_onnx
+from clipkd.models.weight_files import weight_files as weight_files
 from clipkd.onnx_student import SUFFIXES, find_formats
 
 PROBES = ("A photo of a DOG, (two cats!) &amp; a naïve  “fish” in 2024; it's über-cool…", "one more word and " * 30)

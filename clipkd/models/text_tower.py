@@ -51,7 +51,7 @@ def text_weights(encoder: Encoder) -> dict[str, Tensor]:
 
 def text_sha256(encoder: Encoder) -> str:
     """Of all that text features depend on: weights, architecture and tokens. Equal in both layouts."""
-    plain = isinstance(encoder.model, LAYOUTS) and encoder.model_config is not None
+    plain = isinstance(encoder.model, LAYOUTS)
     tokens = encoder.spec.tokenize(list(PROBES)).tolist()
     about = [text_options(encoder) if plain else encoder.architecture(), tokens]
     digest = hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode())

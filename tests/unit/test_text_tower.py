@@ -9,12 +9,13 @@ import open_clip
 import pytest
 import torch
 
-from clipkd.assemble import create_student, hold_teachers, load_teacher, share_text_tower
+from clipkd.assemble import create_student
 from clipkd.config import StudentConfig, TeacherConfig, TrainConfig
 from clipkd.models import Encoder, build_open_clip, load
 from clipkd.models.text_tower import copy_text_tower
 from clipkd.objective import ObjectiveConfig
 from clipkd.students import MODEL_CONFIGS, tower_of
+from clipkd.teachers import hold_teachers, load_teacher, share_text_tower
 from clipkd.term_options import GKLTerm
 
 CAPTIONS = ["a photo of a cat", "Two dogs, running!", "far too long for the context of this small model, " * 3, ""]

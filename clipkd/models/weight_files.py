@@ -1,0 +1,24 @@
+"""The files on this machine that hold a model's weights, without loading them."""
+
+from pathlib import Path
+
+from clipkd import checkpoint
+from clipkd.onnx_student import SUFFIXES
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".onnx")
+
+
+def weight_files(model: str, pretrained: str | None) -> list[Path]:
+    """Of a model as `load` takes it; none for a name that a hub resolves, or for a folder that is gone."""
+    name, _, weights = model.partition("@")
+    if given := pretrained or weights:
+        return [Path(given)] if Path(given).is_file() else []
+    kind, _, rest = name.partition(":")
+    folder = Path(rest if kind in ("local-dir", "hf", *SUFFIXES) else name)
+    if not folder.is_dir():
+        return []
+    if checkpoint.is_run(folder):
+        return [checkpoint.resolve(folder) / "model.safetensors"]
+    return sorted(
+        path for place in (folder, folder / "onnx") for path in place.glob("*") if path.suffix in WEIGHT_SUFFIXES
+    )
