@@ -80,12 +80,13 @@ def seconds_per_step(demo: Path, output: Path, seed: int) -> dict[str, float]:
 def prepare(demo: Path, output: Path, seed: int) -> dict[str, Any]:
     """What a seed's trainings need to know: the cache's seconds, seconds per step, and steps of each training."""
     path = output / f"timing_{seed}.json"
-    if not path.is_file():
-        cache_seconds = make_cache(demo, output, seed)
-        timing = seconds_per_step(demo, output, seed)
-        record = {"cache_seconds": cache_seconds, "seconds_per_step": timing}
-        path.write_text(json.dumps(record), encoding="utf-8")
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not found:
+        found["cache_seconds"] = make_cache(demo, output, seed)
+        path.write_text(json.dumps(found), encoding="utf-8")  # made a second time it takes none
+    if "seconds_per_step" not in found:
+        found["seconds_per_step"] = seconds_per_step(demo, output, seed)
+        path.write_text(json.dumps(found), encoding="utf-8")
     timing, steps = found["seconds_per_step"], configure("alone", demo, output, seed, "plan").steps
     budget = steps * timing["cached"]
     return found | {

@@ -21,6 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
         ("bench_data", "data.jsonl", 8),
         ("bench_eval", "eval_speed.jsonl", 4),
         ("bench_loss", "loss.jsonl", 20),
+        ("equal_seconds", "equal_seconds.jsonl", 8),
     ],
 )
 def test_a_table_is_made_from_the_committed_results(script: str, results: str, least: int) -> None:
@@ -40,6 +41,14 @@ def test_every_loss_was_compared_with_three_seeds() -> None:
         assert row["seeds"] == [0, 1, 2], row["loss"]
         assert all(len(row[f"{style}_acc5"]) == 3 for style in ("fluent", "noto"))
         assert (row["n"], row["step"]) == (1337, 400)
+
+
+def test_every_student_of_the_cache_was_trained_with_three_seeds() -> None:
+    lines = (ROOT / "eval" / "results" / "equal_seconds.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = {row["student"]: row for row in map(json.loads, lines)}
+    assert all(row["seeds"] == [0, 1, 2] and len(row["noto_acc5"]) == 3 for row in rows.values())
+    for cached, alone in zip(rows["cached"]["seconds"], rows["alone, as long as cached"]["seconds"], strict=True):
+        assert abs(cached - alone) < 0.005 * cached
 
 
 def test_every_file_and_option_that_the_readme_names_exists() -> None:

@@ -239,16 +239,18 @@ def finish(job: Job, folder: Path, plan: Manifest) -> None:
         return
     shards = tuple(filter(None, (writer.read_record(folder, number) for number in range(len(plan.shards)))))
     assert len(shards) == len(plan.shards)
-    unusable = sum(count_unusable(folder, shard) for shard in shards)
-    require_few_skipped(unusable, plan.num_samples, job.config.data.max_skipped)
+    unusable = [shard.first + row for shard in shards for row in find_unusable(folder, shard)]
+    skips = (job.dataset()[id][2] for id in unusable[:1])
+    require_few_skipped(len(unusable), plan.num_samples, job.config.data.max_skipped, [*filter(None, skips)])
     classes = plan.classes
     if classes is not None:
         vectors = class_vectors(job.config.objective.closed_set, job.teachers[0], job.device)
         classes = dataclasses.replace(classes, file=writer.write_array(folder, classes.file, vectors.cpu().numpy()))
     if unusable:
-        say(f"{unusable} samples could not be used; training skips them")
-    writer.finish(folder, dataclasses.replace(plan, shards=shards, classes=classes, num_unusable=unusable))
+        say(f"{len(unusable)} samples could not be used; training skips them")
+    writer.finish(folder, dataclasses.replace(plan, shards=shards, classes=classes, num_unusable=len(unusable)))
 
 
-def count_unusable(folder: Path, shard: Shard) -> int:
-    return int((np.load(folder / shard.files["samples"].name, mmap_mode="r")[:, 1] < 0).sum())
+def find_unusable(folder: Path, shard: Shard) -> list[int]:
+    """Rows."""
+    return np.flatnonzero(np.load(folder / shard.files["samples"].name)[:, 1] < 0).tolist()

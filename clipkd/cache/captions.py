@@ -85,7 +85,7 @@ def digest_captions(
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """Number of a stretch → captions of each of its samples, and their digests."""
     parts = {}
-    visible = distributed.rank() == 0 and len(pairs) >= MANY_SAMPLES
+    visible = distributed.rank() == 0 and sum(rows for _, rows in stretches) >= MANY_SAMPLES
     for number in progress.track(own, "read captions", len(own), visible=visible):
         first, rows = stretches[number]
         counts, digests = [], []
