@@ -79,7 +79,10 @@ class Findings:
 
 
 def check(arguments: list[str]) -> list[str]:
-    """Arguments of `clipkd train` → this process's problems; prints what would run. Writes nothing but indexes of shards."""
+    """Arguments of `clipkd train` → this process's problems; prints what would run.
+
+    Writes nothing but indexes of shards, and in a teacher cache which of its files were found right.
+    """
     findings = Findings()
     with collecting() as wrong_options:
         config = parse(arguments, "check")

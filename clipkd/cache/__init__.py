@@ -110,8 +110,8 @@ def open_folder(config: CacheConfig, folder: Path, plan: Manifest, stack: contex
     writer.remove_leftovers(folder)
     if not finished:
         writer.write_json(folder / PLAN, plan.plan())  # first: by it the next start knows the folder for its own
-        configuration.save(config, folder / CONFIG)
-        (folder / "README.md").write_text(describe_folder(plan), encoding="utf-8")
+        writer.write_text(folder / CONFIG, configuration.to_yaml(config))
+        writer.write_text(folder / "README.md", describe_folder(plan))
     return finished
 
 

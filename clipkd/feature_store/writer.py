@@ -32,8 +32,12 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
 def write_json(path: Path, record: Any) -> None:
-    write_whole(path, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
+    write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def write_array(folder: Path, planned: FileRecord, array: np.ndarray) -> FileRecord:

@@ -1,0 +1,169 @@
+"""Commands to which something happens at a chosen place: a kill, a signal, a disk that fills up."""
+
+import contextlib
+import functools
+import io
+import itertools
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+
+from clipkd.config import StudentConfig
+from clipkd.export.artefacts import write_formats
+from clipkd.models import create_student
+from tests.e2e import forked
+from tests.e2e.forked import Command, running
+from tests.unit.samples import encode, write_tar
+
+
+@dataclass(frozen=True)
+class Event:
+    place: Literal["write", "half", "written", "batch", "unlink", "step"]
+    """Before, in the middle of, or right after a file of a cache is written; before a batch of images is encoded (the
+    first two are for the estimate), a file of the folder is removed, or a training step."""
+    number: int
+    """Which of them, from 1."""
+    what: Literal["SIGKILL", "SIGINT", "SIGTERM", "sleep", "fill"] = "SIGKILL"
+    rank: int = 0
+    """The process to which it happens."""
+    path: str = ""
+    """What fills the disk."""
+
+    def happen(self) -> None:
+        if self.what == "sleep":
+            time.sleep(2)
+        elif self.what == "fill":
+            fill_disk(Path(self.path))
+        else:
+            os.killpg(0, signal.Signals[self.what])  # its loader processes too, as a terminal or a scheduler does
+
+
+def fill_disk(path: Path) -> None:
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 12))
+
+
+def wrap(owner: Any, name: str, event: Event, *, after: bool = False) -> None:
+    """The event beside the n-th call."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        due = is_counted(arguments) and next(calls) == event.number
+        if due and not after:
+            event.happen()
+        found = original(*arguments, **options)
+        if due and after:
+            event.happen()
+        return found
+
+    setattr(owner, name, call)
+
+
+def is_counted(arguments: tuple[Any, ...]) -> bool:
+    """Texts for people are not."""
+    return not (arguments and isinstance(arguments[0], Path) and arguments[0].suffix in (".md", ".yaml"))
+
+
+def break_writing(event: Event) -> None:
+    from clipkd.feature_store import writer
+
+    original, calls = writer.write_whole, itertools.count(1)
+
+    def write_whole(path: Path, write: Any) -> None:
+        if not is_counted((path,)) or next(calls) != event.number:
+            return original(path, write)
+
+        def write_halves(file: BinaryIO) -> None:
+            content = io.BytesIO()
+            write(content)
+            half = len(content.getvalue()) // 2
+            file.write(content.getvalue()[:half])
+            file.flush()
+            event.happen()
+            file.write(content.getvalue()[half:])
+
+        return original(path, write_halves)
+
+    writer.write_whole = write_whole
+
+
+def run_with(event: Event, arguments: list[str], environment: dict[str, str], out: str, err: str) -> None:
+    """What a fork does in place of forked.run_command, which it calls."""
+    if int(environment.get("RANK", "0")) == event.rank:
+        from clipkd import train
+        from clipkd.cache import encode
+        from clipkd.feature_store import writer
+
+        if event.place == "half":
+            break_writing(event)
+        elif event.place in ("write", "written"):
+            wrap(writer, "write_whole", event, after=event.place == "written")
+        elif event.place == "batch":
+            wrap(encode.Job, "encode_images", event)
+        elif event.place == "unlink":
+            wrap(Path, "unlink", event)
+        else:
+            wrap(train, "training_step", event)
+    forked.run_command(arguments, environment, out, err)
+
+
+@contextlib.contextmanager
+def with_event(
+    event: Event, *arguments: object, environment: Mapping[str, str], folder: Path, processes: int = 1
+) -> Iterator[Command]:
+    """A command to which it happens; certainly over afterwards."""
+    with (
+        mock.patch.object(forked, "run_command", functools.partial(run_with, event)),
+        running(*arguments, environment=environment, folder=folder, processes=processes) as command,
+    ):
+        yield command
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file of a cache but its lock, what was found right, and where config.yaml says that it lies."""
+    found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    contents = {name: path.read_bytes() for name, path in found.items() if name not in (".lock", ".verified.json")}
+    if "config.yaml" in contents:
+        lines = contents["config.yaml"].splitlines()
+        contents["config.yaml"] = b"\n".join(line for line in lines if not line.startswith(b"output:"))
+    return contents
+
+
+SHARDS = (20, 12, 16)
+CAPTIONS = ("one", "thing in colour", "picture of something", "shape, seen from above")
+
+
+def write_samples(folder: Path, *, jpeg: bool = False) -> Path:
+    """48 pairs of noise in three shards: KEY.png or a large KEY.jpg, and KEY.json with three captions, some of which are
+    those of other samples, and one of eight labels."""
+    rng, number = np.random.default_rng(0), 0
+    for shard, rows in enumerate(SHARDS):
+        members = []
+        for _ in range(rows):
+            coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
+            image = coarse.resize((480, 360) if jpeg else (48, 36))
+            captions = [f"{number} of them", CAPTIONS[number % 4], f"a {CAPTIONS[number % 3]} number {number}"]
+            members.append((f"{number:03d}.{'jpg' if jpeg else 'png'}", encode(image, "JPEG" if jpeg else "PNG")))
+            members.append((f"{number:03d}.json", json.dumps({"captions": captions, "label": number % 8}).encode()))
+            number += 1
+        write_tar(folder / f"{shard:05d}.tar", members)
+    return folder
+
+
+def write_teacher(folder: Path, *, seed: int) -> Path:
+    """An untrained model of the demo teacher's architecture."""
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True)
+    write_formats(create_student(StudentConfig(model="demo-teacher")).eval(), folder, ("open_clip",), lambda _: None)
+    return folder
