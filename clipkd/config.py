@@ -197,6 +197,10 @@ def require_objective(config: TrainConfig) -> None:
             "a teacher is set but no term uses it: set objective.gkl.weight or that of another distillation term, "
             "or leave teacher.model and teacher.cache out",
         )
+    named = config.teacher.model is not None or config.teacher.pretrained is None
+    require(
+        named, f"teacher.pretrained is {config.teacher.pretrained}, but teacher.model names no architecture; name both"
+    )
     for number, teacher in enumerate(config.ensemble):
         require(teacher.model is not None, f"ensemble[{number}] names no model")
         require(teacher.cache is None, f"ensemble[{number}].cache is set; teacher.cache holds all teachers")

@@ -85,7 +85,17 @@ def require_same_run(folder: Path, state: dict[str, Any], config: TrainConfig, i
     now |= flatten(json.loads(json.dumps(identity)))  # as it reads after a checkpoint: lists for tuples
     for key in sorted(before.keys() | now.keys(), key=lambda key: (not key.endswith(".pairs"), key)):  # counts say most
         if not key.startswith(RESUME_MAY_DIFFER) and before.get(key) != now.get(key):
+            if key.startswith("teacher_cache."):
+                raise ValueError(
+                    f"{folder} was trained {described(before, key)}, this would go on {described(now, key)}; a run keeps the "
+                    "teacher.cache that it began with, or goes on without one: change it back, or start another run"
+                )
             raise ValueError(
                 f"{folder} was made with {key} = {before.get(key)}, now it is {now.get(key)}; "
                 "a resumed run must keep it: change it back, or start another run"
             )
+
+
+def described(flat: dict[str, Any], key: str) -> str:
+    name = key.removeprefix("teacher_cache.")
+    return f"from a teacher cache with {name} {flat[key]}" if key in flat else "without a teacher cache"

@@ -149,9 +149,8 @@ def open_folder(run: Run, pairs: data.Pairs, memory: LossMemory) -> None:
     where = f"from step {start} of {steps}" if start == 0 else f"resumed from step {start} of {steps}"
     progress.console.print(f"{run.folder}: {where}, {pairs.describe()}", soft_wrap=True, markup=False)
     if run.cache is not None:
-        progress.console.print(
-            f"teacher: {run.cache.describe()}, from {run.cache.folder}", soft_wrap=True, markup=False
-        )
+        source = f"from {run.cache.folder}, for {run.feed.epoch(steps):.3g} epochs"
+        progress.console.print(f"teacher: {run.cache.describe()}, {source}", soft_wrap=True, markup=False)
     compiles = "; the first steps compile it, which takes minutes" if run.config.objective.compile else ""
     progress.console.print(f"loss: {memory.describe()}{compiles}", soft_wrap=True, markup=False)
     run.folder.mkdir(parents=True, exist_ok=True)

@@ -99,8 +99,10 @@ def open_folder(config: CacheConfig, folder: Path, plan: Manifest, stack: contex
         raise ValueError(f"output {folder} is a file; name a folder")
     if folder.is_dir() and not ((folder / MANIFEST).is_file() or (folder / PLAN).is_file()):
         others = sorted(path.name for path in folder.iterdir() if path.name not in (".lock", f"{PLAN}.tmp"))
+        if "features" in others and CONFIG in others:
+            raise ValueError(f"{folder} is a cache that has lost its {MANIFEST}; remove it and make the cache again")
         if others:
-            raise ValueError(f"{folder} holds {others[0]}, which is of no cache; choose another --output")
+            raise ValueError(f"{folder} is no cache: it holds {others[0]}; choose another --output")
     folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context(claim(folder))
     finished = (folder / MANIFEST).is_file()
@@ -150,15 +152,15 @@ def announce(job: Job, folder: Path, plan: Manifest, todo: list[int]) -> None:
         f"{folder}: {samples:,} samples × {plan.num_views} views and {plan.num_captions:,} captions ({texts:,} distinct) "
         f"of {names}, {plan.dtype}"
     )
+    if not todo:
+        say("every shard is there already")
+        return
     say(f"{total / samples:,.0f} bytes per sample, {mib(total)} in all; free there: {mib(free)}")
     if needed > free:
         raise ValueError(
             f"{folder} lacks {mib(needed - free)} of disk for the cache; free space, or choose another --output, fewer "
             "--views or --dtype float16"
         )
-    if not todo:
-        say("every shard is there already")
-        return
     rows = sum(plan.shards[number].rows for number in todo)
     texts_todo = sum(plan.shards[number].texts for number in todo)
     needs = estimate_seconds(job, plan.shards[todo[0]], samples=rows, texts=texts_todo) / distributed.world_size()
@@ -198,7 +200,9 @@ def make_shards(job: Job, folder: Path, plan: Manifest, todo: list[int]) -> None
     skips, seen = data.Skips(), 0
     with (
         job.feed(shards) as feed,
-        progress.Bar(folder.name, sum(map(job.num_batches, shards)), visible=distributed.rank() == 0) as bar,
+        progress.Bar(
+            f"{folder.name}: batches", sum(map(job.num_batches, shards)), visible=distributed.rank() == 0
+        ) as bar,
     ):
         for number in own:
             bad = distributed.together(

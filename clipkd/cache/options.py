@@ -10,7 +10,7 @@ from clipkd.requirements import require
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig(TrainConfig):
     output: str = ""
-    """Folder of the cache, made by this command and named on the command line. One that was interrupted goes on."""
+    """Folder to make, named on the command line: the output in a training's YAML is its run."""
     views: int = 1
     """Augmented views per sample: as many passes over the data see new crops; then they come again in the same order."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"

@@ -48,10 +48,12 @@ def verify(arguments: list[str]) -> Findings:
 
     Raises: FileNotFoundError or ValueError if it is no finished cache, or what is needed to compute again is not there.
     """
+    about = "Check a cache: clipkd cache verify FOLDER [--recompute 64]."
+    if arguments[:1] in (["--help"], ["-h"]):
+        parse_into(VerifyConfig, ["--help"], "cache verify", about)
     if not arguments or arguments[0].startswith("-"):
         raise ValueError("name the folder first: clipkd cache verify FOLDER [--recompute 64]")
     folder, options = Path(arguments[0]), arguments[1:]
-    about = "Check a cache: clipkd cache verify FOLDER [--recompute 64]."
     made_with = ["--config", str(folder / CONFIG), "--output", str(folder)]
     config = parse_into(VerifyConfig, [*made_with, *options], "cache verify", about) if options else None
     manifest, findings = read_manifest(folder), Findings()
@@ -65,7 +67,13 @@ def verify(arguments: list[str]) -> Findings:
     if not faults:
         check_features(folder, manifest, findings)
         if config is not None and config.recompute:
-            compare_again(config, cache, findings)
+            try:
+                compare_again(config, cache, findings)
+            except (ValueError, OSError) as error:
+                advice = "--data.path and --teacher.model name what lies elsewhere now"
+                findings.problems.append(f"nothing was computed again: {error}; {advice}")
+    else:
+        findings.lines.append(f"the clipkd cache command that made {folder} makes the damaged files anew")
     return findings
 
 

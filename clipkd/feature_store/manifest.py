@@ -158,20 +158,24 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises: FileNotFoundError or ValueError if it is no cache, not finished, damaged, or of another version."""
     path = folder / MANIFEST
     if not path.is_file():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder} for a teacher cache")
         unfinished = (folder / PLAN).is_file()
-        what = "is not finished; give its clipkd cache command again" if unfinished else f"holds no {MANIFEST}"
-        raise FileNotFoundError(f"teacher.cache: {folder} {what}")
+        what = (
+            "is not finished; give its clipkd cache command again" if unfinished else f"holds no {MANIFEST} of a cache"
+        )
+        raise FileNotFoundError(f"{folder} {what}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         version = (found["format"], found["version"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no manifest of a teacher cache ({error}); make the cache again") from error
+        raise ValueError(f"{path} is damaged ({error}); remove {folder} and make the cache again") from error
     if version != (FORMAT, VERSION):
         raise ValueError(f"{path} is version {version[1]} of {version[0]!r}, this clipkd reads {VERSION}; cache again")
     try:
         return parse(found)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); make the cache again") from error
+        raise ValueError(f"{path} is damaged ({error!r}); remove {folder} and make the cache again") from error
 
 
 def parse(found: dict[str, Any]) -> Manifest:

@@ -74,6 +74,7 @@ class TeacherCache:
         sides = [side for number in range(len(self.teachers)) for side in (f"image.{number}", f"text.{number}")]
         known = {teacher.text_sha256: f"text.{number}" for number, teacher in enumerate(manifest.teachers)}
         known |= {} if manifest.student is None else {manifest.student.text_sha256: "text.student"}
+        self.student_text = student_text
         self.student_kind = known.get(student_text or "")
         self.kinds = list(dict.fromkeys([*sides, *filter(None, [self.student_kind])]))
         """What `read` gives, in this order."""
@@ -105,6 +106,13 @@ class TeacherCache:
                 files = self.manifest.shards[of_text].files
                 found.append(self.vector(files[kind], text - self.manifest.shards[of_text].first_text))
         return tuple(found)
+
+    def describe_student(self) -> str:
+        if self.student_text is None:
+            return ""
+        if self.student_kind is None:
+            return "; it lacks those of the student's frozen text tower, which are computed at every step"
+        return "; the student reads its text features too"
 
     def is_usable(self, id: int) -> bool:
         """Whether a sample has features."""
@@ -167,7 +175,7 @@ class TeacherCache:
     def identity(self) -> dict[str, Any]:
         """What a resumed run must find again: the very same features, wherever they lie now."""
         digest = hashlib.sha256(json.dumps([[file.name, file.sha256] for file in self.manifest.files()]).encode())
-        return {"views": self.num_views, "dtype": self.manifest.dtype, "sha256": digest.hexdigest()}
+        return {"num_views": self.num_views, "dtype": self.manifest.dtype, "sha256": digest.hexdigest()}
 
     def describe(self) -> str:
         one = self.manifest
@@ -175,7 +183,7 @@ class TeacherCache:
             f"{one.num_samples:,} samples × {one.num_views} views and {one.num_texts:,} captions of "
             f"{', '.join(teacher.name for teacher in one.teachers)}, {one.dtype}"
             f"{f' computed in {one.precision}' if one.precision != 'no' else ''}"
-            f"{'; the student reads its text features too' if self.student_kind else ''}"
+            f"{self.describe_student()}"
         )
 
 

@@ -397,7 +397,7 @@ def test_an_output_that_is_no_cache_is_left_alone(world: World, tmp_path: Path) 
     (tmp_path / "folder" / "letters.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"output .*file is a file; name a folder"):
         cache.run(world.config(tmp_path / "file"))
-    with pytest.raises(ValueError, match=r"folder holds letters\.txt, which is of no cache; choose another --output"):
+    with pytest.raises(ValueError, match=r"folder is no cache: it holds letters\.txt; choose another --output"):
         cache.run(world.config(tmp_path / "folder"))
     assert content_of(tmp_path) == {"file": b"mine", "folder/letters.txt": b"mine"}
 
