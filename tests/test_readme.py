@@ -22,6 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
         ("bench_eval", "eval_speed.jsonl", 4),
         ("bench_loss", "loss.jsonl", 20),
         ("equal_seconds", "equal_seconds.jsonl", 8),
+        ("bench_train", "train.jsonl", 8),
     ],
 )
 def test_a_table_is_made_from_the_committed_results(script: str, results: str, least: int) -> None:
