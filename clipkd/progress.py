@@ -1,6 +1,7 @@
 """Progress bars on a terminal, plain lines elsewhere; and where the time went."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -10,8 +11,6 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from clipkd import distributed
 
 T = TypeVar("T")
 console = Console(stderr=True, highlight=False)
@@ -70,7 +69,8 @@ def track(items: Iterable[T], title: str, total: int, *, visible: bool = True) -
 
 def track_on_main(items: Iterable[T], title: str, total: int) -> Iterator[T]:
     """On several processes the main one alone shows it."""
-    return track(items, title, total, visible=distributed.rank() == 0)
+    # As launchers say it: torch takes seconds to import, and who uses this module may do without.
+    return track(items, title, total, visible=int(os.environ.get("RANK", "0")) == 0)
 
 
 class Stopwatch:

@@ -18,7 +18,8 @@ def test_quick_demo_trains_evaluates_and_exports(clipkd: Run, tmp_path: Path) ->
     done = clipkd("demo", "--quick", "--output", output)
     assert "→ student/" in done.stdout
     rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
-    models = ("teacher", "alone", "task + features", "task + KL", "task + GKL")
+    assert "for as long as the best took" in done.stdout
+    models = ("teacher", "alone", "task + features", "task + KL", "task + GKL", "alone, as long")
     trained = {(row["model"], row["dataset"]): row for row in rows if "parameters" in row}
     assert trained.keys() == {(model, style) for model in models for style in ("noto", "fluent")}
     exported = [row for row in rows if row["model"] == f"local-dir:{output / 'student'}"]
