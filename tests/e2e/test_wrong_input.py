@@ -226,5 +226,5 @@ def test_eval_and_export_of_nothing(here: Run, data: Path, tmp_path: Path) -> No
 def test_unknown_command_in_a_process_of_its_own() -> None:
     done = subprocess.run([sys.executable, "-m", "clipkd", "frobnicate"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    commands = "check, train, report, eval, export, predict, bench, demo"
+    commands = "check, cache, train, report, eval, export, predict, bench, demo"
     assert done.stderr == f"clipkd: error: no command 'frobnicate'; choose from {commands}\n"
