@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 from clipkd import checkpoint, distributed
 from clipkd.config import TrainConfig
 from clipkd.data import BadSample, Pair, Pairs, PairSet
+from clipkd.data.sources import Track
 from clipkd.feature_store.manifest import (
     FileRecord,
     Manifest,
@@ -38,8 +39,6 @@ VERIFIED = ".verified.json"
 MOST_THREADS = 8
 NOTICEABLE_BYTES = 1 << 30
 """From which on hashing shows its progress: a second's work."""
-
-Track = Callable[[Iterable[Any], str, int], Iterator[Any]]
 
 
 @dataclass(frozen=True)
