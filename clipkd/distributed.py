@@ -1,7 +1,9 @@
 """The only calls to torch.distributed. On one process every collective is the identity."""
 
+import os
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,14 +14,34 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+TIMEOUT = timedelta(hours=1)
+"""How long a process waits in a collective for the others.
+
+NCCL aborts the job after 10 minutes by default. Indexing shards, encoding a shard for a teacher cache and saving to a slow
+disk take longer than that on one process while the others wait.
+"""
+
 
 def join_processes() -> PartialState:
     """Connect the processes that a launcher started; on one process this only finds the device.
 
     PartialState alone overlooks ACCELERATE_USE_CPU, by which Accelerator connects CPU processes: each of them would then
-    take itself for the only one.
+    take itself for the only one. The first call fixes time limit and backend for every later Accelerator.
     """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    return PartialState(cpu=on_cpu, **process_group_options(on_cpu=on_cpu))
+
+
+def process_group_options(*, on_cpu: bool) -> dict[str, Any]:
+    """Time limit and backend of the process group; empty where no launcher started several processes.
+
+    On GPUs tensors go through NCCL and Python objects through gloo: pickled values need no device memory, and a process
+    that waits for them keeps its GPU free.
+    """
+    if int(os.environ.get("LOCAL_RANK", -1)) < 0:
+        return {}
+    on_gpu = torch.cuda.is_available() and not on_cpu
+    return {"timeout": TIMEOUT} | ({"backend": "cpu:gloo,cuda:nccl"} if on_gpu else {})
 
 
 def is_initialized() -> bool:
@@ -82,9 +104,11 @@ def gather_constant(rows: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "B *rest"
     """Rows of all processes in rank order, without gradient."""
     if world_size() == 1:
         return rows.detach()
-    parts = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(parts, rows.detach().contiguous())
-    return torch.cat(parts)
+    # NCCL refuses buffers that are not contiguous, which `empty_like` of a transposed tensor is not; gloo copies them.
+    rows = rows.detach().contiguous()
+    everywhere = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(everywhere, rows)
+    return everywhere
 
 
 def gather_objects(value: T) -> list[T]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from tests import nccl_rules
+
 PRELOAD = [
     "clipkd.cli",
     "clipkd.train",
@@ -42,6 +44,7 @@ def run_command(arguments: list[str], environment: dict[str, str], out: str, err
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["clipkd", *arguments]
+    nccl_rules.enforce()
     from clipkd import progress
     from clipkd.cli import main
 

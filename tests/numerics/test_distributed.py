@@ -16,6 +16,7 @@ from torch import Tensor
 from clipkd import distributed
 
 WORKER = Path(__file__).with_name("two_processes.py")
+ROOT = Path(__file__).parents[2]
 Seen = tuple[dict[str, Tensor], dict[str, Any]]
 
 
@@ -25,9 +26,12 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
     folder = tmp_path_factory.mktemp("gloo")
     logs = [(folder / f"{rank}.log").open("w+") for rank in range(2)]
     command = [sys.executable, str(WORKER)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     running = [
         # Strings hash differently in each process, as they do under torchrun: no collective may depend on their order.
-        subprocess.Popen([*command, str(rank), folder], stderr=log, env={**os.environ, "PYTHONHASHSEED": str(3 * rank)})
+        subprocess.Popen(
+            [*command, str(rank), folder], stderr=log, env={**environment, "PYTHONHASHSEED": str(3 * rank)}
+        )
         for rank, log in enumerate(logs)
     ]
     try:
@@ -41,6 +45,26 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
     return [(load_file(folder / f"{r}.safetensors"), json.loads((folder / f"{r}.json").read_text())) for r in range(2)]
 
 
+@pytest.mark.parametrize(
+    ("launched", "gpu", "on_cpu", "expected"),
+    [
+        (False, True, False, {}),
+        (True, False, True, {"timeout": distributed.TIMEOUT}),
+        (True, True, True, {"timeout": distributed.TIMEOUT}),
+        (True, True, False, {"timeout": distributed.TIMEOUT, "backend": "cpu:gloo,cuda:nccl"}),
+    ],
+)
+def test_several_processes_wait_an_hour_and_objects_stay_off_the_gpu(
+    launched: bool, gpu: bool, on_cpu: bool, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if launched:
+        monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert distributed.process_group_options(on_cpu=on_cpu) == expected
+    assert distributed.TIMEOUT.total_seconds() == 3600
+
+
 def test_there_really_were_two_processes(processes: list[Seen]) -> None:
     assert [(facts["world_size"], facts["rank"]) for _, facts in processes] == [(2, 0), (2, 1)]
 
@@ -49,6 +73,7 @@ def test_gather_brings_all_rows_in_rank_order(processes: list[Seen]) -> None:
     for tensors, facts in processes:
         assert tensors["gathered"].tolist() == [[1.0], [2.0], [3.0], [4.0]]
         assert tensors["gathered integers"].tolist() == [0, 5, 1, 5]
+        assert tensors["gathered transposed"].tolist() == [[0.0, 1.0], [2.0, 3.0], [10.0, 11.0], [12.0, 13.0]]
         assert tensors["gathered cube"].tolist() == [[[0.0] * 3] * 2, [[1.0] * 3] * 2]
         assert facts["objects"] == [{"rank": 0}, {"rank": 1}]
         assert not facts["constant_requires_grad"]

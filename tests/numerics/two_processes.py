@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -14,6 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from clipkd import distributed, gradient_cache
 from clipkd.views import join
+from tests import nccl_rules
 
 WORLD_SIZE = 2
 
@@ -38,6 +40,7 @@ def collectives(rank: int) -> tuple[dict[str, Tensor], dict]:
         "gradient in a sum": gradient_in_sum,
         "gradient of the other summand": other_gradient,
         "gathered integers": distributed.gather_constant(torch.tensor([rank, 5])),
+        "gathered transposed": distributed.gather_constant(torch.tensor([[0.0, 2.0], [1.0, 3.0]]).T + 10 * rank),
         "gathered cube": distributed.gather_constant(torch.full((1, 2, 3), float(rank))),
         "sum of own rows": distributed.sum_of_own_rows(weights),
         "swapped": distributed.swap(torch.tensor([[10.0], [11.0]]) + 10 * rank),
@@ -47,6 +50,8 @@ def collectives(rank: int) -> tuple[dict[str, Tensor], dict]:
     distributed.copy_from_main(buffers)
     tensors |= {f"buffer {number}": buffer for number, buffer in enumerate(buffers)}
     constant = distributed.gather_constant(rows)
+    with pytest.raises(ValueError, match="contiguous"):  # the rules are in force
+        dist.all_gather([torch.empty(2, 3).T, torch.empty(2, 3).T], torch.ones(3, 2))
     facts = {
         "world_size": distributed.world_size(),
         "rank": distributed.rank(),
@@ -130,6 +135,7 @@ def problem_of_the_last(rank: int) -> str:
 def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
+    nccl_rules.enforce()
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD_SIZE)
     tensors, facts = collectives(rank)
     for name in OBJECTIVES:
