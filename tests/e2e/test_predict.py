@@ -151,6 +151,10 @@ def test_onnx_files_need_neither_torch_nor_what_imports_it(exported: dict[str, P
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def scores(rows: list[dict]) -> dict[str, float]:
+    return {row["image"]: row["cosine"] for row in rows}
+
+
 @pytest.mark.parametrize("runtime", ["onnx", "torch"])
 def test_an_index_spares_what_was_encoded_before(
     clipkd: Run, exported: dict[str, Path], pictures: Path, tmp_path: Path, runtime: str
@@ -180,7 +184,8 @@ def test_an_index_spares_what_was_encoded_before(
     shutil.copyfile(files(pictures)[3], folder / "99.png")
     changed, said = search(QUERY, "--index", index)
     assert "14 images: 2 encoded, 12 from" in said
-    assert changed == search()[0]
+    # Two images and fourteen are batches of different shapes, so their features agree to rounding only.
+    assert scores(changed) == pytest.approx(scores(search()[0]), abs=1e-6)
     with np.load(index, allow_pickle=False) as stored:
         names = {Path(name).name for name, *_ in json.loads(stored["about"].tobytes())["files"]}
     assert names == {Path(path).name for path in files(folder)}
