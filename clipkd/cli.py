@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from clipkd import __version__
-from clipkd.arguments import parse, parse_into
-from clipkd.stops import Interrupted, RunStopped
+from clipkd.config.parse import parse, parse_into
+from clipkd.errors import Interrupted, RunStopped
 
 HELP = """usage: clipkd COMMAND [--help] …
 
@@ -114,7 +114,7 @@ def with_config(arguments: list[str]) -> list[str]:
 
 def train_command(arguments: list[str]) -> None:
     config = parse(with_config(arguments))
-    from clipkd.train import train
+    from clipkd.training.loop import train
 
     folder = train(config)
     if is_main_process():
@@ -122,7 +122,7 @@ def train_command(arguments: list[str]) -> None:
 
 
 def check_command(arguments: list[str]) -> None:
-    from clipkd.check import check
+    from clipkd.training.check import check
 
     problems = check(with_config(arguments))
     process = "" if is_main_process() else f" (process {os.environ['RANK']})"
@@ -138,7 +138,7 @@ def cache_command(arguments: list[str]) -> None:
         return
     if "--output" not in {argument.split("=")[0] for argument in arguments} and "--help" not in arguments:
         arguments = [*arguments, "--output", ""]  # not that of a training config, which is a run's
-    from clipkd import cache
+    from clipkd.teachers.cache import command as cache
 
     config = parse_into(cache.CacheConfig, with_config(arguments), "cache", "Compute the teachers' features once.")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that nothing half written stays
@@ -148,7 +148,7 @@ def cache_command(arguments: list[str]) -> None:
 
 
 def cache_verify_command(arguments: list[str]) -> None:
-    from clipkd.cache import verify
+    from clipkd.teachers.cache import verify
 
     findings = verify.verify(arguments)
     for line in findings.lines:
@@ -243,7 +243,7 @@ def export_command(arguments: list[str]) -> None:
 
 
 def predict_command(arguments: list[str]) -> None:
-    from clipkd.predict import PredictConfig, predict
+    from clipkd.inference.predict import PredictConfig, predict
 
     positional = {
         "model": "An exported folder, or anything that clipkd eval --model takes.",
@@ -258,7 +258,7 @@ def predict_command(arguments: list[str]) -> None:
 def bench_command(arguments: list[str]) -> None:
     from rich.console import Console
 
-    from clipkd import bench
+    from clipkd.inference import bench
 
     positional = {"model": "An exported folder, an open_clip folder or a run."}
     about = "Measure latency, throughput, memory and size of a model in each of its formats."

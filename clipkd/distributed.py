@@ -1,13 +1,13 @@
 """The only calls to torch.distributed. On one process every collective is the identity."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import parse_flag_from_env
 from jaxtyping import Float, Shaped
 from torch import Tensor
@@ -42,6 +42,38 @@ def process_group_options(*, on_cpu: bool) -> dict[str, Any]:
         return {}
     on_gpu = torch.cuda.is_available() and not on_cpu
     return {"timeout": TIMEOUT} | ({"backend": "cpu:gloo,cuda:nccl"} if on_gpu else {})
+
+
+def make_accelerator(precision: str, *, trackers: Sequence[str] = (), folder: str | None = None) -> Accelerator:
+    """Accelerate for DDP at a configured precision (auto, fp32, bf16, fp16).
+
+    Raises: ValueError if Accelerate's own settings would change what the configuration says.
+    """
+    accelerator = Accelerator(
+        mixed_precision=resolve_precision(precision, join_processes().device),
+        log_with=list(trackers) or None,
+        project_dir=folder,
+    )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            "Accelerate is set to accumulate gradients, which would lose negatives; unset it (accelerate config), and "
+            "set micro_batches here"
+        )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(
+            f"clipkd trains with DDP, Accelerate is set to {accelerator.distributed_type}; see accelerate config"
+        )
+    return accelerator
+
+
+def resolve_precision(precision: str, device: torch.device | None) -> str:
+    """Accelerate's name for the configured precision on this process's device. Raises: ValueError for fp16 on a CPU."""
+    on_gpu = device is not None and device.type == "cuda"
+    if precision == "auto":
+        return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if precision == "fp16" and not on_gpu:
+        raise ValueError("precision is fp16, which needs a GPU; use fp32 or bf16")
+    return "no" if precision == "fp32" else precision
 
 
 def is_initialized() -> bool:

@@ -34,13 +34,13 @@ from torchvision.transforms import v2
 from webdataset.compat import WebDataset
 from webdataset.writer import TarWriter
 
-from clipkd.config import TrainConfig
+from clipkd.config.data import DataConfig
+from clipkd.config.objective import ObjectiveConfig
+from clipkd.config.terms import InfoNCETerm
+from clipkd.config.train import TrainConfig
 from clipkd.data import PairSet, open_feed, open_pairs
 from clipkd.data.images import open_image
 from clipkd.data.tar_index import scan_tar
-from clipkd.data_options import DataConfig
-from clipkd.objective import ObjectiveConfig
-from clipkd.term_options import InfoNCETerm
 from clipkd.views import Views, ViewSpec
 
 SIZES = {"256 × 256": (256, 256), "1024 × 768": (1024, 768)}

@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from clipkd import distributed
-from clipkd.evaluation import open_subjects
 from clipkd.evaluation.command import EvalConfig, Harness
+from clipkd.evaluation.tasks import open_subjects
 
 SIZE = (500, 375)
 

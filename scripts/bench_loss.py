@@ -39,8 +39,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from clipkd import bench, losses, metrics_log, progress
-from clipkd.bench.measure import peak_rss_mb
+from clipkd import files, losses, progress
+from clipkd.inference import bench
+from clipkd.inference.measure import peak_rss_mb
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -51,7 +52,7 @@ FEATURES, LEAVES = losses.Queue._fields, ("image", "text", "logit_scale")
 SHOWN = ("variant", "batch", "queue", "dtype", "ms", "ms_min", "peak_bytes", "useful_tflops", "of_gemm")
 SHOWN += ("first_step_seconds", "error_image", "error_text", "error_logit_scale", "error")
 TRAFFIC = ("batch", "ranks", "teacher_keys", "student_keys", "shared_tiles", "open_clip_sharded", "whole_logits")
-PRELOAD = ["open_clip.loss", "clipkd.losses", "clipkd.bench.measure", "clipkd.progress", "rich.table"]
+PRELOAD = ["open_clip.loss", "clipkd.losses", "clipkd.inference.measure", "clipkd.progress", "rich.table"]
 CPU = {"batch": [512, 2048, 4096], "queue": [0, 512], "dtype": ["float32"]}
 GPU = {"batch": [1024, 8192, 16384, 32768, 65536], "queue": [0, 65536], "dtype": ["float32", "float16", "bfloat16"]}
 
@@ -249,7 +250,7 @@ def table(results: Path) -> str:
     """Markdown for the README: the smallest and the largest batch; errors are the largest of the three gradients'."""
     headings = ["batch", "queue", "form", "ms", "peak MB", "share of GEMM rate", "gradient error"]
     lines = ["| " + " | ".join(headings) + " |", "|---:|---:|---|" + "---:|" * 4]
-    found = [row for row in metrics_log.read(results) if row["kind"] == "loss"]
+    found = [row for row in files.read_rows(results) if row["kind"] == "loss"]
     largest = max(row["batch"] for row in found)
     for row in (r for r in found if r["batch"] == largest or (r["batch"], r["queue"]) == (found[0]["batch"], 0)):
         cells = [f"{row['batch']:,}", f"{row['queue']:,}", f"`{row['variant']}`"]
@@ -305,13 +306,13 @@ def main() -> None:
     sent = [bytes_sent(b, 2**k, *widths) for b in batches for k in range(3, 11) if b % 2**k == 0]
     options.output.unlink(missing_ok=True)
     for row in (header, *sent):
-        metrics_log.append(options.output, row)
+        files.append_row(options.output, row)
     settings = [Setting(b, q, d, *widths, options.tile_size, device) for b in batches for q in queues for d in dtypes]
     for setting in progress.track(settings, "settings", len(settings)):
         variants = [name for name in options.variants if not (setting.queue and "soft_ce" in name)]
         for row in measure(setting, variants, options.repeats, limit, rates):
-            metrics_log.append(options.output, row)
-    rows = metrics_log.read(options.output)[1 + len(sent) :]
+            files.append_row(options.output, row)
+    rows = files.read_rows(options.output)[1 + len(sent) :]
     Console(width=None if Console().is_terminal else 1000).print(grid_of(rows, *SHOWN), grid_of(sent, *TRAFFIC))
     cache_folder.cleanup()
     print(f"→ {options.output}")

@@ -15,9 +15,9 @@ are timed), which do not count: its queue is then as full as it stays. --steps m
 third as many go part by part, the device synchronised between them: shares of data (waiting, moving, normalising), teacher,
 student (forward and backward), loss (both, from features that are leaves), optimizer (clipping, checks and bounds, too).
 
-clipkd's step is the product's: clipkd.train.training_step, without log and checkpoint. What differs in the open_clip loop: it
-draws shards with replacement and shuffles within a buffer of 1,000, crops at torchvision's ratios, normalises in the loader
-and sends floats, computes the loss under autocast, looks for no loss that is not finite, keeps the rate fixed. `first_loss`
+clipkd's step is the product's: clipkd.training.loop.training_step, without log and checkpoint. What differs in the open_clip
+loop: it draws shards with replacement, shuffles within a buffer of 1,000, crops at torchvision's ratios, normalises in the
+loader and sends floats, computes the loss under autocast, looks for no loss that is not finite, a fixed rate. `first_loss`
 of online and open_clip, on one batch, are the same number to rounding. of_plain, of_open_clip: median over rounds of the
 ratio of rates in a round. cpu_seconds_per_step: of the training process alone, the least of the rounds: what other work on
 the machine disturbs least. data_wait: share of the timed steps. peak_bytes: torch.cuda.max_memory_allocated, each alone on the
@@ -44,9 +44,11 @@ import torch
 from rich.console import Console
 from webdataset.writer import TarWriter
 
-from clipkd import bench, metrics_log, models, progress
-from clipkd.config import StudentConfig
+from clipkd import files, progress
+from clipkd.config.train import StudentConfig
 from clipkd.export.artefacts import write_formats
+from clipkd.inference import bench
+from clipkd.models.load import create_student
 
 Row = dict[str, Any]
 VARIANTS = ("plain", "online", "cached", "online_gkl", "cached_gkl", "open_clip")
@@ -220,7 +222,7 @@ def write_files(setting: Setting, folder: Path) -> None:
                 tar.write({"__key__": f"{number:06d}", "jpg": photos[number % len(photos)], "txt": text})
     torch.manual_seed(1)
     (folder / "teacher").mkdir()
-    teacher = models.create_student(StudentConfig(model=setting.teacher)).eval()
+    teacher = create_student(StudentConfig(model=setting.teacher)).eval()
     write_formats(teacher, folder / "teacher", ("open_clip",), lambda _: None)
 
 
@@ -238,7 +240,7 @@ def table(results: Path) -> str:
     """Markdown for the README."""
     headings = ["student ← teacher", "batch", "training", "images/s", "× plain", "× open_clip", *PARTS]
     lines = ["| " + " | ".join(headings) + " |", "|---|---:|---|" + "---:|" * (3 + len(PARTS))]
-    for row in metrics_log.read(results):
+    for row in files.read_rows(results):
         if row["kind"] != "train":
             continue
         cells = [f"{row['student']} ← {row['teacher']}", f"{row['batch']:,}", f"`{row['variant']}`"]
@@ -277,7 +279,7 @@ def main() -> None:
     header |= {"device": torch.cuda.get_device_name() if on_gpu else bench.cpu_name(), "torch": torch.__version__}
     header |= {"open_clip_torch": open_clip.__version__, "wait_policy": os.environ.get("OMP_WAIT_POLICY")}
     options.output.unlink(missing_ok=True)
-    metrics_log.append(options.output, header)
+    files.append_row(options.output, header)
     own = {name: value for name in Setting._fields[2:] if (value := getattr(options, name)) is not None}
     for name in options.setting or DEFAULTS[options.device]:
         setting = SETTINGS[name]._replace(**own)
@@ -287,8 +289,8 @@ def main() -> None:
             if on_gpu and options.batch is None:
                 setting = fit(name, setting, folder, options)
             for row in Bench(name, setting, folder, options).measure():
-                metrics_log.append(options.output, row)
-    rows = metrics_log.read(options.output)[1:]
+                files.append_row(options.output, row)
+    rows = files.read_rows(options.output)[1:]
     from bench_loss import grid_of  # beside this file
 
     Console(width=None if Console().is_terminal else 1000).print(grid_of(rows, *SHOWN))

@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 
-from clipkd import metrics_log
-from clipkd.arguments import parse
-from clipkd.config import TrainConfig
+from clipkd import files
+from clipkd.config.parse import parse
+from clipkd.config.train import TrainConfig
 from clipkd.demo import pairs
 from clipkd.export import ExportConfig, export
-from clipkd.models import Encoder
-from clipkd.run import evaluate_tasks, open_run
-from clipkd.train import train, training_step
+from clipkd.models.encoder import Encoder
+from clipkd.training.loop import train, training_step
+from clipkd.training.run import evaluate_tasks, open_run
 from clipkd.views import Features, View
 
 ROOT = Path(__file__).parents[1]
@@ -169,7 +169,7 @@ def summarise(name: str, family: str, options: str, folders: list[Path], seeds: 
     row: dict = {"loss": name, "family": family, "options": options, "seeds": seeds, "teacher_seed": 0}
     row |= {"torch": torch.__version__, "commit": commit.stdout.strip()}
     for style in (CHOOSE, REPORT):
-        results = [row for folder in folders for row in metrics_log.read(folder / "results.jsonl")]
+        results = [row for folder in folders for row in files.read_rows(folder / "results.jsonl")]
         results = [r for r in results if r["dataset"] == style and r["weights"] == "student"]
         assert len(results) == len(seeds), (name, style, len(results))
         row |= {f"{style}_{key}": [r["metrics"][key] for r in results] for key in ("acc1", "acc5")}

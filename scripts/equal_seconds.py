@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 
-from clipkd import cache, metrics_log
-from clipkd.arguments import parse, parse_into, recipe
-from clipkd.assemble import assemble
-from clipkd.config import TrainConfig
+from clipkd import files
+from clipkd.config.parse import parse, parse_into, recipe
+from clipkd.config.train import TrainConfig
 from clipkd.demo import pairs
-from clipkd.run import build_run
-from clipkd.train import train, training_step
+from clipkd.teachers.cache import command as cache
+from clipkd.training.assemble import assemble
+from clipkd.training.loop import train, training_step
+from clipkd.training.run import build_run
 
 NUM_VIEWS, ROUNDS, STEPS_OF_A_ROUND = 8, 12, 5
 STYLES = ("noto", "fluent")
@@ -107,7 +108,7 @@ def prepare(demo: Path, output: Path, seed: int) -> dict[str, Any]:
 def train_one(demo: Path, output: Path, seed: int, name: str, kind: str, steps: int) -> dict[str, float]:
     """Shares of the two styles."""
     folder = train(configure(kind, demo, output, seed, name.replace(", ", " "), steps))
-    rows = [row for row in metrics_log.read(folder / "results.jsonl") if row["step"] == steps]
+    rows = [row for row in files.read_rows(folder / "results.jsonl") if row["step"] == steps]
     return {f"{row['dataset']}_{key}": row["metrics"][key] for row in rows for key in ("acc1", "acc5")}
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from webdataset.compat import WebDataset, WebLoader
 
-from clipkd import optim, train
-from clipkd.arguments import parse
-from clipkd.assemble import assemble
-from clipkd.run import build_run
+from clipkd.config.parse import parse
+from clipkd.training import loop as train
+from clipkd.training import optim
+from clipkd.training.assemble import assemble
+from clipkd.training.run import build_run
 
 Lap = Callable[[str], None]
 """Called with a part's name when it is done."""
@@ -91,7 +92,7 @@ class OpenClip:
 
     def __init__(self, task: Task) -> None:
         if open_clip.get_model_config(task.student) is None:
-            open_clip.add_model_config(ROOT / "clipkd" / "model_configs")
+            open_clip.add_model_config(ROOT / "clipkd" / "models" / "configs")
         torch.manual_seed(SEED)  # the weights that clipkd's student starts with
         how: Any = {"device": task.device, "output_dict": True}
         crops = {"scale": (MIN_CROP, 1.0)}

@@ -10,8 +10,9 @@ import torch
 # Before clipkd is imported: a wrong shape or dtype then fails where it arises, not three functions later.
 jaxtyping.install_import_hook(
     [
-        *("clipkd.losses", "clipkd.distill", "clipkd.terms", "clipkd.comparison", "clipkd.momentum"),
-        *("clipkd.zeroshot", "clipkd.retrieval", "clipkd.metrics", "clipkd.evaluation.measure"),
+        *("clipkd.losses", "clipkd.objective.distiller", "clipkd.objective.terms", "clipkd.objective.comparison"),
+        *("clipkd.objective.memory", "clipkd.evaluation.zeroshot", "clipkd.evaluation.retrieval"),
+        *("clipkd.evaluation.metrics", "clipkd.evaluation.measure"),
     ],
     "beartype.beartype",
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clipkd.config import TrainConfig, to_dict
+from clipkd.config.train import TrainConfig, to_dict
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

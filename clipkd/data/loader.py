@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from clipkd.config.data import DataConfig
 from clipkd.data.images import Box, decode, decoding_scale, open_image, random_crop_box, reduce_scale, render
 from clipkd.data.order import BatchOrder, Position, Purpose, generator
 from clipkd.data.skips import BadSample, Skip
 from clipkd.data.sources import Pair, PairSet
-from clipkd.data_options import DataConfig
-from clipkd.stops import RunStopped
+from clipkd.errors import RunStopped
 from clipkd.views import Batch, Views
 
 AUGMENTATION_VERSION = 2
@@ -51,7 +51,7 @@ class Sample(NamedTuple):
 
 @runtime_checkable
 class FeatureRows(Protocol):
-    """Where features of frozen models are stored (clipkd.feature_store)."""
+    """Where features of frozen models are stored (clipkd.teachers.store)."""
 
     num_views: int
     """Of each sample; later passes see them again in the same order."""

@@ -4,14 +4,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from clipkd import distributed
-from clipkd.config import TrainConfig
+from clipkd.config.data import DataConfig, SourceConfig
+from clipkd.config.train import TrainConfig
 from clipkd.data.loader import FeatureRows, Feed, indexed_batches
 from clipkd.data.order import BatchOrder, require_share
 from clipkd.data.shards import WebdatasetPairs
 from clipkd.data.sources import PairSet, PairSource, Track, configured_sources, is_remote
 from clipkd.data.stream import StreamedShards, streamed_batches
 from clipkd.data.tables import HuggingFacePairs, TablePairs
-from clipkd.data_options import DataConfig, SourceConfig
 from clipkd.views import Batch, Views
 
 Pairs = PairSet | StreamedShards

@@ -10,10 +10,10 @@ import numpy as np
 from webdataset.shardlists import expand_urls
 
 from clipkd import distributed
+from clipkd.config.data import SourceConfig
 from clipkd.data.skips import DAMAGED_SHARD, UNREADABLE_SHARD, BadSample, Skip, Skips
 from clipkd.data.sources import IMAGE_EXTENSIONS, MOST_SAMPLE_BYTES, Pair, Track, make_pair, member_captions
 from clipkd.data.tar_index import DUPLICATE, TarIndex, as_text, index_tar, is_indexed
-from clipkd.data_options import SourceConfig
 
 MANY_SHARDS = 20
 """New ones from which on their indexing shows its progress."""

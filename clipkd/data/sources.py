@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from clipkd.config.data import DataConfig, SourceConfig
 from clipkd.data.order import Mixture
 from clipkd.data.skips import BadSample, Skip, Skips, exceeds
-from clipkd.data_options import DataConfig, SourceConfig
 
 UNLABELLED = -1
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")

@@ -20,14 +20,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.gopen import gopen, gopen_schemes
 from webdataset.shardlists import expand_urls
 
+from clipkd.config.data import DataConfig, SourceConfig
 from clipkd.data.loader import MOST_TRIES, Augment, Collate, Feed, Sample, loader_options
 from clipkd.data.order import Mixture, Purpose, generator
 from clipkd.data.skips import DAMAGED_SHARD, BadSample, Skip
 from clipkd.data.sources import IMAGE_EXTENSIONS, Pair, about, make_pair
 from clipkd.data.tar_index import DUPLICATE, as_text
 from clipkd.data.tar_members import StrictMember, group_members, walk
-from clipkd.data_options import DataConfig, SourceConfig
-from clipkd.stops import RunStopped
+from clipkd.errors import RunStopped
 from clipkd.views import Batch, Views
 
 SHUFFLE_BUFFER = 2000

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from clipkd.config.data import SourceConfig
 from clipkd.data.skips import BadSample, Skip, Skips
 from clipkd.data.sources import MOST_SAMPLE_BYTES, UNLABELLED, Pair, as_captions, as_label
-from clipkd.data_options import SourceConfig
 
 ROWS_PER_SHARD = 1 << 14
 """Rows that stay together when a table larger than a block is shuffled."""

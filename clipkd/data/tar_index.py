@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from clipkd import files
 from clipkd.data.tar_members import StrictMember, group_members, walk
 
 INDEX_VERSION = 2
@@ -79,16 +80,9 @@ def index_tar(path: Path) -> TarIndex:
                 return TarIndex(**{name: stored[name] for name in TarIndex.__dataclass_fields__})
     index = scan_tar(path)
     for cache in caches:
-        temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                np.savez(file, stamp=stamp, **vars(index))
-            os.replace(temporary, cache)
+        with contextlib.suppress(OSError):
+            files.write_whole(cache, lambda file: np.savez(file, stamp=stamp, **vars(index)))
             break
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
     return index
 
 

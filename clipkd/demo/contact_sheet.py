@@ -6,8 +6,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from clipkd.data import Images, PairSet, open_evaluation_set, open_pairs
-from clipkd.data_options import DataConfig
+from clipkd.config.data import DataConfig
+from clipkd.data import PairSet, open_pairs
+from clipkd.evaluation.layouts import open_evaluation_set
+from clipkd.evaluation.sets import Images
 
 COLUMNS = 6
 TILE, TEXT_WIDTH, LINE, MARGIN = 72, 200, 16, 16

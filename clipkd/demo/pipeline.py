@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from clipkd import cache, metrics_log
-from clipkd.arguments import parse, parse_into, recipe
+from clipkd import files
+from clipkd.config.parse import parse, parse_into, recipe
 from clipkd.demo import pairs
 from clipkd.demo.contact_sheet import draw_contact_sheet
 from clipkd.evaluation.command import EvalConfig
@@ -20,7 +20,8 @@ from clipkd.evaluation.results import read_samples
 from clipkd.export import ExportConfig, describe_artefact, export
 from clipkd.progress import console
 from clipkd.report import ReportConfig, write_report
-from clipkd.train import train
+from clipkd.teachers.cache import command as cache
+from clipkd.training.loop import train
 
 CHOOSE, REPORT = "fluent", "noto"
 STUDENTS: dict[str, tuple[str, ...]] = {
@@ -83,7 +84,7 @@ def run(config: DemoConfig) -> Path:
     require_equal_counts(exported, rows, best)
     (output / "results.jsonl").unlink(missing_ok=True)
     for row in (*rows, *exported):  # what the README's table is made from
-        metrics_log.append(output / "results.jsonl", row)
+        files.append_row(output / "results.jsonl", row)
     draw_samples(output, rows, ("teacher", "alone", best))
     for folder in (*runs.values(), output / "results"):
         write_report(ReportConfig(run=str(folder)))
@@ -106,7 +107,7 @@ def evaluate_runs(output: Path, runs: dict[str, Path], teacher: Path) -> list[di
     """`clipkd eval` of every run beside the teacher's; each row with what the table shows of its run."""
     names = {str(folder): name for name, folder in runs.items()}
     rows = evaluate_models(eval_config(output, tuple(names), str(teacher)))
-    last = {name: metrics_log.read(folder / "metrics.jsonl")[-1] for name, folder in runs.items()}
+    last = {name: files.read_rows(folder / "metrics.jsonl")[-1] for name, folder in runs.items()}
     found = []
     for row in [row for row in rows if row["model"] in names]:
         name, cost = names[row["model"]], row["cost"]
@@ -170,7 +171,7 @@ def train_model(config: DemoConfig, name: str, recipe_name: str, quick: tuple[st
 
 def steps_in_equal_time(run: Path, other: Path) -> int:
     """How many steps of one run take as long as all of the other."""
-    own, others = (metrics_log.read(folder / "metrics.jsonl")[-1] for folder in (run, other))
+    own, others = (files.read_rows(folder / "metrics.jsonl")[-1] for folder in (run, other))
     return max(1, round(own["step"] * others["seconds"] / own["seconds"]))
 
 

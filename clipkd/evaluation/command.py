@@ -8,14 +8,16 @@ from typing import Any, Literal
 
 import torch
 
-from clipkd import checkpoint, distributed, models
-from clipkd.cost import measure_cost
+from clipkd import distributed
+from clipkd.errors import require
 from clipkd.evaluation.compare import beside_teacher
 from clipkd.evaluation.embed import Embedder, Precision
 from clipkd.evaluation.measure import Measured, measure
 from clipkd.evaluation.results import Results, describe_result, label, result_id, result_row
 from clipkd.evaluation.tasks import Subject, as_tuple, open_subjects
-from clipkd.requirements import require
+from clipkd.models import run_folder
+from clipkd.models.cost import measure_cost
+from clipkd.models.load import load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,7 @@ class Harness:
 
     def load(self, name: str) -> Embedder:
         config, own = self.config, name in self.config.models
-        encoder = models.load(
+        encoder = load_model(
             str(self.checkpoints[name] or name),
             pretrained=config.pretrained if own else None,
             ema=config.weights == "ema" and own,
@@ -158,7 +160,7 @@ class Harness:
 
 def find_checkpoint(model: str) -> Path | None:
     """Of a run, the checkpoint to evaluate: fixed now, as training may go on."""
-    return checkpoint.resolve(Path(model)) if Path(model).is_dir() and checkpoint.is_run(Path(model)) else None
+    return run_folder.resolve(Path(model)) if Path(model).is_dir() and run_folder.is_run(Path(model)) else None
 
 
 def describe_row(row: dict[str, Any]) -> str:

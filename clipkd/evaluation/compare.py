@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipkd import metrics
+from clipkd.errors import require
+from clipkd.evaluation import metrics
 from clipkd.evaluation.measure import Measured
 from clipkd.evaluation.results import Results, label, read_samples
 from clipkd.evaluation.tasks import Subject
-from clipkd.requirements import require
 
 LOST_CLASSES = 10
 RESAMPLES = 200

@@ -1,11 +1,9 @@
 """Images and texts → features: every image once, whatever the number of processes, and never twice for the same weights."""
 
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import signal
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,13 +14,15 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from clipkd import distributed, models, progress, zeroshot
-from clipkd.data import EvaluationSet, Images
-from clipkd.models import Encoder
+from clipkd import distributed, files, progress
+from clipkd.evaluation import zeroshot
+from clipkd.evaluation.sets import EvaluationSet, Images
+from clipkd.models.encoder import Encoder
+from clipkd.models.load import PROBES
 
 FEATURES_VERSION = 1
 """Changes when the same model and source would give other features."""
@@ -52,7 +52,7 @@ class Embedder:
     def sha256(self) -> str:
         """Of all that its features depend on: weights, architecture, preprocessing, tokens, precision, and who computes them."""
         encoder = self.encoder
-        tokens = encoder.spec.tokenize(list(models.PROBES)).tolist()
+        tokens = encoder.spec.tokenize(list(PROBES)).tolist()
         versions = [importlib.metadata.version(name) for name in ("open_clip_torch", "torchvision", "transformers")]
         about = [FEATURES_VERSION, self.weights_sha256, encoder.architecture(), encoder.preprocess_config, tokens]
         return hashlib.sha256(json.dumps([*about, self.precision, versions], default=str).encode()).hexdigest()
@@ -147,15 +147,10 @@ class Embedder:
 
     def store(self, path: Path, features: Tensor) -> None:
         """What cannot be kept is made again another time."""
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"features": features.contiguous()}, temporary)
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
+            files.write_whole(path, lambda file: file.write(save({"features": features.contiguous()})))
+        except OSError as error:
             warnings.warn(f"{path} is not kept: {error}", stacklevel=2)
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
 
 def leave_interrupts(_: int) -> None:

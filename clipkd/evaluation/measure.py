@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clipkd import metrics as scoring
-from clipkd import retrieval, zeroshot
-from clipkd.data import EvaluationSet
+from clipkd.evaluation import metrics as scoring
+from clipkd.evaluation import retrieval, zeroshot
 from clipkd.evaluation.embed import Embedder
+from clipkd.evaluation.metrics import Interval
+from clipkd.evaluation.sets import EvaluationSet
 from clipkd.evaluation.tasks import Subject
-from clipkd.metrics import Interval
 
 RECALL_AT = (1, 5, 10)
 CHUNK = 8192

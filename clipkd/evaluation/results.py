@@ -3,13 +3,12 @@
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clipkd import metrics_log
+from clipkd import files
 from clipkd.evaluation.embed import Embedder
 from clipkd.evaluation.measure import Measured
 from clipkd.evaluation.tasks import Subject
@@ -110,7 +109,7 @@ class Results:
 
     def rows(self) -> list[dict[str, Any]]:
         """One per model, weights, precision and task; rows of other programs in the file are left alone."""
-        rows = [row for row in metrics_log.read(self.path) if row.keys() >= REQUIRED]
+        rows = [row for row in files.read_rows(self.path) if row.keys() >= REQUIRED]
         return list({(label(row), row["key"]): row for row in rows}.values())
 
     def find(self, id: str, model: str) -> dict[str, Any] | None:
@@ -127,15 +126,15 @@ class Results:
             field: row.get(field) for field in ("dataset", "model", "pretrained", "task", "metrics", "language")
         }
         benchmark |= {"dataset": row["key"], "model": str(row["model"]).partition("@")[0]}
-        write_whole(self.folder / "clip_benchmark" / f"{name}.json", metrics_log.to_json(benchmark, indent=1))
+        files.write_text(self.folder / "clip_benchmark" / f"{name}.json", files.to_json(benchmark, indent=1))
         kept, replaced = [], []
-        for old in metrics_log.read(self.path):
+        for old in files.read_rows(self.path):
             same = old.keys() >= REQUIRED and (label(old), old["key"]) == (label(row), row["key"])
             (replaced if same else kept).append(old)
         if replaced:
-            write_whole(self.path, "".join(metrics_log.to_json(old) + "\n" for old in (*kept, row)))
+            files.write_text(self.path, "".join(files.to_json(old) + "\n" for old in (*kept, row)))
         else:
-            metrics_log.append(self.path, row)
+            files.append_row(self.path, row)
         for old in replaced:
             if old["samples"] != row["samples"]:
                 (self.folder / old["samples"]).unlink(missing_ok=True)
@@ -152,10 +151,7 @@ def write_samples(path: Path, samples: dict[str, list[Any]]) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    parquet.write_table(pyarrow.table(samples), temporary)
-    os.replace(temporary, path)
+    files.write_whole(path, lambda file: parquet.write_table(pyarrow.table(samples), file))
 
 
 def read_samples(path: Path) -> dict[str, list[Any]]:
@@ -166,10 +162,3 @@ def read_samples(path: Path) -> dict[str, list[Any]]:
         return parquet.read_table(path).to_pydict()
     except (OSError, ArrowException) as error:
         raise ValueError(f"{path} is no whole table of samples ({error}); evaluate again") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from clipkd import models
-from clipkd.arguments import parse_into
-from clipkd.data import CLASS_KINDS, EvaluationSet, Kind, Layout, check_label, check_vector, open_evaluation_set
-from clipkd.requirements import require
+from clipkd.config.parse import parse_into
+from clipkd.errors import require
+from clipkd.evaluation.layouts import open_evaluation_set
+from clipkd.evaluation.sets import CLASS_KINDS, EvaluationSet, Kind, Layout, check_label, check_vector
+from clipkd.models.load import imagenet_prompts, imagenet_synsets
 
 METRICS: dict[str, tuple[str, ...]] = {
     "classification": ("acc1", "acc5", "mean_per_class_recall"),
@@ -211,10 +212,10 @@ def with_prompts(task: Task, data: EvaluationSet) -> EvaluationSet:
 
 def with_imagenet_prompts(data: EvaluationSet) -> EvaluationSet:
     """Class folders become the ImageNet classes whose synset ids or numbers they bear, in ImageNet's order."""
-    names, templates = models.imagenet_prompts()
+    names, templates = imagenet_prompts()
     if not data.folders:
         return replace(data, classnames=names, templates=templates)
-    synsets = {synset: number for number, synset in enumerate(models.imagenet_synsets())}
+    synsets = {synset: number for number, synset in enumerate(imagenet_synsets())}
     numbers = [int(name) if name.isdecimal() else synsets.get(name, -1) for name in data.folders]
     if wrong := [name for name, number in zip(data.folders, numbers, strict=True) if not 0 <= number < len(names)]:
         raise ValueError(

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from clipkd.data import Images
+from clipkd.errors import require
+from clipkd.evaluation.sets import Images
 from clipkd.evaluation.tasks import METRICS, Subject, as_tuple, find_data, find_task_files, load_task, open_subject
-from clipkd.requirements import require
 
 
 @dataclass(frozen=True, kw_only=True)

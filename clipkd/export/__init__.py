@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from clipkd import metrics_log
-from clipkd.data import Images
+from clipkd import files
+from clipkd.errors import RunStopped, require
+from clipkd.evaluation.sets import Images
 from clipkd.evaluation.tasks import Subject, as_tuple, open_subjects
 from clipkd.export.artefacts import FORMATS, check_formats, file_sizes, keep_formats, write_formats
 from clipkd.export.card import write_card
@@ -20,10 +21,8 @@ from clipkd.export.open_clip import write_open_clip
 from clipkd.export.parity import Job, prove
 from clipkd.export.probes import NUM_IMAGES, cut_drawings, drawing_names, write_example, write_probes
 from clipkd.export.source import Source, open_student
-from clipkd.models import Encoder
+from clipkd.models.encoder import Encoder
 from clipkd.progress import console
-from clipkd.requirements import require
-from clipkd.stops import RunStopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +99,8 @@ def export(config: ExportConfig) -> list[dict[str, Any]]:
         for row in rows:
             row["files"] = {} if row["error"] else file_sizes(folder, row["format"])
         write_card(folder, encoder, source, rows, name=output.resolve().name, license=config.license)
-        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        metrics_log.write(folder / "parity.json", about_parity(encoder, source, rows) | {"files": files})
+        written = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        files.write_json(folder / "parity.json", about_parity(encoder, source, rows) | {"files": written})
         replace(folder, output)
     return rows
 

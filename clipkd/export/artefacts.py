@@ -8,7 +8,7 @@ from clipkd.export.executorch import require_executorch, write_executorch
 from clipkd.export.hugging_face import find_family, write_hugging_face
 from clipkd.export.onnx import check_preprocessing, require_onnx, write_fp16, write_immich, write_int8, write_onnx
 from clipkd.export.open_clip import write_open_clip
-from clipkd.models import Encoder
+from clipkd.models.encoder import Encoder
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 PROCESSOR = ("preprocessor_config.json", "processor_config.json", *TOKENIZER)

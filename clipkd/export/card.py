@@ -5,13 +5,13 @@ from typing import Any
 
 import yaml
 
-from clipkd import __version__, metrics_log
+from clipkd import __version__, files
 from clipkd.export.artefacts import FORMATS
 from clipkd.export.snippets import snippet
 from clipkd.export.source import Source
-from clipkd.models import Encoder
-from clipkd.onnx_student import SUFFIXES
-from clipkd.students import count_parameters
+from clipkd.models.encoder import Encoder
+from clipkd.models.onnx_student import SUFFIXES
+from clipkd.models.students import count_parameters
 
 
 def write_card(
@@ -96,7 +96,7 @@ def recipe(folder: Path, encoder: Encoder, source: Source) -> str | None:
     own = {key: value for key, value in source.config.items() if key not in ("output", "resume")}
     if own["student"]["model"].endswith(".json"):  # an architecture that nobody else has
         own["student"] = {**own["student"], "model": "student.json"}
-        metrics_log.write(folder / "student.json", encoder.model_config or {})
+        files.write_json(folder / "student.json", encoder.model_config or {})
     (folder / "training.yaml").write_text(yaml.safe_dump(own, sort_keys=False), encoding="utf-8")
     terms = [
         f"{name} × {term['weight']:g}" + (f" ({term['keys']} keys)" if "keys" in term else "")

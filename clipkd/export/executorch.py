@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from clipkd import metrics_log
+from clipkd import files
 from clipkd.export.onnx import TextTower, VisionTower, describe, plain_attention
 from clipkd.export.tokenizer import convert_tokenizer, write_tokenizer
-from clipkd.models import Encoder
+from clipkd.models.encoder import Encoder
 
 
 def require_executorch() -> None:
@@ -36,7 +36,7 @@ def write_executorch(encoder: Encoder, folder: Path) -> None:
     (folder / "executorch").mkdir()
     tokenizer = convert_tokenizer(encoder)
     write_tokenizer(tokenizer, folder)
-    metrics_log.write(folder / "executorch" / "about.json", describe(encoder, tokenizer, dynamic=False))
+    files.write_json(folder / "executorch" / "about.json", describe(encoder, tokenizer, dynamic=False))
     pixels = torch.zeros(1, 3, *encoder.spec.size)
     texts = encoder.spec.tokenize(["a photo of a cat"])
     for name, tower, example in (

@@ -10,7 +10,7 @@ import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
 
-from clipkd.models import Encoder
+from clipkd.models.encoder import Encoder
 
 RESAMPLING = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
 

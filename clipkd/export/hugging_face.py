@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from open_clip.model import CLIPTextCfg
 from tokenizers import Tokenizer
 
-from clipkd import checkpoint, metrics_log, models
+from clipkd import files
 from clipkd.export.families import FAMILIES, RESAMPLING, find_family, misfit, rename
 from clipkd.export.tokenizer import CHECKED, END, START, convert_tokenizer, sees_padding, write_tokenizer
-from clipkd.models import Encoder
+from clipkd.models.encoder import Encoder
+from clipkd.models.load import find_text_tower
 
 __all__ = ["find_family", "write_hugging_face"]
 
@@ -43,7 +44,7 @@ def write_hugging_face(encoder: Encoder, folder: Path) -> None:
     write_tokenizer(tokenizer, folder)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    checkpoint.write_tensors(folder / "model.safetensors", model.state_dict(), metadata={"format": "pt"})
+    files.write_tensors(folder / "model.safetensors", model.state_dict(), metadata={"format": "pt"})
     write_processor(folder, family, settings, image_settings(encoder, family))
     exact = folder / "exact"
     exact.mkdir(exist_ok=True)
@@ -55,10 +56,10 @@ def write_hugging_face(encoder: Encoder, folder: Path) -> None:
 
 def write_processor(folder: Path, family: str, tokenizer: dict[str, Any], images: dict[str, Any]) -> None:
     """Beside a tokenizer.json, what AutoTokenizer, AutoImageProcessor and AutoProcessor read."""
-    metrics_log.write(folder / "tokenizer_config.json", tokenizer)
-    metrics_log.write(folder / "preprocessor_config.json", images)
+    files.write_json(folder / "tokenizer_config.json", tokenizer)
+    files.write_json(folder / "preprocessor_config.json", images)
     processor = {"image_processor": images, "processor_class": FAMILIES[family].processor}
-    metrics_log.write(folder / "processor_config.json", processor)
+    files.write_json(folder / "processor_config.json", processor)
 
 
 def tokenizer_settings(encoder: Encoder, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def build(encoder: Encoder, family: str, tokens: Mapping[str, int | None]) -> An
     import transformers
 
     model: Any = encoder.model
-    texts, _ = models.find_text_tower(model)
+    texts, _ = find_text_tower(model)
     text = {
         **tower_settings(encoder, family, texts.transformer.resblocks, texts.ln_final),
         **tokens,

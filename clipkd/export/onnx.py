@@ -13,12 +13,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from clipkd import metrics_log
-from clipkd.cost import count_macs
+from clipkd import files
 from clipkd.export.tokenizer import convert_tokenizer, write_tokenizer
-from clipkd.models import Encoder
-from clipkd.onnx_student import onnx_file
-from clipkd.students import count_parameters
+from clipkd.models.cost import count_macs
+from clipkd.models.encoder import Encoder
+from clipkd.models.onnx_student import onnx_file
+from clipkd.models.students import count_parameters
 
 OPSET = 18
 LARGEST = 2**31
@@ -206,9 +206,9 @@ def write_immich(encoder: Encoder, folder: Path) -> None:
     (target / "textual" / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     pad_id = (json.loads(tokenizer)["padding"] or {}).get("pad_id", 0)
     vocabulary = {number: token for token, number in json.loads(tokenizer)["model"]["vocab"].items()}
-    metrics_log.write(target / "textual" / "tokenizer_config.json", {"pad_token": vocabulary[pad_id]})
-    metrics_log.write(target / "visual" / "preprocess_cfg.json", encoder.preprocess_config)
-    metrics_log.write(target / "config.json", encoder.model_config or {})
+    files.write_json(target / "textual" / "tokenizer_config.json", {"pad_token": vocabulary[pad_id]})
+    files.write_json(target / "visual" / "preprocess_cfg.json", encoder.preprocess_config)
+    files.write_json(target / "config.json", encoder.model_config or {})
 
 
 def metadata(model: Any) -> dict[str, str]:

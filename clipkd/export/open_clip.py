@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from clipkd import checkpoint, models
-from clipkd.models import Encoder
+from clipkd import files
+from clipkd.models.encoder import Encoder
+from clipkd.models.load import load_open_clip
 
 
 def write_open_clip(encoder: Encoder, folder: Path) -> None:
@@ -18,13 +19,13 @@ def write_open_clip(encoder: Encoder, folder: Path) -> None:
         encoder.spec.tokenize.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
     config = {"model_cfg": encoder.model_config, "preprocess_cfg": encoder.preprocess_config}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    checkpoint.write_tensors(folder / "open_clip_model.safetensors", encoder.model.state_dict())
+    files.write_tensors(folder / "open_clip_model.safetensors", encoder.model.state_dict())
     check_open_clip(encoder, folder)
 
 
 def check_open_clip(encoder: Encoder, folder: Path) -> None:
     """Weights bit-equal, the same preprocessing."""
-    loaded = models.load_open_clip(f"local-dir:{folder}")
+    loaded = load_open_clip(f"local-dir:{folder}")
     expected, found = encoder.model.state_dict(), loaded.model.state_dict()
     equal = expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
     if not (equal and encoder.spec.images == loaded.spec.images):

@@ -26,13 +26,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers.utils import logging as quiet
 
-from clipkd import apart, metrics_log
+from clipkd import files
 from clipkd.export.artefacts import FORMATS
 from clipkd.export.executorch import executorch_file
 from clipkd.export.hugging_face import TOLERANCE
 from clipkd.export.probes import Probes
 from clipkd.export.snippets import snippet
-from clipkd.onnx_student import OnnxStudent, preprocess
+from clipkd.inference import isolated as apart
+from clipkd.models.onnx_student import OnnxStudent, preprocess
 from clipkd.progress import console
 
 PACKAGES = {
@@ -76,13 +77,13 @@ def prove(job: Job, formats: list[str]) -> list[dict[str, Any]]:
     while remaining:
         command = apart.command("clipkd.export.parity", str(path), *remaining)
         code = subprocess.run(command, env=environment, check=False).returncode
-        finished = [row["format"] for row in metrics_log.read(Path(job.rows))]
+        finished = [row["format"] for row in files.read_rows(Path(job.rows))]
         remaining = [format for format in remaining if format not in finished]
         if code in (-signal.SIGINT, 128 + signal.SIGINT):
             raise KeyboardInterrupt
         if remaining:  # it has ended before its time
-            metrics_log.append(Path(job.rows), {"format": remaining.pop(0), "error": apart.describe_end(code)})
-    rows = {row["format"]: row for row in metrics_log.read(Path(job.rows))}
+            files.append_row(Path(job.rows), {"format": remaining.pop(0), "error": apart.describe_end(code)})
+    rows = {row["format"]: row for row in files.read_rows(Path(job.rows))}
     return [rows[format] for format in formats]
 
 
@@ -272,4 +273,4 @@ def main() -> None:
     job = Job(**json.loads(Path(job_path).read_text(encoding="utf-8")))
     for format in formats:
         console.print(f"export: verifying {format}")
-        metrics_log.append(Path(job.rows), prove_one(job, format))
+        files.append_row(Path(job.rows), prove_one(job, format))

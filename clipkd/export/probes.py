@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clipkd import checkpoint
-from clipkd.models import Encoder
+from clipkd import files
+from clipkd.models.encoder import Encoder
 
 DRAWINGS = Path(__file__).parents[1] / "demo" / "assets"
 TILE, COLUMNS = 32, 32
@@ -60,7 +60,7 @@ def write_probes(encoder: Encoder, folder: Path, images: list[Image.Image], capt
         # One at a time, as no batch has to be equal to another.
         image = torch.cat([encoder.encode_image(each[None]) for each in pixels])
         text = torch.cat([encoder.encode_text(encoder.spec.tokenize([caption])) for caption in captions])
-    checkpoint.write_tensors(folder / "features.safetensors", {"image": image, "text": text})
+    files.write_tensors(folder / "features.safetensors", {"image": image, "text": text})
     return probes
 
 

@@ -3,7 +3,7 @@
 import json
 
 from clipkd.export.probes import EXAMPLE_LABELS
-from clipkd.onnx_student import SUFFIXES
+from clipkd.models.onnx_student import SUFFIXES
 
 LABELS = f"labels = {json.dumps(EXAMPLE_LABELS)}"
 SHOW = """\

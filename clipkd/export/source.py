@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from clipkd import checkpoint, metrics_log, models
-from clipkd.models import Encoder
+from clipkd import files
+from clipkd.models import run_folder
+from clipkd.models.encoder import Encoder
+from clipkd.models.load import load_model
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,12 @@ def open_student(name: str, *, ema: bool) -> tuple[Encoder, Source]:
     path = Path(name.removeprefix("local-dir:"))
     if not path.is_dir():
         raise ValueError(f"no checkpoint {name}; name a run folder, a checkpoint or a model folder")
-    if not checkpoint.is_run(path):
-        encoder = models.load(name, ema=ema)
+    if not run_folder.is_run(path):
+        encoder = load_model(name, ema=ema)
         return encoder, Source(path.resolve().name, "weights")
-    folder = checkpoint.resolve(path).resolve()
-    encoder = models.load(str(folder), ema=ema)
-    state = checkpoint.read_state(folder)
+    folder = run_folder.resolve(path).resolve()
+    encoder = load_model(str(folder), ema=ema)
+    state = run_folder.read_state(folder)
     run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
     teachers = state["identity"].get("teachers") or {}
     digest = encoder.weights_sha256()
@@ -45,7 +47,7 @@ def open_student(name: str, *, ema: bool) -> tuple[Encoder, Source]:
         config=publishable(state["config"]),
         step=state["step"],
         teachers=tuple(each["sha256"] for each in teachers.values()),
-        results=tuple(row for row in metrics_log.read(run / "results.jsonl") if row.get("weights_sha256") == digest),
+        results=tuple(row for row in files.read_rows(run / "results.jsonl") if row.get("weights_sha256") == digest),
     )
 
 

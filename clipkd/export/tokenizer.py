@@ -15,8 +15,8 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import BPE
 from tokenizers.normalizers import Lowercase, Normalizer, Replace, Strip
 
-from clipkd import models
-from clipkd.models import Encoder
+from clipkd.models.encoder import Encoder
+from clipkd.models.load import PROBES, find_text_tower
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 """What transformers and others call the two tokens that open_clip calls <start_of_text> and <end_of_text>."""
@@ -30,7 +30,7 @@ FINAL_SIGMA = (
 """Python lowers a Σ that ends a word to ς, `tokenizers` every Σ to σ."""
 
 CHECKED = (
-    *models.PROBES,
+    *PROBES,
     *("", " \t\n ", "A photo\r\nof\u2003a  dog ", "it's I'LL we've 'twas ''s", "1234 3½ ①", "#$%!!! ...--- </w> a_b"),
     *("İstanbul ΣΟΦΟΣ ΟΔΥΣΣΕΥΣ.", "cafe\u0301 Å \u212b ﬁﬂ ŉ ǆ", "“a” ‘b’ c’s ʼn"),
     *("ＬＯＵＤ　ﾊﾟﾋﾟ ﾡￂ", "日本語 한국어 العربية हिन्दी"),
@@ -75,7 +75,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 def sees_padding(encoder: Encoder) -> bool:
     """Whether a text's features depend on what stands behind its end token."""
-    tower, _ = models.find_text_tower(encoder.model)
+    tower, _ = find_text_tower(encoder.model)
     pool_type = getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", None)
     return encoder.short_text_tower is None or pool_type not in ("argmax", "eos")
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
-from clipkd.students import tower_of
+from clipkd.models.students import tower_of
 from clipkd.views import Features, View, ViewSpec
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from clipkd.models.encoder import Encoder
-from clipkd.onnx_student import OnnxStudent
+from clipkd.models.onnx_student import OnnxStudent
 
 
 class OnnxTowers(nn.Module):

@@ -9,9 +9,9 @@ import open_clip
 import torch
 from torch import Tensor
 
-from clipkd.models import PROBES
 from clipkd.models.encoder import Encoder
-from clipkd.students import tower_of
+from clipkd.models.load import PROBES
+from clipkd.models.students import tower_of
 
 LAYOUTS = (open_clip.CLIP, open_clip.CustomTextCLIP)
 """Both hold the same text tower; the second's names begin with `text.`."""

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from clipkd import checkpoint
-from clipkd.onnx_student import SUFFIXES
+from clipkd.models import run_folder
+from clipkd.models.onnx_student import SUFFIXES
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".onnx")
 
@@ -17,8 +17,8 @@ def weight_files(model: str, pretrained: str | None) -> list[Path]:
     folder = Path(rest if kind in ("local-dir", "hf", *SUFFIXES) else name)
     if not folder.is_dir():
         return []
-    if checkpoint.is_run(folder):
-        return [checkpoint.resolve(folder) / "model.safetensors"]
+    if run_folder.is_run(folder):
+        return [run_folder.resolve(folder) / "model.safetensors"]
     return sorted(
         path for place in (folder, folder / "onnx") for path in place.glob("*") if path.suffix in WEIGHT_SUFFIXES
     )

@@ -1,10 +1,10 @@
 """A run, and what `clipkd eval` found → one HTML page. The page loads nothing."""
 
 import itertools
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipkd import files
 from clipkd.report import evaluation, page, training
 
 
@@ -41,11 +41,5 @@ def write_report(config: ReportConfig) -> Path:
         matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "clipkd", "font.size": 9})
         body = "" if run is None else training.render_run(run, number)
         body += evaluation.render_results(found, number) if found else ""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    try:
-        temporary.write_text(page.render(folder, body), encoding="utf-8")
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_text(output, page.render(folder, body))
     return output

@@ -9,10 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from clipkd.data.evaluation_sets import EvaluationSet
 from clipkd.data.images import open_image
-from clipkd.evaluation import Results, Task, open_subject
-from clipkd.evaluation.results import label, read_samples
+from clipkd.evaluation.results import Results, label, read_samples
+from clipkd.evaluation.sets import EvaluationSet
+from clipkd.evaluation.tasks import Task, open_subject
 from clipkd.report.figures import COLOURS, Rows, escape, show, to_svg
 from clipkd.report.page import section, table
 

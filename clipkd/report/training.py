@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from clipkd import metrics_log
-from clipkd.config import TrainConfig, flatten, to_dict
+from clipkd import files
+from clipkd.config.train import TrainConfig, flatten, to_dict
 from clipkd.report.figures import (
     Curve,
     Panel,
@@ -50,7 +50,7 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise ValueError(f"no run folder {folder}; name the output of a clipkd train")
     metrics, results, skipped = (
-        [row for row in metrics_log.read(folder / name) if isinstance(row, dict) and isinstance(row.get("step"), int)]
+        [row for row in files.read_rows(folder / name) if isinstance(row, dict) and isinstance(row.get("step"), int)]
         for name in ("metrics.jsonl", "results.jsonl", "skipped.jsonl")
     )
     if not metrics:

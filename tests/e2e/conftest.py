@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipkd.config import StudentConfig
+from clipkd.config.train import StudentConfig
 from clipkd.demo import pairs
 from clipkd.export.artefacts import write_formats
-from clipkd.models import create_student
+from clipkd.models.load import create_student
 from tests.e2e.forked import start
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

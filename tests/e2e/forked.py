@@ -19,7 +19,7 @@ from tests import nccl_rules
 
 PRELOAD = [
     "clipkd.cli",
-    "clipkd.train",
+    "clipkd.training.loop",
     "clipkd.export",
     "clipkd.evaluation.command",
     "transformers",

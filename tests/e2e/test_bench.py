@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from clipkd import bench
-from clipkd.bench import measure
+from clipkd.inference import bench, measure
 from tests.e2e.conftest import Run
 
 QUICK = ("--seconds", 0, "--threads", 1)
@@ -73,7 +72,7 @@ def test_parameters_macs_and_sizes_are_those_of_the_files(benched: tuple[Path, s
 def test_an_onnx_runtime_is_measured_without_torch_in_memory(benched: tuple[Path, str]) -> None:
     task = {"runtime": "onnx", "folder": str(benched[0]), "batch": [1], "seconds": 0, "threads": 1}
     heavy = {"torch", "open_clip", "transformers", "PIL"}
-    code = f"import sys\nfrom clipkd.bench.measure import measure\nmeasure(**{task!r})\n"
+    code = f"import sys\nfrom clipkd.inference.measure import measure\nmeasure(**{task!r})\n"
     code += f"print(sorted({heavy!r} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
     assert done.stdout.strip() == "[]"

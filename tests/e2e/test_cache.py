@@ -16,18 +16,19 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from clipkd import models
-from clipkd.config import StudentConfig, TrainConfig
+from clipkd.config.data import DataConfig
+from clipkd.config.train import StudentConfig, TrainConfig
 from clipkd.data import PairSet, open_feed, open_pairs
 from clipkd.data.images import decoding_scale, open_image
-from clipkd.data_options import DataConfig
-from clipkd.feature_store import TeacherCache, read_manifest
+from clipkd.models.load import create_student, load_model
+from clipkd.teachers.store.manifest import read_manifest
+from clipkd.teachers.store.reader import TeacherCache
 from clipkd.views import Views
+from tests.data.samples import write_tar
 from tests.e2e.cache_runs import Event, tree, with_event, write_samples, write_teacher
 from tests.e2e.conftest import SMALL, Run
 from tests.e2e.forked import running
 from tests.e2e.test_train import ALL_TERMS, VARYING, read_metrics
-from tests.unit.samples import write_tar
 
 slow = pytest.mark.slow
 
@@ -391,7 +392,7 @@ def test_the_student_reads_the_frozen_teachers_text_features_too_in_micro_batche
 ) -> None:
     """With student.text teacher: the cache of any other student holds them."""
     student, teacher = (
-        models.create_student(StudentConfig(model=f"demo-{who}")).model_config for who in ("student", "teacher")
+        create_student(StudentConfig(model=f"demo-{who}")).model_config for who in ("student", "teacher")
     )
     assert student is not None
     assert teacher is not None
@@ -407,7 +408,7 @@ def test_the_student_reads_the_frozen_teachers_text_features_too_in_micro_batche
 def test_a_student_with_a_frozen_text_tower_of_its_own_finds_it_in_a_cache_made_for_it(
     setting: Setting, tmp_path: Path
 ) -> None:
-    student = models.create_student(StudentConfig(model="demo-student"))
+    student = create_student(StudentConfig(model="demo-student"))
     save_file(student.model.state_dict(), tmp_path / "start.safetensors")
     options = ("--student.text", "frozen", "--student.pretrained", tmp_path / "start.safetensors")
     setting.clipkd(*setting.caching, *options, "--output", tmp_path / "cache")
@@ -429,7 +430,7 @@ def test_two_teachers_of_other_resolutions_on_large_jpegs(setting: Setting, clip
     pairs = open_pairs(DataConfig(path=str(tmp_path / "pairs"), caption_key="captions", num_workers=0))
     assert isinstance(pairs, PairSet)
     image = open_image(pairs.read(0).image, "first")
-    specs = [models.create_student(StudentConfig(model="demo-student")).spec, models.load(str(clip_folder)).spec]
+    specs = [create_student(StudentConfig(model="demo-student")).spec, load_model(str(clip_folder)).spec]
     assert [decoding_scale(image, (10.0, 10.0, 470.0, 350.0), spec) for spec in specs] == [8, 4]
 
     options = [*SMALL, "--data.path", tmp_path / "pairs", "--objective.kl.weight", 1, "--objective.kl.keys", "student"]
@@ -531,7 +532,7 @@ def test_more_passes_than_views_see_the_stored_views_again_in_order(setting: Set
     cache = TeacherCache(setting.cache, manifest)
     pairs = DataConfig(path=str(setting.pairs), caption_key="captions", num_workers=0)
     config = TrainConfig(data=pairs, batch_size=16)
-    views = Views([models.create_student(StudentConfig(model="demo-student")).spec])
+    views = Views([create_student(StudentConfig(model="demo-student")).spec])
     opened = open_pairs(config.data)
     images = np.concatenate([np.load(setting.cache / shard.files["image.0"].name) for shard in manifest.shards])
     texts = np.concatenate([np.load(setting.cache / shard.files["text.0"].name) for shard in manifest.shards])

@@ -82,7 +82,7 @@ def test_wheel_holds_the_package_and_runs_elsewhere(data: Path, environment: dic
             sys.executable,
             "-P",
             "-c",
-            "import clipkd, clipkd.arguments as a; print(clipkd.__file__, a.recipe('demo'))",
+            "import clipkd, clipkd.config.parse as a; print(clipkd.__file__, a.recipe('demo'))",
         ],
         env={**environment, "PYTHONPATH": str(site)},
         cwd=tmp_path,

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from clipkd.models import imagenet_synsets
+from clipkd.models.load import imagenet_synsets
 from tests.e2e.conftest import SMALL, Run
 
 CROSS_CHECK = Path(__file__).parents[2] / "eval" / "cross_check.py"

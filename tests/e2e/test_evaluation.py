@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from clipkd.evaluation.results import read_samples
+from tests.data.samples import encode, write_tar
 from tests.e2e.conftest import SMALL, Run
-from tests.unit.samples import encode, write_tar
 
 CROSS_CHECK = Path(__file__).parents[2] / "eval" / "cross_check.py"
 sys.path.append(str(CROSS_CHECK.parent))

@@ -14,7 +14,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from clipkd.evaluation.results import read_samples
-from clipkd.models import imagenet_synsets
+from clipkd.models.load import imagenet_synsets
+from tests.data.samples import encode, write_tar
 from tests.e2e.conftest import Run
 from tests.e2e.forked import running
 from tests.e2e.test_evaluation import (
@@ -31,7 +32,6 @@ from tests.e2e.test_evaluation import (
     write_bench,
     write_data,
 )
-from tests.unit.samples import encode, write_tar
 
 EVAL = Path(__file__).parents[2] / "eval"
 

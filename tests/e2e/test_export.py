@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clipkd import metrics_log
+from clipkd import files
 from clipkd.export.parity import Job, prove
 from clipkd.export.probes import cut_drawings, write_probes
-from clipkd.models import load
+from clipkd.models.load import load_model as load
 from tests.e2e.conftest import Run
 from tests.e2e.forked import running
 
@@ -83,7 +83,7 @@ def test_the_int8_files_score_by_eval_what_parity_says(clipkd: Run, student: Pat
         5,
     )  # parity's batches were larger: no image may depend on its neighbours
     clipkd("eval", "--model", *models, "--data", data / "noto", "--output", tmp_path / "results", *small)
-    rows = metrics_log.read(tmp_path / "results" / "eval_results.jsonl")
+    rows = files.read_rows(tmp_path / "results" / "eval_results.jsonl")
     assert [row["model"] for row in rows] == models
     said = artefacts(student)
     for row, format in zip(rows, ("onnx-int8", "hf", "onnx"), strict=True):

@@ -16,13 +16,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torchvision.transforms import v2
 
-from clipkd import models
-from clipkd.config import StudentConfig
+from clipkd.config.train import StudentConfig
 from clipkd.export.artefacts import check_formats, write_formats
-from clipkd.models import Encoder
+from clipkd.models.encoder import Encoder
+from clipkd.models.load import build_open_clip, create_student, load_model
 from clipkd.models.onnx import load_onnx
-from clipkd.onnx_student import preprocess
-from tests.siglip_tower import vit_clipkd_test_siglip
+from clipkd.models.onnx_student import preprocess
+from tests.models.siglip_tower import vit_clipkd_test_siglip
 
 TEXT = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 TIMM = {"timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": None, "image_size": 64}
@@ -72,7 +72,7 @@ def make_student(name: str, folder: Path) -> Encoder:
     config = {"embed_dim": 24, "text_cfg": TEXT, **FAMILIES[name]}
     (folder / f"{name}.json").write_text(json.dumps(config))
     torch.manual_seed(3)
-    encoder = models.create_student(StudentConfig(model=str(folder / f"{name}.json"))).eval()
+    encoder = create_student(StudentConfig(model=str(folder / f"{name}.json"))).eval()
     with torch.no_grad():
         for parameter in encoder.model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -184,10 +184,10 @@ def test_other_software_gives_the_students_features(exported: tuple[str, Encoder
     assert_close(by_open_clip(folder), expected)
     if name in FITS_TRANSFORMERS:
         assert_close(by_transformers(folder), expected)
-        assert_close(features_of(models.load(f"hf:{folder}")), expected)
+        assert_close(features_of(load_model(f"hf:{folder}")), expected)
     pixels = torch.stack([encoder.preprocess(image.convert("RGB")) for image in odd_images()]).numpy()
     assert_close(by_onnxruntime(folder, pixels), expected)
-    assert_close(features_of(models.load(f"onnx:{folder}")), expected)
+    assert_close(features_of(load_model(f"onnx:{folder}")), expected)
 
 
 def features_of(encoder: Encoder) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,7 @@ def features_of(encoder: Encoder) -> tuple[Tensor, Tensor]:
 def test_preprocessing_without_torch_is_torchvisions(mode: str, tmp_path: Path) -> None:
     plain = make_student("vit", tmp_path)
     config = {**plain.preprocess_config, "resize_mode": mode}
-    encoder = models.build_open_clip("vit", plain.model_config or {}, preprocess_config=config)
+    encoder = build_open_clip("vit", plain.model_config or {}, preprocess_config=config)
     about = {"image_size": (48, 48), "image_mean": encoder.spec.mean, "image_std": encoder.spec.std}
     about |= {"interpolation": "bicubic", "resize_mode": mode}
     for image in odd_images():
@@ -231,7 +231,7 @@ def test_preprocessing_that_the_metadata_cannot_tell_is_refused(
 ) -> None:
     encoder = make_student("vit", tmp_path)
     config = {**encoder.preprocess_config, **change}
-    other = models.build_open_clip("vit", encoder.model_config or {}, preprocess_config=encoder.preprocess_config)
+    other = build_open_clip("vit", encoder.model_config or {}, preprocess_config=encoder.preprocess_config)
     other.preprocess_config = config
     other.spec = type(other.spec)(**{**vars(other.spec), "size": change.get("size", other.spec.size)})
     with pytest.raises(ValueError, match=refused):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipkd import models
-from clipkd.students import MODEL_CONFIGS
+from clipkd.models.load import load_model
+from clipkd.models.students import MODEL_CONFIGS
 from tests.e2e.conftest import SMALL, Run
 from tests.e2e.test_train import VARYING, read_metrics, with_all_terms
 
@@ -49,7 +49,7 @@ def test_the_teachers_text_tower_stays_while_all_else_learns(
     for name in one[0].keys() - VARYING:
         assert [row[name] for row in one] == pytest.approx([row[name] for row in two], rel=1e-5, abs=1e-5), name
 
-    theirs = models.load(f"local-dir:{teacher}")
+    theirs = load_model(f"local-dir:{teacher}")
     text = [name for name in theirs.model.state_dict() if not name.startswith(("visual", "logit"))]
     assert len(text) > 10
     for run in ("one", "two"):
@@ -75,7 +75,7 @@ def test_the_teachers_text_tower_stays_while_all_else_learns(
         assert [name for name in expected if not torch.equal(expected[name], found[name])] == [], file
 
     clipkd("export", tmp_path / "one", "--output", tmp_path / "student")
-    exported = models.load(str(tmp_path / "student"))
+    exported = load_model(str(tmp_path / "student"))
     tokens = exported.spec.tokenize(CAPTIONS)
     with torch.no_grad():
         assert torch.equal(exported.encode_text(tokens), theirs.encode_text(tokens))

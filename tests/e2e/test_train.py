@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from clipkd import models
-from clipkd.arguments import parse
-from clipkd.closed_set import closed_set_fingerprint
-from clipkd.config import StudentConfig, TrainConfig
+from clipkd.config.data import DataConfig
+from clipkd.config.objective import ObjectiveConfig
+from clipkd.config.parse import parse
+from clipkd.config.terms import InfoNCETerm
+from clipkd.config.train import StudentConfig, TrainConfig
 from clipkd.data import open_feed, open_pairs
-from clipkd.data_options import DataConfig
-from clipkd.objective import ObjectiveConfig
-from clipkd.resume import require_same_run
-from clipkd.term_options import InfoNCETerm
+from clipkd.models.load import create_student, load_model
+from clipkd.objective.closed_set import closed_set_fingerprint
+from clipkd.training.resume import require_same_run
 from clipkd.views import Views
 from tests.e2e.conftest import SMALL, Run
 
@@ -169,8 +169,8 @@ def test_a_transformers_teacher_sees_its_own_resolution_and_tokens(
     assert weights["image_projection.weight"].shape == (8, 128)
     assert not any(name.startswith("teacher") for name in weights)
 
-    encoder = models.load(str(clip_folder))
-    student = models.create_student(StudentConfig(model="demo-student"))
+    encoder = load_model(str(clip_folder))
+    student = create_student(StudentConfig(model="demo-student"))
     assert (encoder.spec.size, student.spec.size) == ((48, 48), (32, 32))
     pairs = DataConfig(path=str(data / "pairs"), caption_key="captions", num_workers=0)
     config = TrainConfig(data=pairs, batch_size=4, objective=ObjectiveConfig(info_nce=InfoNCETerm(weight=1)))
@@ -234,7 +234,7 @@ def test_a_timm_tower_is_a_student(clipkd: Run, data: Path, tmp_path: Path) -> N
     refused = clipkd("train", *arguments, "--student.model", tmp_path / "other.json", check=False)
     assert (refused.returncode, "other: its towers do not run" in refused.stderr) == (2, True)
     clipkd("export", tmp_path / "run", "--output", tmp_path / "student")
-    assert models.load(str(tmp_path / "student")).dim == 32
+    assert load_model(str(tmp_path / "student")).dim == 32
 
 
 def test_damaged_samples_are_skipped_counted_and_above_a_share_end_the_run(

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from clipkd.assemble import require_installed
 from clipkd.cli import main
-from clipkd.config import TrainConfig
-from clipkd.objective import ObjectiveConfig
-from clipkd.students import MODEL_CONFIGS
+from clipkd.config.objective import ObjectiveConfig
+from clipkd.config.train import TrainConfig
+from clipkd.models.students import MODEL_CONFIGS
+from clipkd.training.assemble import require_installed
 from tests.e2e.conftest import SMALL, Run
 
 

@@ -1,0 +1,1 @@
+"""Options of every command, torch-free: dataclasses, YAML and command line."""

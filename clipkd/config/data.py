@@ -1,0 +1,63 @@
+"""The options of the data: where pairs lie, what their parts are called, and how images are cropped."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from clipkd.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    format: Literal["webdataset", "huggingface", "csv"] = "webdataset"
+    """webdataset: tar shards; huggingface: a hub name, a save_to_disk folder, or a folder of parquet, arrow or image files; csv: a table of image paths and captions."""
+    path: tuple[str, ...] | str = ""
+    """webdataset: folders, tars, brace patterns such as shards/{00000..00331}.tar, URLs or pipes, one or a list; huggingface: name or folder; csv: .csv or .tsv files."""
+    split: str = "train"
+    """Split of a Hugging Face data set; the others ignore it."""
+    image_column: str = "image"
+    """Image column of a Hugging Face data set or table (there: paths, relative to it); webdataset takes the member with an image suffix."""
+    caption_key: str = "txt"
+    """webdataset: txt for the .txt member, else a key of the .json member; else the column. A list holds several captions, one is drawn."""
+    label_key: str | None = None
+    """Class number of an image, for objective.closed_set: webdataset: cls for the .cls member, else a key of the .json; else the column."""
+    weight: float = 1.0
+    """How often an epoch passes through this source: 2 takes every sample twice, 0.5 one half in one epoch and the other in the next."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(filter(None, (self.path,) if isinstance(self.path, str) else self.path))
+
+    def __post_init__(self) -> None:
+        self.check("data.mix[…]")
+
+    def check(self, where: str) -> None:
+        require(self.label_key != "", f"{where}.label_key is empty; name a key or column, or leave it out")
+        require(self.weight > 0, f"{where}.weight is {self.weight}; it must be positive")
+        require(
+            self.format != "huggingface" or len(self.paths) <= 1,
+            f"{where}.path lists {len(self.paths)} Hugging Face data sets; name one, and the others in data.mix",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(SourceConfig):
+    mix: tuple[SourceConfig, ...] = ()
+    """Further sources, each with path, format, columns and weight of its own."""
+    max_skipped: float = 0.01
+    """Largest share of samples (and of shards) that may be damaged and are skipped; above it the run stops. 0 stops at the first."""
+    num_workers: int = 2
+    """Loader processes per training process; 0 loads in the training process."""
+    min_crop: float = 0.9
+    """Smallest random crop, as a share of the image's area; 1 squashes the whole image."""
+    background: Literal["white", "random"] = "white"
+    """What shows through transparent pixels: white, or a random colour per view (an augmentation for drawings)."""
+
+    def __post_init__(self) -> None:
+        self.check("data")
+        require(0 < self.min_crop <= 1, f"data.min_crop is {self.min_crop}; it is a share of the area in (0, 1]")
+        require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}; it must be 0 or more")
+        require(0 <= self.max_skipped <= 1, f"data.max_skipped is {self.max_skipped}; it is a share in [0, 1]")
+        labelled = {source.label_key is not None for source in (self, *self.mix)}
+        require(
+            len(labelled) == 1, "some sources have a label_key and others none; name one for data and each of data.mix"
+        )

@@ -1,0 +1,148 @@
+"""Command-line arguments and YAML → the dataclasses of each command, with errors that say what to do."""
+
+import dataclasses
+import difflib
+import functools
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_origin
+
+import jsonargparse
+import yaml
+
+from clipkd.config.train import TrainConfig
+
+C = TypeVar("C")
+
+# The docstring under each field is its help.
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """jsonargparse with errors of one line, which name the nearest known option."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message = " ".join(message.split())
+        options = {option.removeprefix("--") for option in self._option_string_actions if option.startswith("--")}
+        for word in re.findall(r"[\w.]*\w", message):
+            if (
+                ("accept" in message or "unrecognized" in message)
+                and word not in options
+                and (near := nearest_option(word, options))
+            ):
+                message += f"; did you mean {near!r}?"
+                break
+        # The parser of a nested list has no name of its own.
+        command = self.prog if self.prog.startswith("clipkd") else "clipkd"
+        self.exit(2, f"{command}: error: {message} (--help lists the options)\n")
+
+
+def nearest_option(word: str, options: set[str]) -> str | None:
+    """The option meant by a mistyped one, which a message may give in full or from its group on."""
+    tails = {option.split(".", 1)[1]: option for option in options if "." in option}
+    tails |= {option: option for option in options}
+    near = difflib.get_close_matches(word, tails, n=1, cutoff=0.75)
+    return tails[near[0]] if near else None
+
+
+def parse(arguments: list[str], command: str = "train") -> TrainConfig:
+    """Arguments of `clipkd train`: --config FILE (stackable), then dotted overrides.
+
+    Exits with one line and status 2 where they are wrong, signed by the command.
+    """
+    return parse_into(TrainConfig, arguments, command, "Train a student, with or without a teacher.")
+
+
+def parse_into(
+    kind: type[C], arguments: list[str], command: str, description: str, *, positional: dict[str, str] | None = None
+) -> C:
+    """Arguments of one command → its dataclass, whose fields and docstrings are the options and their help.
+
+    positional: fields that are given in order, without their names → their help. A tuple takes one or more words.
+    """
+    parser = build_parser(kind, command, description, tuple((positional or {}).items()))
+    for flag, path in itertools.pairwise(arguments):
+        if flag == "--config" and Path(path).is_file():
+            check_yaml(Path(path), parser)
+    namespace = parser.parse_args(spell_out(kind, arguments))
+    try:
+        values = {name: value for name, value in vars(parser.instantiate(namespace)).items() if name != "config"}
+        return kind(
+            **values | {name: tuple(values[name]) for name in positional or {} if isinstance(values[name], list)}
+        )
+    except ValueError as error:
+        parser.error(str(error))
+
+
+@functools.cache
+def build_parser(kind: type, command: str, description: str, positional: tuple[tuple[str, str], ...]) -> Parser:
+    """Building takes longer than parsing, and a demo parses some ten times."""
+    parser = Parser(prog=f"clipkd {command}", description=description, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML of differences from the defaults; several are stacked.")
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    for name, text in positional:
+        parser.add_argument(name, type=str, help=text, nargs="+" if is_tuple(types[name]) else None)
+    parser.add_class_arguments(kind, as_group=False, skip={name for name, _ in positional})
+    return parser
+
+
+def spell_out(kind: type, arguments: list[str]) -> list[str]:
+    """--max-drop → --max_drop, and for the fields of a command --quick → --quick true, --task a b → --task [a,b]."""
+    fields = {f"--{field.name}": field.type for field in dataclasses.fields(kind)}
+    spelled: list[str] = []
+    rest = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
+    while rest:
+        argument = rest.pop(0)
+        spelled.append(argument)
+        following = list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
+        if fields.get(argument) is bool and following[:1] not in (["true"], ["false"]):
+            spelled.append("true")
+        elif "tuple" in str(fields.get(argument)) and (
+            len(following) > 1 or (following and is_tuple(fields[argument]) and not following[0].startswith("["))
+        ):
+            spelled.append(json.dumps(following))
+            rest = rest[len(following) :]
+    return spelled
+
+
+def is_tuple(kind: Any) -> bool:
+    """Whether a field takes nothing but a tuple, so that one word is a tuple of one."""
+    return get_origin(kind) is tuple
+
+
+def check_yaml(path: Path, parser: Parser) -> None:
+    """jsonargparse's errors do not name the file."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"{path} is not YAML: {error}")
+    if not isinstance(content, dict):
+        parser.error(f"{path} holds no options; write lines such as 'steps: 1000'")
+    options = {option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")}
+    unknown = [name for name in option_names(content) if not any(f"{o}.".startswith(f"{name}.") for o in options)]
+    if unknown:
+        hints = ((name, nearest_option(name, options)) for name in unknown)
+        named = [f"{name!r}" + (f" (did you mean {near!r}?)" if near else "") for name, near in hints]
+        parser.error(f"{path}: there is no option {', '.join(named)}")
+
+
+def option_names(content: dict[Any, Any], prefix: str = "") -> Iterator[str]:
+    """{a: {b: 1}} → a.b"""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from option_names(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def recipe(name: str) -> Path:
+    """A recipe of configs/ by name: in an installed wheel it lies beside this file, in a clone at the top."""
+    here = Path(__file__).parents[1]
+    for path in (here / "configs" / f"{name}.yaml", here.parent / "configs" / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = sorted(p.stem for folder in (here, here.parent) for p in (folder / "configs").glob("*.yaml"))
+    raise ValueError(f"no recipe {name!r}; there are {known}")

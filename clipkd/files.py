@@ -1,0 +1,162 @@
+"""Files that are complete or absent, JSON and JSON lines, hashes, tensor files, and the lock of a folder; loads no torch."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], Any], *, durable: bool = False) -> None:
+    """Write a file under a temporary name beside it, then rename it; make its folder first.
+
+    durable: force the content to disk before the rename. Raises: OSError that names the file; nothing of it stays.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            write(file)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
+
+
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Write a UTF-8 file as `write_whole` does."""
+    write_whole(path, lambda file: file.write(text.encode()), durable=durable)
+
+
+def write_json(path: Path, record: Any, *, durable: bool = False) -> None:
+    """Write one JSON value as `write_whole` does; NaN and infinities become null."""
+    write_text(path, to_json(record, indent=1) + "\n", durable=durable)
+
+
+def to_json(record: Any, *, indent: int | None = None) -> str:
+    """JSON text; NaN and infinities become null, which JSON can hold."""
+    return json.dumps(replace_non_finite(record), allow_nan=False, indent=indent)
+
+
+def replace_non_finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: replace_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_non_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add one line to a file of JSON lines. Raises: OSError that names the file."""
+    line = to_json(row) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":  # a kill cut the last line short
+                    line = "\n" + line
+            file.write(line.encode())
+    except OSError as error:  # a full disk shows at the write, which knows no name
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All complete rows of a file of JSON lines; a line that a kill cut short is left out. Empty if there is no file."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Remove the rows of steps that a resumed run repeats."""
+    if path.is_file():
+        kept = [row for row in read_rows(path) if row.get("step", 0) <= step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to disk: a rename must not overtake the content it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], *, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that everyone may read. Raises: OSError that names the file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    # Cloned, since safetensors refuses tensors that share memory (tied weights).
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        save_file(copies, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
+    path.chmod(0o644)  # safetensors makes files that only their owner can read
+
+
+def read_tensors(path: Path) -> dict[str, "Tensor"]:
+    """Tensors of a safetensors file, on the CPU. Raises: ValueError if it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}); use an earlier checkpoint") from error
+
+
+def claim(folder: Path) -> IO[str]:
+    """Lock a folder for this process until it closes the returned file or dies.
+
+    Raises: ValueError if another process holds the lock.
+    """
+    lock = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        # lockf, not flock: its locks are not inherited by loader processes, which may outlive this one.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        owner = lock.read().strip()
+        lock.close()
+        raise ValueError(
+            f"{folder} is being written by {owner}; wait for it, end it, or set another --output"
+        ) from None
+    except OSError:
+        return lock  # a file system without locks
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock

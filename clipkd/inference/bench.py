@@ -1,0 +1,144 @@
+"""`clipkd bench`: what a student costs in each of its formats, every runtime in a process of its own."""
+
+import json
+import os
+import platform
+import subprocess
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from clipkd import files, progress
+from clipkd.errors import require
+from clipkd.inference import isolated as apart
+from clipkd.models.onnx_student import find_formats
+
+BUSY = 0.25
+"""Load per core before the measurement from which on its times are doubtful."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    model: str
+    """An exported folder, an open_clip folder or a run."""
+    format: tuple[Literal["torch", "onnx", "onnx-fp16", "onnx-int8"], ...] = ()
+    """Formats to measure, in this order; none means all that the folder has."""
+    batch: tuple[int, ...] = (1, 32)
+    """Images, or texts, of a run; every size is measured."""
+    seconds: float = 2.0
+    """Of each measurement, after the warm-up; there are at least 5 runs."""
+    threads: int | None = None
+    """Threads of a runtime; null takes one per core."""
+    output: str | None = None
+    """JSON file to write; null writes bench.json into the folder."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.batch) and min(self.batch) >= 1, f"batch is {list(self.batch)}; give sizes of 1 or more")
+        require(self.seconds >= 0, f"seconds is {self.seconds}; it must be 0 or more")
+        require(self.threads is None or self.threads >= 1, f"threads is {self.threads}; it must be 1 or more")
+
+
+def run(config: BenchConfig) -> tuple[Path, dict[str, Any]]:
+    """Measures, writes the JSON file, returns both. A runtime that fails has its reason in `errors`, and a row that says so.
+
+    Raises: ValueError if there is no such folder, or it holds no model or not the formats asked for.
+    """
+    folder = Path(config.model.removeprefix("local-dir:"))
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}; name one that clipkd export has written, or a run")
+    output = folder / "bench.json" if config.output is None else Path(config.output)
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder; name a JSON file with --output")
+    found = find_runtimes(folder)
+    if missing := [name for name in config.format if name not in found]:
+        raise ValueError(f"{folder} has no {' and no '.join(missing)}; format may be {', '.join(found)}")
+    order = list(config.format or found)
+    task = {"batch": config.batch, "seconds": config.seconds, "threads": config.threads or count_cores()}
+    load = round(os.getloadavg()[0], 2)
+    if load > BUSY * count_cores():
+        warnings.warn(
+            f"other work is running (load {load}): times are too long; --threads 1 suffers least", stacklevel=2
+        )
+    record: dict[str, Any] = {"model": str(folder), "cpu": cpu_name(), "load": load, **task, "order": order}
+    record |= {"versions": {}, "errors": {}, "rows": []}
+    for runtime in progress.track(order, "runtimes", len(order)):
+        measured = measure_apart({"runtime": runtime, "folder": str(folder), **task})
+        if isinstance(measured, str):
+            record["errors"][runtime] = measured
+            record["rows"].append({"runtime": runtime, "error": measured})
+        else:
+            record["versions"] |= measured["versions"]
+            record["rows"] += measured["rows"]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(output, record)
+    return output, record
+
+
+def find_runtimes(folder: Path) -> list[str]:
+    """Raises: ValueError if a folder holds no model."""
+    formats: list[str] = find_formats(folder)
+    if any((folder / name).is_file() for name in ("open_clip_config.json", "config.json")):
+        return ["torch", *formats]
+    if not formats:
+        from clipkd.models import run_folder
+
+        if not run_folder.is_run(folder):
+            raise ValueError(f"{folder} holds no model: no open_clip_config.json, no onnx/ and no checkpoints of a run")
+    return formats or ["torch"]
+
+
+def measure_apart(task: dict[str, Any]) -> dict[str, Any] | str:
+    """What clipkd.inference.measure finds, in a new process; or why that one ended without."""
+    command = apart.command("clipkd.inference.measure", json.dumps(task))
+    # Threads that wait actively slow torch down a hundred times where other work wants the same cores.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() if done.returncode > 0 else []
+        return said[-1] if said else apart.describe_end(done.returncode)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def count_cores() -> int:
+    """Cores that this process may use; two threads of one core count once, as ONNX Runtime and torch have it."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    numbers = os.sched_getaffinity(0)
+    siblings = [Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list") for number in numbers]
+    return len({path.read_text() if path.is_file() else path for path in siblings})
+
+
+def cpu_name() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def table(record: dict[str, Any]) -> Table:
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    caption = (
+        f"{record['cpu']}, load {record['load']} before; threads {record['threads']}; {versions}. Inputs are ready: decoding, "
+        "resizing and tokenizing are not counted. Per second: at the median time. Each runtime has a process of its own, one "
+        "after the other as the rows are, which holds both towers; peak MB: its most resident memory up to that row, base MB: "
+        "before it loaded the model. int8 batches are one pass, where eval and predict take one item at a time. Texts are "
+        "captions of about ten tokens; torch runs them padded to the whole context, as open_clip's users do, ONNX to the "
+        "longest if the text tower is causal (tokens). torch keeps both towers in one file: file MB is of their weights."
+    )
+    grid = Table(title=f"clipkd bench {record['model']}", caption=caption)
+    headings = ("runtime", "tower", "batch", "tokens", "p50 ms", "p95 ms", "per second", "peak MB", "base MB")
+    for place, heading in enumerate((*headings, "M params", "M MACs", "file MB")):
+        grid.add_column(heading, justify="left" if place < 2 else "right")
+    for row in record["rows"]:
+        if "error" in row:
+            grid.add_row(row["runtime"], "failed")
+            continue
+        numbers = [f"{row[key]:.2f}" for key in ("p50_ms", "p95_ms")]
+        numbers += [f"{row[key]:,.0f}" for key in ("per_second", "peak_rss_mb", "baseline_rss_mb")]
+        numbers += [f"{row[key] / 1e6:,.2f}" for key in ("parameters", "macs")]
+        tokens = str(row.get("tokens", ""))
+        grid.add_row(row["runtime"], row["tower"], str(row["batch"]), tokens, *numbers, f"{row['file_mb']:.2f}")
+    return grid

@@ -1,0 +1,86 @@
+"""Features of image files, kept in one file: what has not changed since is not encoded again."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from clipkd import files
+
+VERSION = 1
+"""Changes when the same model and file would give other features."""
+
+
+class Entry(NamedTuple):
+    """An image that was encoded."""
+
+    stamp: tuple[int, int]
+    feature: np.ndarray
+
+
+def read_stamp(path: str) -> tuple[int, int]:
+    """Bytes, and nanoseconds of the last change. Raises: OSError if the file is gone."""
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class Index:
+    """Entries by absolute path, all of one model. Without a file it holds nothing and keeps nothing."""
+
+    path: Path | None = None
+    model_sha256: str = ""
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path, model_sha256: str) -> "Index":
+        """A file that does not exist yet is an empty index.
+
+        Raises: ValueError if the file is something else, damaged, or of another model: none of these is overwritten.
+        """
+        if not path.exists():
+            return cls(path, model_sha256)
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                about: dict[str, Any] = json.loads(stored["about"].tobytes())
+                features = stored["features"]
+            stamps = {name: (size, time) for name, size, time in about["files"]}
+            entries = {name: Entry(stamp, row) for (name, stamp), row in zip(stamps.items(), features, strict=True)}
+            found = (about["version"], about["model_sha256"])
+        except Exception as error:  # numpy, zipfile and json raise anything on a file that is not theirs
+            raise ValueError(f"{path} is no index of clipkd predict, or a damaged one; name another --index") from error
+        if found != (VERSION, model_sha256):
+            raise ValueError(
+                f"{path} is the index of another model, format or version; name another --index, or delete it"
+            )
+        return cls(path, model_sha256, entries)
+
+    def find(self, path: str) -> Entry | None:
+        """The entry of a file that is as it was when it was encoded."""
+        entry = self.entries.get(os.path.abspath(path))
+        return entry if entry and is_unchanged(path, entry) else None
+
+    def write(self, found: Mapping[str, Entry]) -> None:
+        """Old entries whose files are as they were, and these: whole or not at all."""
+        if self.path is None:
+            return
+        old = {path: entry for path, entry in self.entries.items() if is_unchanged(path, entry)}
+        entries = {**old, **{os.path.abspath(path): entry for path, entry in found.items()}}
+        if entries.keys() == self.entries.keys() and all(entries[path] is self.entries[path] for path in entries):
+            return
+        stamps = [[path, *entry.stamp] for path, entry in entries.items()]
+        about = {"version": VERSION, "model_sha256": self.model_sha256, "files": stamps}
+        features = np.stack([entry.feature for entry in entries.values()]) if entries else np.empty((0, 0), np.float32)
+        description = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        files.write_whole(self.path, lambda file: np.savez(file, about=description, features=features))
+
+
+def is_unchanged(path: str, entry: Entry) -> bool:
+    try:
+        return read_stamp(path) == entry.stamp
+    except OSError:
+        return False

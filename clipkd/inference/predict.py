@@ -1,0 +1,107 @@
+"""`clipkd predict`: which label fits an image, and which images fit a text. Where a folder has ONNX files, without torch."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from clipkd.errors import require
+from clipkd.inference import images
+from clipkd.inference.runtime import Student, load_student
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    model: str
+    """An exported folder, or anything that clipkd eval --model takes."""
+    images: tuple[str, ...]
+    """Image files, and folders that are searched for them with all that is below. No image is turned as its EXIF says."""
+    labels: tuple[str, ...] = ()
+    """What an image may show: prints the likeliest. Either these or a query."""
+    query: str | None = None
+    """What to look for: prints the images nearest to it. Either this or labels."""
+    format: Literal["auto", "onnx", "onnx-fp16", "onnx-int8", "torch"] = "auto"
+    """Weights to take from the folder; auto takes the most exact ONNX files that are there, else torch."""
+    template: str = "{c}"
+    """Text around every label or the query, such as 'a photo of a {c}'."""
+    top: int = 5
+    """Labels per image, or images per query, to print."""
+    batch_size: int = 32
+    """Images, or texts, that are encoded at a time."""
+    index: str | None = None
+    """File (.npz) that keeps the images' features: the next time only new and changed images are encoded."""
+    json: bool = False
+    """Prints a line of JSON per image instead of text."""
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.labels) != (self.query is not None),
+            "give either --labels 'a cat' 'a dog' to choose from, or one --query 'a red car' to look for",
+        )
+        require(all(text.strip() for text in self.texts), "a label or the query is empty; give words")
+        twice = sorted({label for label in self.labels if self.labels.count(label) > 1})
+        require(not twice, f"labels has {', '.join(map(repr, twice))} more than once; give each label once")
+        require("{c}" in self.template, f"template is {self.template!r}; it must contain {{c}}, where the label goes")
+        for name in ("top", "batch_size"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be 1 or more")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.labels if self.query is None else (self.query,)
+
+
+def predict(config: PredictConfig) -> Iterator[str]:
+    """Lines to print: an image each, below a headline unless config.json. Images that are left out are named on stderr.
+
+    Raises: ValueError if the model, the index, or an image or folder that was named cannot be used, or no image at all.
+    """
+    named = images.find_images(config.images)
+    student = load_student(config.model, config.format)
+    if len(config.labels) == 1 and student.logit_bias is None:
+        raise ValueError(
+            f"labels has only {config.labels[0]!r}, whose share among all labels is 100 %; give two or more, or a --query"
+        )
+    prompts = [config.template.replace("{c}", text) for text in config.texts]
+    texts = np.concatenate([student.encode_texts(part) for part in images.batches(prompts, config.batch_size)])
+    found = images.encode_images(student, named, index=config.index, batch_size=config.batch_size)
+    cosines = np.stack(list(found.values())) @ texts.T
+    if config.labels:
+        return name_images(config, student, list(found), cosines)
+    return rank_images(config, student, list(found), cosines[:, 0])
+
+
+def name_images(config: PredictConfig, student: Student, paths: Sequence[str], cosines: np.ndarray) -> Iterator[str]:
+    kind = "softmax" if student.logit_bias is None else "sigmoid"
+    if not config.json:
+        meaning = {"softmax": f"among these {len(config.labels)} labels", "sigmoid": "of each label on its own"}[kind]
+        yield f"{student.runtime}: probability {meaning} ({kind})"
+    width = max(map(len, paths))
+    for path, row in zip(paths, probabilities(cosines, student.logit_scale, student.logit_bias), strict=True):
+        best = [(config.labels[place], float(row[place])) for place in np.argsort(-row, kind="stable")[: config.top]]
+        if config.json:
+            labels = [{"label": label, "probability": probability} for label, probability in best]
+            yield json.dumps({"image": path, "runtime": student.runtime, "probabilities": kind, "labels": labels})
+        else:
+            shown = (f"{label} {100 * probability:.3g} %" for label, probability in best)
+            yield "  ".join([images.printable(path).ljust(width), *shown])
+
+
+def rank_images(config: PredictConfig, student: Student, paths: Sequence[str], cosines: np.ndarray) -> Iterator[str]:
+    best = np.argsort(-cosines, kind="stable")[: config.top]
+    if not config.json:
+        yield f"{student.runtime}: cosines of the nearest {len(best)} of {len(paths)} images"
+    for rank, place in enumerate(map(int, best), start=1):
+        path, cosine = paths[place], float(cosines[place])
+        found = {"rank": rank, "image": path, "runtime": student.runtime, "cosine": cosine}
+        yield json.dumps(found) if config.json else f"{cosine:.4f}  {images.printable(path)}"
+
+
+def probabilities(cosines: np.ndarray, logit_scale: float, logit_bias: float | None) -> np.ndarray:
+    """[n, k] cosines → [n, k], in float64: the softmax of each row, or the sigmoid of each where there is a bias."""
+    logits = logit_scale * cosines.astype(np.float64)
+    if logit_bias is not None:
+        return 1 / (1 + np.exp(-(logits + logit_bias)))
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)

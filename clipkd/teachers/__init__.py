@@ -1,0 +1,1 @@
+"""Frozen teachers: loaded models, or their features from a cache."""

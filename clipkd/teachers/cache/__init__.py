@@ -1,0 +1,1 @@
+"""`clipkd cache`: compute the teachers' features once."""

@@ -1,0 +1,1 @@
+"""One training run: parts, loop, checkpoints, resume."""

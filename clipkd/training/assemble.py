@@ -1,0 +1,153 @@
+"""The parts of a run, each built from the configuration by itself, so that `check` can go on where one fails."""
+
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from clipkd import data, distributed, progress
+from clipkd.config.train import TrainConfig
+from clipkd.evaluation.tasks import METRICS, Subject, as_tuple, open_subjects
+from clipkd.models.encoder import Encoder
+from clipkd.models.load import initial_student
+from clipkd.objective.closed_set import class_vectors, closed_set_fingerprint, open_closed_set
+from clipkd.objective.distiller import Distiller, require_fitting_teachers
+from clipkd.teachers.loaded import (
+    Teacher,
+    configured_teachers,
+    hold_teachers,
+    load_teacher,
+    loaded,
+    open_teacher_cache,
+    share_text_tower,
+    stored_teachers,
+)
+from clipkd.teachers.store.reader import TeacherCache
+from clipkd.training import optim
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Raises: ValueError if Accelerate's own settings or the number of processes contradict the configuration."""
+    accelerator = distributed.make_accelerator(config.precision, trackers=config.log.trackers, folder=config.output)
+    if config.batch_size >= config.micro_batches > (share := config.batch_size // distributed.world_size()):
+        raise ValueError(
+            f"micro_batches is {config.micro_batches}, but a process's share of a batch has {share} pairs; lower it"
+        )
+    return accelerator
+
+
+def require_installed(config: TrainConfig) -> None:
+    """Raises: ValueError if a tracker's package, or the compiler that objective.compile needs on a CPU, is not there."""
+    for tracker in config.log.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise ValueError(f"log.trackers names {tracker}, which is not installed: pip install 'clipkd[{tracker}]'")
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+    device = distributed.join_processes().device
+    on_cpu = device is not None and device.type == "cpu"
+    if config.objective.compile and on_cpu and not any(map(shutil.which, filter(None, compilers))):
+        raise ValueError(
+            "objective.compile needs a C++ compiler on a CPU (g++ or clang++); install one, or leave it out"
+        )
+
+
+def open_tasks(config: TrainConfig) -> list[Subject]:
+    """The evaluations on the way, with their data. Raises: ValueError if the best checkpoint's metric is none of theirs."""
+    options = config.evaluation
+    subjects = open_subjects(as_tuple(options.task), as_tuple(options.data)) if options.data else []
+    if options.best is not None:
+        task, metric = parse_best(options.best)
+        found = [subject for subject in subjects if subject.name == task]
+        if not found:
+            raise ValueError(f"evaluation.best is {options.best!r}; tasks here: {[s.name for s in subjects]}")
+        if metric not in (known := ("main_metric", *METRICS[found[0].data.kind])):
+            raise ValueError(f"evaluation.best is {options.best!r}; metrics of {task}: {list(known)}")
+    return subjects
+
+
+def parse_best(best: str) -> tuple[str, str]:
+    """TASK or TASK:METRIC → task, metric."""
+    task, _, metric = best.partition(":")
+    return task, metric or "main_metric"
+
+
+def identify(
+    config: TrainConfig,
+    student: Encoder,
+    teachers: list[Teacher],
+    cache: TeacherCache | None,
+    pairs: data.Pairs,
+    precision: str,
+) -> dict[str, Any]:
+    """What a resumed run must share beyond its configuration."""
+    closed_set = config.objective.closed_set
+    identity: dict[str, Any] = {
+        "student": {
+            "name": student.name,
+            "model_cfg": student.model_config,
+            "preprocess_cfg": student.preprocess_config,
+        },
+        "teachers": {str(number): teacher.identity for number, teacher in enumerate(teachers)},
+        "pairs": {str(number): source for number, source in enumerate(pairs.identity())},
+        "mixed_precision": precision,
+        "augmentation": data.AUGMENTATION_VERSION,
+    }
+    if closed_set.weight:
+        identity["classes"] = closed_set_fingerprint(closed_set)
+    if cache is not None:
+        identity["teacher_cache"] = cache.identity()
+    return identity
+
+
+def make_distiller(
+    config: TrainConfig, student: Encoder, teachers: list[Teacher], cache: TeacherCache | None, device: torch.device
+) -> Distiller:
+    """Student, teachers and all that the objective needs, on the device."""
+    encoders = [encoder.to(device) for encoder in loaded(teachers)]
+    term, closed_set = config.objective.closed_set, None
+    if term.weight:
+        classes = class_vectors(term, encoders[0], device) if cache is None else cache.classes()
+        closed_set = open_closed_set(term, student=student, teacher_classes=classes, device=device)
+    dim = teachers[0].model.dim if teachers else None
+    return Distiller(student, config.objective, teacher_dim=dim, closed_set=closed_set, device=device).to(device)
+
+
+def make_optimizer(distiller: Distiller, config: TrainConfig) -> torch.optim.Optimizer:
+    options = config.optim
+    groups = optim.parameter_groups(
+        distiller.named_parameters(), weight_decay=options.weight_decay, logit_scale_lr=options.logit_scale_lr
+    )
+    betas = (options.beta1, options.beta2)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=betas, eps=options.eps, fused=True)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, on the CPU still."""
+
+    accelerator: Accelerator
+    student: Encoder
+    teachers: list[Teacher]
+    cache: TeacherCache | None
+    pairs: data.Pairs
+    subjects: list[Subject]
+
+
+def assemble(config: TrainConfig) -> Parts:
+    """Raises: ValueError or FileNotFoundError for the first thing that is wrong."""
+    require_installed(config)
+    accelerator = make_accelerator(config)
+    student = initial_student(config)
+    teachers = [load_teacher(options) for options in configured_teachers(config)]
+    share_text_tower(config, student, teachers)
+    hold_teachers(teachers)
+    require_fitting_teachers(config.objective, loaded(teachers))
+    pairs, cache = data.open_pairs(config.data, track=progress.track_on_main), None
+    if config.teacher.cache is not None:
+        cache = open_teacher_cache(config, pairs, student)
+        teachers = stored_teachers(cache)
+        require_fitting_teachers(config.objective, cache.teachers)
+    return Parts(accelerator, student, teachers, cache, pairs, open_tasks(config))

@@ -1,0 +1,112 @@
+"""GradCache (arXiv 2101.06983): batches whose activations do not fit, with all their negatives and the same gradient.
+
+Towers treat every pair by itself; only the loss looks at the whole batch. So the features are made without activations,
+a micro-batch at a time; the loss of the whole batch gives their gradients; and each micro-batch passes the towers once
+more, from where these gradients flow back.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from clipkd.models.encoder import Encoder
+from clipkd.objective.comparison import Targets
+from clipkd.objective.distiller import Distiller, Metrics
+from clipkd.views import Features, View, join
+
+Encoded = tuple[Features, Float[Tensor, "k d"] | None]
+"""Features of a view, and of class prompts."""
+
+
+def backward(
+    distiller: Distiller,
+    view: View,
+    targets: Targets,
+    *,
+    step: int,
+    micro_batches: int,
+    reseed: Callable[[int], Any],
+    model: Callable[..., Encoded] | None = None,
+    start_backward: Callable[[Tensor], Any] = Tensor.backward,
+) -> tuple[Float[Tensor, ""], Metrics]:
+    """Loss and series of a batch; its gradients are added to the parameters', as one backward pass would add them.
+
+    reseed: called with a micro-batch's number before each of its two passes, to give both the same dropout. model: the
+    distiller as DDP wraps it; gradients are exchanged once, with the last micro-batch. start_backward: of a
+    scalar (Accelerator.backward scales it under fp16). A BatchNorm sees micro-batches, and counts each once in its averages.
+    """
+    views, prompts = view.split(micro_batches), split(distiller.prompts_at(step), micro_batches)
+
+    def encode(encoder: Callable[..., Encoded], number: int) -> Encoded:
+        reseed(number)
+        return encoder(views[number], prompts[number])
+
+    encoded = without_traces(distiller.student, lambda n: encode(distiller, n), micro_batches)
+    features, classes = as_leaves(encoded, distiller.student)
+    loss, metrics = distiller.loss(features, targets, step=step, class_features=classes)
+    # What the loss reads besides the towers: projections and scales of single terms.
+    beside = [p for name, p in distiller.named_parameters() if p.requires_grad and not name.startswith("student.")]
+    image, text, class_gradient, *rest = gradients(
+        loss, [features.image, features.text, classes, features.logit_scale, features.logit_bias, *beside]
+    )
+    # DDP's exchange waits for every parameter, so the last part reaches both towers even if the loss reads one alone.
+    image, text = (
+        torch.zeros_like(each) if g is None else g for each, g in ((features.image, image), (features.text, text))
+    )
+    upstream = [split(gradient, micro_batches) for gradient in (image, text, class_gradient)]
+    for number in range(micro_batches):
+        last = number == micro_batches - 1
+        features, classes = encode(model if last and model is not None else distiller, number)
+        outputs, their_gradients = [features.image, features.text, classes], [parts[number] for parts in upstream]
+        if last:
+            outputs += [features.logit_scale, features.logit_bias, *beside]
+            their_gradients += rest
+        if (product := inner_product(outputs, their_gradients)) is not None:
+            start_backward(product)
+    return loss.detach(), metrics
+
+
+@torch.no_grad()
+def without_traces(student: nn.Module, encode: Callable[[int], Encoded], micro_batches: int) -> list[Encoded]:
+    """Features of every micro-batch; buffers (BatchNorm's averages) are left as they were."""
+    buffers = [buffer.clone() for buffer in student.buffers()]
+    encoded = [encode(number) for number in range(micro_batches)]
+    for buffer, before in zip(student.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    return encoded
+
+
+def as_leaves(encoded: list[Encoded], student: Encoder) -> Encoded:
+    """Of the whole batch, cut off from the student: where the gradient of the loss shall end, constants what is frozen."""
+    features = join([part for part, _ in encoded])
+    classes = [part for _, part in encoded if part is not None]
+    trains_text, scale, bias = not student.text_is_frozen, student.logit_scale, student.logit_bias
+    leaves = Features(
+        features.image.detach().requires_grad_(),
+        features.text.detach().requires_grad_(trains_text),
+        scale.detach().requires_grad_(scale.requires_grad),
+        None if bias is None else bias.detach().requires_grad_(bias.requires_grad),
+    )
+    return leaves, torch.cat(classes).requires_grad_(trains_text) if classes else None
+
+
+def split(rows: Tensor | None, parts: int) -> list[Tensor | None]:
+    """As `View.split` does it; None for a part without rows."""
+    return [None] * parts if rows is None else [part if len(part) else None for part in rows.tensor_split(parts)]
+
+
+def gradients(loss: Float[Tensor, ""], leaves: list[Tensor | None]) -> list[Tensor | None]:
+    """None where the loss does not depend on a leaf, it is a constant, or there is none."""
+    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
+    return [next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
+
+
+def inner_product(outputs: list[Tensor | None], upstream: list[Tensor | None]) -> Float[Tensor, ""] | None:
+    """What has the upstream gradients as its own with respect to the outputs; None if all of them are constants."""
+    pairs = zip(outputs, upstream, strict=True)
+    products = [(o * g).sum() for o, g in pairs if o is not None and g is not None and o.requires_grad]
+    return torch.stack(products).sum() if products else None

@@ -1,0 +1,413 @@
+"""The options: their number, their errors, and what a saved configuration says."""
+
+import ast
+import dataclasses
+import inspect
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from clipkd.config import data as data_options
+from clipkd.config import objective
+from clipkd.config import terms as term_options
+from clipkd.config import train as configuration
+from clipkd.config.parse import parse
+from clipkd.config.train import TeacherConfig, TrainConfig, save, to_dict
+from clipkd.evaluation.tasks import load_task
+
+ROOT = Path(__file__).parents[2]
+
+
+def leaves(kind: Any, prefix: str = "") -> list[str]:
+    """Dotted names of all options, from the annotations."""
+    names: list[str] = []
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            names += leaves(field.type, f"{prefix}{field.name}.")
+        else:
+            names.append(prefix + field.name)
+    return names
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for key, value in nested.items():
+        names += flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+    return names
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr of a command that exits with status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        parse(arguments)
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert printed.err.endswith("\n")
+    return printed.err
+
+
+def kinds(kind: Any) -> set[Any]:
+    """All dataclasses in a configuration."""
+    inner = [field.type for field in dataclasses.fields(kind) if dataclasses.is_dataclass(field.type)]
+    return {kind}.union(*(kinds(part) for part in inner))
+
+
+def test_there_are_at_most_110_options_to_learn() -> None:
+    """What many terms share (weight, keys, temperature) is one option: it is written once and reads alike everywhere."""
+    owned = {
+        (name, owner)
+        for kind in kinds(TrainConfig)
+        for owner in kind.__mro__
+        for name in vars(owner).get("__annotations__", {})
+    }
+    assert 80 < len(owned) <= 110
+    names = leaves(TrainConfig)
+    assert sorted(names) == sorted(flatten(to_dict(TrainConfig())))
+
+
+def test_every_option_is_explained_and_frozen() -> None:
+    explained = 0
+    modules = (configuration, data_options, objective, term_options)
+    for module, node in [(m, node) for m in modules for node in ast.parse(inspect.getsource(m)).body]:
+        if isinstance(node, ast.ClassDef):
+            kind = getattr(module, node.name)
+            assert kind.__dataclass_params__.frozen, node.name
+            fields = [i for i, item in enumerate(node.body) if isinstance(item, ast.AnnAssign)]
+            for i in fields:
+                text = node.body[i + 1]
+                assert isinstance(text, ast.Expr), f"{node.name}: {ast.unparse(node.body[i])}"
+                assert isinstance(text.value, ast.Constant)
+                assert len(text.value.value) >= 8
+                explained += 1
+    assert explained >= 80
+
+
+def command_of(recipe: Path) -> list[str]:
+    """The words of the command that a recipe opens with."""
+    stated = re.match(r"(?:#.*\n)*?# Command:((?:.*\\\n)*.*)", recipe.read_text(encoding="utf-8"))
+    assert stated, f"{recipe} does not open with its command"
+    return shlex.split(stated[1].replace("\\\n#", " "))
+
+
+def test_every_recipe_is_accepted_by_the_command_it_opens_with() -> None:
+    recipes = sorted((ROOT / "configs").glob("**/*.yaml"))
+    for path in recipes:
+        words, name = command_of(path), str(path.relative_to(ROOT))
+        # `clipkd demo` finds its recipes by name; the others bring data, output and any teacher in their command.
+        arguments = ["--config", name] if words[:2] == ["clipkd", "demo"] else words[words.index("train") + 1 :]
+        assert arguments[:2] == ["--config", name]
+        config = parse(["--config", str(path), *arguments[2:]])
+        given = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+        assert given, path
+        defaults = TrainConfig()
+        assert any(value_of(config, option) != value_of(defaults, option) for option in given), path
+    assert len(recipes) >= 11
+    assert len([path for path in recipes if path.parent.name == "losses"]) >= 7
+
+
+def value_of(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def test_every_evaluation_task_is_accepted() -> None:
+    tasks = sorted((ROOT / "eval").glob("**/*.yaml"))
+    names = {path.stem: load_task(str(path)) for path in tasks}
+    assert names["imagenet"].num_images == 50_000
+    assert names["webdataset"].layout == "webdataset"
+    assert len(tasks) >= 2
+
+
+EVERYTHING = [
+    *(
+        "--output",
+        "runs/x",
+        "--steps",
+        "7",
+        "--batch_size",
+        "4",
+        "--seed",
+        "3",
+        "--precision",
+        "bf16",
+        "--threads",
+        "2",
+    ),
+    *("--student.model", "demo-student", "--teacher.model", "ViT-B-16", "--teacher.pretrained", "laion2b_s34b_b88k"),
+    *("--data.format", "huggingface", "--data.path", "a b/ü", "--data.min_crop", "0.25", "--data.num_workers", "0"),
+    *("--objective.gkl.weight", "0.5", "--objective.gkl.keys", "student", "--objective.gkl.gamma", "0"),
+    *("--objective.kl.weight", "1e-3", "--objective.kl.scale_by_temperature_squared", "true"),
+    *("--objective.features.weight", "2000", "--objective.projection", "none", "--optim.eps", "1e-8"),
+    *("--optim.learning_rate", "5e-4", "--evaluation.data", "[one, two]", "--log.trackers", "[wandb, tensorboard]"),
+]
+
+
+TEACHER = ["--teacher.model", "x"]
+SECOND = [*TEACHER, "--ensemble", "[{model: y}]"]
+AVERAGE = ["--optim.ema_momentum", "0.9"]
+QUEUE = ["--objective.queue.capacity", "512"]
+SOFT_CE = ["--objective.soft_ce.weight", "1", "--objective.soft_ce.keys", "student"]
+THREE_TEACHERS = [
+    *(*TEACHER, "--ensemble", "[{model: y, pretrained: openai}, {model: z}]", *SOFT_CE),
+    *("--objective.logit_scale.teacher", "[70, 60, 50.5]"),
+]
+CLOSED_SET = [
+    *(*TEACHER, "--data.label_key", "cls", "--objective.closed_set.weight", "2"),
+    *("--objective.closed_set.classes", "imagenet", "--objective.closed_set.templates", "['a {c}: ü.', '{c}']"),
+    *("--objective.logit_scale.teacher", "100", "--objective.logit_scale.init", "14.3"),
+]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], EVERYTHING, THREE_TEACHERS, CLOSED_SET],
+    ids=["defaults", "everything", "three teachers", "closed set"],
+)
+def test_a_saved_configuration_is_read_back_equal(tmp_path: Path, arguments: list[str]) -> None:
+    config = parse(arguments)
+    save(config, tmp_path / "config.yaml")
+    assert parse(["--config", str(tmp_path / "config.yaml")]) == config
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8")) == to_dict(config)
+
+
+def test_options_arrive_with_their_values_and_types() -> None:
+    config = parse(EVERYTHING)
+    assert (config.steps, config.seed, config.threads, config.precision) == (7, 3, 2, "bf16")
+    assert config.data.path == "a b/ü"
+    assert config.objective.gkl.gamma == 0.0
+    assert isinstance(config.objective.gkl.gamma, float)
+    assert config.objective.kl.scale_by_temperature_squared is True
+    assert config.objective.kl.weight == 0.001
+    assert config.evaluation.data == ("one", "two")
+    assert config.log.trackers == ("wandb", "tensorboard")
+    assert parse([]) == TrainConfig()
+
+
+def test_lists_of_teachers_scales_and_templates_arrive_as_tuples() -> None:
+    config = parse(THREE_TEACHERS)
+    assert config.ensemble == (TeacherConfig(model="y", pretrained="openai"), TeacherConfig(model="z"))
+    assert config.objective.logit_scale.teacher == (70.0, 60.0, 50.5)
+    config = parse(CLOSED_SET)
+    assert config.objective.closed_set.templates == ("a {c}: ü.", "{c}")
+    assert config.objective.logit_scale.teacher == 100.0
+    assert isinstance(config.objective.logit_scale.teacher, float)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "terms"),
+    [
+        ([], ["info_nce"]),
+        (["--objective.info_nce.weight", "0", "--objective.sigmoid.weight", "1"], ["sigmoid"]),
+        (["--objective.info_nce.weight", "0", "--objective.itc.weight", "1", *AVERAGE], ["itc"]),
+        (["--objective.info_nce.queue", "true", *QUEUE, *AVERAGE], ["info_nce"]),
+    ],
+)
+def test_some_objectives_need_no_teacher(arguments: list[str], terms: list[str]) -> None:
+    config = parse(arguments)
+    assert config.teacher.model is None
+    assert list(config.objective.active()) == terms
+
+
+def test_later_files_and_then_the_command_line_win(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("steps: 1\nbatch_size: 8\noptim: {warmup_steps: 5, beta1: 0.5}\n")
+    (tmp_path / "b.yaml").write_text("batch_size: 16\noptim: {beta1: 0.6}\n")
+    files = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
+    config = parse([*files, "--optim.warmup_steps", "9"])
+    assert (config.steps, config.batch_size, config.optim.warmup_steps, config.optim.beta1) == (1, 16, 9, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong", "meant"),
+    [
+        ("objectve:\n  gkl: {weight: 1}\n", "objectve", "'objective"),
+        ("objective:\n  gkl: {weigth: 1}\n", "gkl.weigth", "'objective.gkl.weight'"),
+        ("objective:\n  gkI:\n    weight: 1\n", "gkI", "'objective.gkl"),
+        ("batchsize: 3\n", "batchsize", "'batch_size'"),
+        ("optim: {warmup_step: 3}\n", "warmup_step", "'optim.warmup_steps'"),
+    ],
+)
+def test_an_unknown_key_in_a_file_is_named_with_the_nearest_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, wrong: str, meant: str
+) -> None:
+    (tmp_path / "typo.yaml").write_text(text)
+    line = refused(["--config", str(tmp_path / "typo.yaml")], capsys)
+    assert wrong in line
+    assert f"did you mean {meant}" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong", "meant"),
+    [
+        (["--stpes", "3"], "stpes", "'steps'"),
+        (["--batchsize=3"], "batchsize", "'batch_size'"),
+        (["--objective.gkl.wieght", "1"], "objective.gkl.wieght", "'objective.gkl.weight'"),
+        (["--steps", "3", "--objectiv.gkl.gamma", "1"], "objectiv.gkl.gamma", "'objective.gkl.gamma'"),
+        (["--optim.warmup", "3"], "optim.warmup", "'optim.warmup_steps'"),  # abbreviated
+    ],
+)
+def test_an_unknown_option_is_named_with_the_nearest_one(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], wrong: str, meant: str
+) -> None:
+    line = refused(arguments, capsys)
+    assert wrong in line
+    assert f"did you mean {meant}" in line
+
+
+def test_an_option_unlike_any_other_gets_no_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["--zzz", "1"], capsys)
+    assert "zzz" in line
+    assert "did you mean" not in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", "0"], ["steps is 0"]),
+        (["--micro_batches", "0"], ["micro_batches is 0"]),
+        (["--micro_batches", "9", "--batch_size", "8"], ["micro_batches is 9", "no more than batch_size, 8"]),
+        (["--objective.tile_size", "0"], ["objective.tile_size is 0"]),
+        (["--steps", "many"], ["steps", "many"]),
+        (["--batch_size", "1"], ["batch_size is 1", "at least 2"]),
+        (["--seed", "-1"], ["seed is -1"]),
+        (["--data.min_crop", "0"], ["data.min_crop is 0"]),
+        (["--data.min_crop", "1.5"], ["data.min_crop is 1.5"]),
+        (["--data.num_workers", "-1"], ["data.num_workers is -1"]),
+        (["--objective.gkl.temperature", "0"], ["objective.gkl.temperature is 0"]),
+        (["--objective.gkl.weight_temperature", "-2"], ["objective.gkl.weight_temperature is -2"]),
+        (["--objective.gkl.gamma", "-0.1"], ["objective.gkl.gamma is -0.1"]),
+        (["--objective.kl.temperature", "0"], ["temperature", "is 0"]),
+        (["--objective.gkl.keys", "both"], ["objective.gkl.keys", "both", "student", "teacher"]),
+        (["--objective.gkl.weight", "1"], ["objective.gkl", "teacher.model"]),
+        (["--objective.features.weight", "1"], ["objective.features", "teacher.model"]),
+        (["--objective.kl.weight", "-1", "--teacher.model", "x"], ["objective.kl.weight is -1"]),
+        (["--objective.info_nce.weight", "0"], ["no loss term", "objective.info_nce.weight"]),
+        (["--teacher.model", "x"], ["teacher", "no term", "objective.gkl.weight"]),
+        (["--student.text", "frozen"], ["student.text is frozen at random", "student.pretrained"]),
+        (["--student.text", "teacher"], ["student.text is teacher", "teacher.model"]),
+        (["--student.text", "shared"], ["student.text", "shared", "trained", "frozen", "teacher"]),
+        *(
+            ([f"--objective.{name}.temperature", "-1"], [f"objective.{name}.temperature is -1"])
+            for name in ("kl", "soft_ce", "gkl", "dkl", "closed_set")
+        ),
+        (["--objective.kl.weight", ".nan"], ["objective.kl.weight is nan"]),
+        (["--objective.kl.warmup_steps", "-1"], ["objective.kl.warmup_steps is -1"]),
+        (["--objective.affinity.scale", "0"], ["objective.affinity.scale is 0"]),
+        (["--objective.dkl.ce_weight", "0"], ["objective.dkl.ce_weight is 0"]),
+        (["--objective.gkl.mse_weight", ".nan"], ["objective.gkl.", "mse_weight", "nan"]),
+        (["--objective.gkl.ce_weight", "-1"], ["objective.gkl.ce_weight", "-1"]),
+        (
+            ["--objective.itc.momentum_share", "0.7", "--objective.itc.teacher_share", "0.6"],
+            ["objective.itc.momentum_share and teacher_share are 0.7 and 0.6", "1"],
+        ),
+        (["--objective.itc.ramp_steps", "-1"], ["objective.itc.ramp_steps is -1"]),
+        (
+            ["--objective.itc.weight", "1", "--objective.itc.teacher_share", "0.5", *AVERAGE],
+            ["objective.itc", "teacher.model"],
+        ),
+        (["--objective.itc.weight", "1"], ["objective.itc", "optim.ema_momentum is 0"]),
+        (
+            [*TEACHER, "--objective.kl.weight", "1", "--objective.kl.keys", "momentum"],
+            ["objective.kl", "optim.ema_momentum is 0"],
+        ),
+        (["--objective.info_nce.queue", "true", *QUEUE], ["objective.info_nce", "optim.ema_momentum is 0"]),
+        (
+            ["--objective.info_nce.queue", "true", *AVERAGE],
+            ["objective.info_nce.queue is on", "objective.queue.capacity is 0"],
+        ),
+        (QUEUE, ["objective.queue.capacity is 512", "no term uses it"]),
+        (
+            ["--objective.info_nce.queue", "true", *AVERAGE, *QUEUE, "--batch_size", "513"],
+            ["objective.queue.capacity is 512", "513 pairs"],
+        ),
+        (["--objective.queue.capacity", "-1"], ["objective.queue.capacity is -1"]),
+        ([*TEACHER, "--objective.closed_set.weight", "1"], ["objective.closed_set.classes is empty", "imagenet"]),
+        (
+            [*TEACHER, "--objective.closed_set.weight", "1", "--objective.closed_set.classes", "imagenet"],
+            ["objective.closed_set.class_prior", "data.label_key"],
+        ),
+        (
+            ["--objective.closed_set.templates", "['a {c}.', 'a cat.']"],
+            ["objective.closed_set.templates", "'a cat.'", "{c}"],
+        ),
+        (
+            ["--objective.logit_scale.minimum", "5", "--objective.logit_scale.maximum", "2"],
+            ["objective.logit_scale.minimum and maximum are 5.0 and 2.0"],
+        ),
+        (["--objective.logit_scale.minimum", "0"], ["objective.logit_scale.minimum", "0.0"]),
+        (["--objective.logit_scale.init", "101"], ["objective.logit_scale.init is 101", "1.0 and 100.0"]),
+        (["--objective.logit_scale.init", "0.5"], ["objective.logit_scale.init is 0.5", "1.0 and 100.0"]),
+        (["--objective.logit_scale.teacher", "-1"], ["objective.logit_scale.teacher is -1"]),
+        (["--objective.logit_scale.teacher", "[70, 0]"], ["objective.logit_scale.teacher is (70.0, 0.0)"]),
+        ([*THREE_TEACHERS[:-1], "[70, 60]"], ["objective.logit_scale.teacher lists (70.0, 60.0)", "teachers, 3 here"]),
+        (["--ensemble", "[{model: y}]"], ["ensemble", "teacher.model"]),
+        (
+            [*TEACHER, "--ensemble", "[{pretrained: openai}]", *SOFT_CE],
+            ["ensemble[0] names no model"],
+        ),
+        ([*SECOND, "--objective.gkl.weight", "1"], ["objective.gkl learns from one teacher", "kl or soft_ce"]),
+        ([*SECOND, "--objective.kl.weight", "1"], ["objective.kl learns from one teacher", "keys: student"]),
+        (
+            [*SECOND, *SOFT_CE, "--objective.soft_ce.queue", "true", *QUEUE, *AVERAGE],
+            ["objective.soft_ce learns from one teacher", "no queue"],
+        ),
+        (["--objective.logit_scale.teacher", "50"], ["objective.logit_scale.teacher is 50", "no term"]),
+        (
+            [
+                "--objective.soft_bce.weight",
+                "1",
+                "--objective.logit_scale.teacher",
+                "student",
+                "--teacher.model",
+                "x",
+                "--objective.kl.weight",
+                "1",
+            ],
+            ["objective.logit_scale.teacher is student", "objective.soft_bce"],
+        ),
+        (
+            ["--objective.logit_scale.mse_moves_scale", "false"],
+            ["objective.logit_scale.mse_moves_scale", "objective.gkl"],
+        ),
+        (["--objective.xrd.weight", "1", "--teacher.model", "x"], ["objective.xrd", "objective.icl.weight"]),
+        (["--data.label_key", "cls"], ["data.label_key is cls", "objective.closed_set"]),
+        (["--optim.learning_rate", "0"], ["optim.learning_rate is 0"]),
+        (["--optim.ema_momentum", "1"], ["optim.ema_momentum is 1"]),
+        (["--optim.warmup_steps", "-1"], ["optim.warmup_steps is -1"]),
+        (["--optim.clip_norm", "-1"], ["optim.clip_norm is -1"]),
+        (["--checkpoint.every_steps", "0"], ["checkpoint.every_steps is 0"]),
+        (["--checkpoint.keep", "0"], ["checkpoint.keep is 0"]),
+        (["--log.every_steps", "0"], ["log.every_steps is 0"]),
+        (["--log.trackers", "[trackio]"], ["log.trackers", "trackio"]),
+        (["--precision", "int8"], ["precision", "int8", "bf16"]),
+        (["--config", "no/such.yaml"], ["no/such.yaml"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+)
+def test_a_wrong_value_is_one_line_that_names_it(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+) -> None:
+    line = refused(arguments, capsys)
+    assert line.startswith("clipkd train: error: ")
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize("text", ["steps: [\n", "- steps\n", "just text\n"])
+def test_a_file_that_is_no_mapping_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (tmp_path / "broken.yaml").write_text(text)
+    assert "broken.yaml" in refused(["--config", str(tmp_path / "broken.yaml")], capsys)
+
+
+def test_nothing_is_assigned_after_loading() -> None:
+    config = parse([])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.objective.gkl.weight = 1.0  # type: ignore[misc]

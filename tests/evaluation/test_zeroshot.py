@@ -1,0 +1,136 @@
+"""Zero-shot classification against plain loops, open_clip's own classifier and hand-made scores."""
+
+import math
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipkd.config.train import StudentConfig
+from clipkd.evaluation.measure import ClassScores
+from clipkd.evaluation.zeroshot import build_classifier, rank_classes
+from clipkd.models.encoder import Encoder
+from clipkd.models.load import create_student
+
+CLASSNAMES = ["tabby cat", "dog", "sailing boat", "apple", "grand piano", "cat", "red {c} kite"]
+TEMPLATES = ["a photo of a {c}.", "{c}", "a drawing of {c}, {c} and nothing else"]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    torch.manual_seed(0)
+    return create_student(StudentConfig(model="demo-student")).eval()
+
+
+def encode_by_letters(texts: list[str]) -> Tensor:
+    """A text tower whose features follow from the text alone: unit vectors of letter counts, and the length."""
+    rows = [[float(text.count(letter)) for letter in "abcdefgh"] + [float(len(text))] for text in texts]
+    vectors = torch.tensor(rows, dtype=torch.float64)
+    return vectors / vectors.square().sum(dim=1, keepdim=True).sqrt()
+
+
+def loop_classifier(classnames: list[str], templates: list[str]) -> list[list[float]]:
+    classifier = []
+    for name in classnames:
+        total = [0.0] * 9
+        for template in templates:
+            feature = encode_by_letters([name.join(template.split("{c}"))])[0].tolist()
+            total = [a + b / len(templates) for a, b in zip(total, feature, strict=True)]
+        length = math.sqrt(sum(value * value for value in total))
+        classifier.append([value / length for value in total])
+    return classifier
+
+
+def test_classifier_is_the_normalised_mean_of_the_normalised_prompts() -> None:
+    ours = build_classifier(encode_by_letters, CLASSNAMES, TEMPLATES)
+    torch.testing.assert_close(
+        ours, torch.tensor(loop_classifier(CLASSNAMES, TEMPLATES), dtype=torch.float64), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_classifier_of_two_perpendicular_prompts_by_hand() -> None:
+    axes = {"x cat": [1.0, 0.0, 0.0], "y cat": [0.0, 1.0, 0.0], "x dog": [0.0, 0.0, 1.0], "y dog": [0.0, 0.6, 0.8]}
+    classifier = build_classifier(
+        lambda texts: torch.tensor([axes[t] for t in texts]), ["cat", "dog"], ["x {c}", "y {c}"]
+    )
+    half = math.sqrt(0.5)
+    # dog: (0, 0.3, 0.9) has the length √0.9
+    expected = torch.tensor([[half, half, 0.0], [0.0, 0.3 / math.sqrt(0.9), 0.9 / math.sqrt(0.9)]])
+    torch.testing.assert_close(classifier, expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 6, 8, 9, 20, 21, 22, 1024])
+def test_batches_of_prompts_do_not_show_in_the_classifier(batch_size: int) -> None:
+    calls: list[int] = []
+
+    def encode(texts: list[str]) -> Tensor:
+        calls.append(len(texts))
+        return encode_by_letters(texts)
+
+    ours = build_classifier(encode, CLASSNAMES, TEMPLATES, batch_size=batch_size)
+    assert sum(calls) == len(CLASSNAMES) * len(TEMPLATES)
+    assert all(n % len(TEMPLATES) == 0 and n <= max(batch_size, len(TEMPLATES)) for n in calls)
+    torch.testing.assert_close(ours, build_classifier(encode_by_letters, CLASSNAMES, TEMPLATES), rtol=0, atol=1e-15)
+
+
+def test_callable_templates_equal_their_text() -> None:
+    callables = [lambda c: f"a photo of a {c}.", lambda c: c, lambda c: f"a drawing of {c}, {c} and nothing else"]
+    assert torch.equal(
+        build_classifier(encode_by_letters, CLASSNAMES, callables),
+        build_classifier(encode_by_letters, CLASSNAMES, TEMPLATES),
+    )
+
+
+@pytest.mark.parametrize("num_templates", [1, 7, 80])
+def test_classifier_equals_open_clips(encoder: Encoder, num_templates: int) -> None:
+    names, templates = CLASSNAMES[:6], open_clip.OPENAI_IMAGENET_TEMPLATES[:num_templates]
+    theirs = open_clip.build_zero_shot_classifier(
+        encoder.model, tokenizer=encoder.spec.tokenize, classnames=names, templates=templates
+    )
+    with torch.no_grad():
+        ours = build_classifier(lambda texts: encoder.encode_text(encoder.spec.tokenize(texts)), names, templates)
+    assert (ours - theirs.T).abs().max() < 1e-6
+    assert (ours[0] - ours[1]).abs().max() > 1e-3  # else the classes could not be told apart
+
+
+def rank(features: Tensor, classifier: Tensor, *, num_ranks: int = 5) -> Tensor:
+    return rank_classes(torch.cat(list(ClassScores(features, classifier, 1.0).cosines())), num_ranks=num_ranks)
+
+
+def test_best_class_comes_first() -> None:
+    features, classifier = torch.tensor([[0.6, 0.8], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.8, 0.6]])
+    # cosines 0.6, 0.8, 0.96 and 1, 0, 0.8
+    assert rank(features, classifier, num_ranks=3).tolist() == [[2, 1, 0], [0, 2, 1]]
+    assert rank(features, classifier, num_ranks=2).tolist() == [[2, 1], [0, 2]]
+
+
+@pytest.mark.parametrize("num_classes", [2, 6, 37, 1000])
+@pytest.mark.parametrize("num_images", [1, 2, 33])
+def test_of_equal_classes_the_lowest_index_comes_first(num_images: int, num_classes: int) -> None:
+    # One image too: the last batch of a data set may hold one, and a product with a vector is summed in another order.
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        features = F.normalize(torch.randn(num_images, 128, generator=generator), dim=1)
+        distinct = F.normalize(torch.randn(num_classes // 3 + 1, 128, generator=generator), dim=1)
+        copy_of = torch.randint(0, len(distinct), (num_classes,), generator=generator)
+        cosines = (features.double() @ distinct.double().T).tolist()
+        for row, image in zip(rank(features, distinct[copy_of]).tolist(), cosines, strict=True):
+            assert row == sorted(range(num_classes), key=lambda c: (-image[copy_of[c]], c))[:5]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 1024])
+def test_a_class_named_twice_is_ranked_by_its_lower_index(encoder: Encoder, batch_size: int) -> None:
+    names = [*CLASSNAMES, "piano", *CLASSNAMES]
+    with torch.no_grad():
+        classifier = build_classifier(
+            lambda texts: encoder.encode_text(encoder.spec.tokenize(texts)), names, ["{c}"], batch_size=batch_size
+        )
+    generator = torch.Generator().manual_seed(1)
+    images = F.normalize(classifier[:7] + 0.01 * torch.randn(7, encoder.dim, generator=generator), dim=1)
+    assert rank(images, classifier)[:, :2].tolist() == [[c, c + 8] for c in range(7)]
+
+
+def test_with_fewer_than_five_classes_all_are_ranked() -> None:
+    assert rank(torch.tensor([[0.1, 0.9, 0.5]]), torch.eye(3)).tolist() == [[1, 2, 0]]

@@ -1,0 +1,150 @@
+"""What `clipkd predict` is made of: probabilities, the images of a folder, the index, options that take several words."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipkd.config.parse import parse_into
+from clipkd.inference import images
+from clipkd.inference.index import Entry, Index, read_stamp
+from clipkd.inference.predict import PredictConfig, probabilities
+from clipkd.models.onnx_student import IMAGE_FORMATS
+
+
+def test_probabilities_by_hand() -> None:
+    cosines = np.array([[1.0, 0.0], [0.0, 0.0]], np.float32)
+    found = probabilities(cosines, logit_scale=math.log(3), logit_bias=None)
+    assert found == pytest.approx(np.array([[0.75, 0.25], [0.5, 0.5]]))
+    found = probabilities(cosines, logit_scale=math.log(9), logit_bias=-math.log(3))
+    assert found == pytest.approx(np.array([[0.75, 0.25], [0.25, 0.25]]))
+
+
+def test_large_scales_do_not_overflow() -> None:
+    cosines = np.array([[1.0, -1.0]], np.float32)
+    assert probabilities(cosines, logit_scale=5000.0, logit_bias=None).tolist() == [[1.0, 0.0]]
+    found = probabilities(cosines, logit_scale=100.0, logit_bias=-16.0)
+    assert found[0, 0] == 1.0
+    assert 0 < found[0, 1] < 1e-49
+
+
+def test_images_are_found_once_in_order_and_not_where_they_are_hidden(tmp_path: Path) -> None:
+    for name in (
+        "b/2.PNG",
+        "b/1.jpeg",
+        "a/x.tiff",
+        "c.webp",
+        ".hidden/y.png",
+        "b/.z.png",
+        "b/notes.txt",
+        "b/c.jpg.bak",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    named = tmp_path / "b" / "notes.txt"
+    found = images.find_images([str(named), str(tmp_path), str(tmp_path / "c.webp")])
+    assert list(found) == [
+        str(named),
+        *(str(tmp_path / name) for name in ("c.webp", "a/x.tiff", "b/1.jpeg", "b/2.PNG")),
+    ]
+    assert [path for path, itself in found.items() if itself] == [str(named), str(tmp_path / "c.webp")]
+
+
+def test_endings_and_formats_belong_together() -> None:
+    known = {ending for ending, format in Image.registered_extensions().items() if format in IMAGE_FORMATS}
+    assert set(images.ENDINGS) <= known
+    assert {Image.registered_extensions()[ending] for ending in images.ENDINGS} == set(IMAGE_FORMATS)
+
+
+def test_an_image_is_not_turned_as_its_exif_says(tmp_path: Path) -> None:
+    image = Image.new("RGB", (30, 20), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert images.open_image(str(tmp_path / "turned.jpg")).size == (30, 20)
+
+
+def test_an_index_gives_back_what_is_unchanged_and_forgets_what_is_gone(tmp_path: Path) -> None:
+    paths = [str(tmp_path / name) for name in ("a.png", "b.png", "c.png")]
+    features = np.random.default_rng(0).standard_normal((3, 4), dtype=np.float32)
+    for path in paths:
+        Path(path).write_text(path)
+    entries = {path: Entry(read_stamp(path), row) for path, row in zip(paths, features, strict=True)}
+    Index.read(tmp_path / "new" / "index.npz", "model").write(entries)
+    os.utime(paths[1], ns=(1, 1))
+    os.unlink(paths[2])
+    index = Index.read(tmp_path / "new" / "index.npz", "model")
+    assert [index.find(path) is not None for path in paths] == [True, False, False]
+    found = index.find(os.path.relpath(paths[0]))
+    assert found is not None
+    assert found.stamp == entries[paths[0]].stamp
+    assert (found.feature == features[0]).all()
+    index.write({})
+    assert list(Index.read(tmp_path / "new" / "index.npz", "model").entries) == [paths[0]]
+    with pytest.raises(ValueError, match="another model, format or version"):
+        Index.read(tmp_path / "new" / "index.npz", "other")
+
+
+def test_an_index_that_would_not_change_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    path = str(tmp_path / "a.png")
+    Index(tmp_path / "index.npz", "model").write({path: Entry(read_stamp(path), np.ones(2, np.float32))})
+    before = (tmp_path / "index.npz").stat()
+    index = Index.read(tmp_path / "index.npz", "model")
+    index.write({path: index.entries[path]})
+    after = (tmp_path / "index.npz").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_an_index_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.png").touch()
+    path = str(tmp_path / "a.png")
+    index = Index(tmp_path / "index.npz", "model")
+    index.write({path: Entry(read_stamp(path), np.ones(2, np.float32))})
+    before = (tmp_path / "index.npz").read_bytes()
+
+    def fail(file: object, **arrays: np.ndarray) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(OSError, match="disk full"):
+        index.write({path: Entry(read_stamp(path), np.zeros(2, np.float32))})
+    assert (tmp_path / "index.npz").read_bytes() == before
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.png", "index.npz"]
+
+
+def read(*arguments: str) -> PredictConfig:
+    return parse_into(PredictConfig, list(arguments), "predict", "", positional={"model": "", "images": ""})
+
+
+def test_positional_images_and_labels_take_one_or_several_words() -> None:
+    config = read("DIR", "a.jpg", "--labels", "a cat")
+    assert (config.model, config.images, config.labels) == ("DIR", ("a.jpg",), ("a cat",))
+    config = read("DIR", "1", "true", "x: y", "--labels", "no", "2", "a, b", "{c}: d", "--batch-size", "3", "--json")
+    assert config.images == ("1", "true", "x: y")
+    assert config.labels == ("no", "2", "a, b", "{c}: d")
+    assert (config.batch_size, config.json) == (3, True)
+    assert read("DIR", "a", "--labels", "[a, b c]").labels == ("a", "b c")
+    assert read("DIR", "--top", "3", "a", "--query", "a: b").query == "a: b"
+
+
+@pytest.mark.parametrize("arguments", [[], ["DIR"], ["DIR", "--query", "x"], ["DIR", "a", "--labels"]])
+def test_what_is_missing_is_an_error_of_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        read(*arguments)
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_one_word_stays_a_word_where_a_field_takes_either() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Either:
+        task: tuple[str, ...] | str = ()
+        """Tasks."""
+
+    assert parse_into(Either, ["--task", "a"], "either", "").task == "a"
+    assert parse_into(Either, ["--task", "a", "b"], "either", "").task == ("a", "b")

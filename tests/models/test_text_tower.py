@@ -1,0 +1,174 @@
+"""A teacher's text tower in a student: the same features, or an error that names both values."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+
+from clipkd.config.objective import ObjectiveConfig
+from clipkd.config.terms import GKLTerm
+from clipkd.config.train import StudentConfig, TeacherConfig, TrainConfig
+from clipkd.models.encoder import Encoder
+from clipkd.models.load import build_open_clip, initial_student
+from clipkd.models.load import load_model as load
+from clipkd.models.students import MODEL_CONFIGS, tower_of
+from clipkd.models.text_tower import copy_text_tower
+from clipkd.teachers.loaded import hold_teachers, load_teacher, share_text_tower
+
+CAPTIONS = ["a photo of a cat", "Two dogs, running!", "far too long for the context of this small model, " * 3, ""]
+CONFIG: dict[str, Any] = json.loads((MODEL_CONFIGS / "demo-student.json").read_text())
+ADVICE = "give it the text_cfg, embed_dim, quick_gelu and tokenizer of teacher"
+
+
+def make(seed: int, name: str = "student", *, text: dict[str, Any] | None = None, **options: Any) -> Encoder:
+    torch.manual_seed(seed)
+    config = {**CONFIG, **options, "text_cfg": {**CONFIG["text_cfg"], **(text or {})}}
+    return build_open_clip(name, config)
+
+
+def make_teacher(**options: Any) -> Encoder:
+    vision = {**CONFIG["vision_cfg"], "width": 96, "layers": 3}
+    return make(1, "teacher", vision_cfg=vision, **options).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("student_layout", [False, True], ids=["student CLIP", "student CustomTextCLIP"])
+@pytest.mark.parametrize("teacher_layout", [False, True], ids=["teacher CLIP", "teacher CustomTextCLIP"])
+def test_the_copy_gives_the_teachers_text_features_bit_by_bit(student_layout: bool, teacher_layout: bool) -> None:
+    student, teacher = make(0, custom_text=student_layout), make_teacher(custom_text=teacher_layout)
+    kinds = {False: open_clip.CLIP, True: open_clip.CustomTextCLIP}
+    assert [type(each.model) for each in (student, teacher)] == [kinds[student_layout], kinds[teacher_layout]]
+    tokens = student.spec.tokenize(CAPTIONS)
+    image = {n: t.clone() for n, t in student.model.state_dict().items() if tower_of(n) != "text"}
+    with torch.no_grad():
+        expected = teacher.encode_text(tokens)
+        assert not torch.allclose(student.eval().encode_text(tokens), expected, atol=0.1)
+    copy_text_tower(teacher, student)
+    student.train().freeze_text()
+    assert torch.equal(student.encode_text(tokens), expected)
+    assert all(torch.equal(student.model.state_dict()[name], tensor) for name, tensor in image.items())
+    assert {"logit_scale", "visual.proj"} <= image.keys()
+    with torch.no_grad():  # a copy: the teacher may be rounded, the student may not follow
+        next(p for name, p in teacher.model.named_parameters() if tower_of(name) == "text").zero_()
+    assert torch.equal(student.encode_text(tokens), expected)
+
+
+def test_freezing_reaches_the_text_tower_alone() -> None:
+    for layout in (False, True):
+        student = make(0, custom_text=layout).train()
+        assert not student.text_is_frozen
+        student.freeze_text()
+        asks = {
+            tower: {p.requires_grad for n, p in student.model.named_parameters() if tower_of(n) == tower}
+            for tower in ("image", "text", None)
+        }
+        assert asks == {"image": {True}, "text": {False}, None: {True}}
+        for mode in (True, False, True):
+            student.train(mode)
+            modes = {
+                tower: {m.training for n, m in student.model.named_modules() if n and tower_of(n) == tower}
+                for tower in ("image", "text")
+            }
+            assert modes == {"image": {mode}, "text": {False}}
+
+
+def test_a_difference_spelled_out_as_the_default_is_none() -> None:
+    student, teacher = make(0, text={"mlp_ratio": 4.0, "pool_type": "argmax"}), make_teacher()
+    copy_text_tower(teacher, student)
+    tokens = student.spec.tokenize(CAPTIONS)
+    with torch.no_grad():
+        assert torch.equal(student.eval().encode_text(tokens), teacher.encode_text(tokens))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"text": {"width": 32}}, "the student student has text_cfg.width 32 (teacher 64); "),
+        ({"text": {"heads": 4}}, "has text_cfg.heads 4 (teacher 2); "),  # the same weights, other features
+        (
+            {"text": {"layers": 2, "context_length": 10}},
+            "has text_cfg.context_length 10 (teacher 12), text_cfg.layers 2 (teacher 1), tokenizer CLIP BPE, 10 tokens "
+            "(teacher CLIP BPE, 12 tokens); ",
+        ),
+        ({"embed_dim": 64}, "has embed_dim 64 (teacher 128); "),
+        ({"quick_gelu": True}, "has quick_gelu True (teacher False); "),
+    ],
+    ids=str,
+)
+def test_a_tower_of_another_shape_is_refused_with_both_values(options: dict[str, Any], words: str) -> None:
+    student, teacher = make(0, **options), make_teacher()
+    before = student.weights_sha256()
+    with pytest.raises(ValueError, match=r"^student\.text is teacher, but ") as refused:
+        copy_text_tower(teacher, student)
+    assert words in str(refused.value)
+    assert f"{ADVICE} (student.model), or set student.text to trained" in str(refused.value)
+    assert student.weights_sha256() == before
+
+
+def test_other_tokens_are_refused_another_name_for_the_same_is_not() -> None:
+    student, teacher = make(0), make_teacher()
+    theirs, name = teacher.spec.tokenize, teacher.spec.tokenizer_name
+    teacher.spec = dataclasses.replace(teacher.spec, tokenizer_name="HFTokenizer 12")
+    copy_text_tower(teacher, student)
+    teacher.spec = dataclasses.replace(teacher.spec, tokenize=lambda texts: theirs([f"! {text}" for text in texts]))
+    with pytest.raises(ValueError, match=rf"has tokenizer {name} \(teacher HFTokenizer 12\); {ADVICE}"):
+        copy_text_tower(teacher, student)
+    teacher.spec = dataclasses.replace(teacher.spec, tokenize=lambda texts: theirs(texts)[:, :5])
+    with pytest.raises(ValueError, match="tokenizer"):
+        copy_text_tower(teacher, student)
+
+
+def test_weights_that_one_side_lacks_are_named() -> None:
+    student, teacher = make(0), make_teacher()
+    teacher.model.gate = torch.nn.Parameter(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=rf"student has gate nothing \(teacher \(2, 3\)\); {ADVICE}"):
+        copy_text_tower(teacher, student)
+
+
+def test_a_transformers_teacher_is_refused(clip_folder: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"teacher\.model .*clip is a CLIPModel; it takes an open_clip model"
+    ) as refused:
+        copy_text_tower(load(str(clip_folder)), make(0))
+    assert "set student.text to trained" in str(refused.value)
+
+
+def test_a_teacher_from_the_hub_is_compared_by_the_config_that_lies_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = make(0), make_teacher()
+    stored = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "heads": 1}}
+    teacher.model_config, teacher.name = None, "hf-hub:someone/clip"
+    monkeypatch.setattr(open_clip, "get_model_config", {"hf-hub:someone/clip": stored}.get)
+    with pytest.raises(ValueError, match=r"has text_cfg\.heads 2 \(teacher 1\)"):
+        copy_text_tower(teacher, student)
+    stored["text_cfg"]["heads"] = 2
+    copy_text_tower(teacher, student)
+
+
+@pytest.mark.parametrize("text", ["trained", "frozen", "teacher"])
+def test_a_run_has_the_tower_it_is_configured_for(text: Any, tmp_path: Path) -> None:
+    """The teacher's as it is stored, though the teacher is then held in bfloat16."""
+    torch.save(make(5).model.state_dict(), tmp_path / "start.pt")
+    (tmp_path / "teacher.json").write_text(json.dumps(CONFIG))
+    torch.save(make(6).model.state_dict(), tmp_path / "teacher.pt")
+    config = TrainConfig(
+        student=StudentConfig(model="demo-student", pretrained=str(tmp_path / "start.pt"), text=text),
+        teacher=TeacherConfig(
+            model=str(tmp_path / "teacher.json"), pretrained=str(tmp_path / "teacher.pt"), dtype="bf16"
+        ),
+        objective=ObjectiveConfig(gkl=GKLTerm(weight=1.0)),
+    )
+    student, teacher = initial_student(config), load_teacher(config.teacher)
+    share_text_tower(config, student, [teacher])
+    hold_teachers([teacher])
+    assert student.training
+    assert student.text_is_frozen == (text != "trained")
+    assert isinstance(teacher.model, Encoder)
+    assert teacher.model.dtype == torch.bfloat16
+    expected = make(6 if text == "teacher" else 5).model.state_dict()
+    found = student.model.state_dict()
+    assert [n for n in found if tower_of(n) == "text" and not torch.equal(found[n], expected[n])] == []
+    images = make(5).model.state_dict()
+    assert [n for n in found if tower_of(n) == "image" and not torch.equal(found[n], images[n])] == []

@@ -1,0 +1,120 @@
+"""Closed-set distillation: which classes and prompts there are, who reads them, and the teacher's class vectors."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clipkd.config.terms import ClosedSetTerm
+from clipkd.models.encoder import Encoder
+from clipkd.objective.closed_set import ClosedSet, class_vectors, open_closed_set, read_classes
+
+CPU = torch.device("cpu")
+
+
+def class_file(folder: Path, text: str) -> str:
+    path = folder / "classes.txt"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_imagenet_has_a_thousand_names_and_eighty_templates() -> None:
+    names, templates = read_classes(ClosedSetTerm(classes="imagenet"))
+    assert (len(names), len(templates), len(set(templates))) == (1000, 80, 80)
+    assert (names[0], names[1], names[-1]) == ("tench", "goldfish", "toilet paper")
+    assert templates[0] == "a bad photo of a {c}."
+    assert all(template.count("{c}") == 1 for template in templates)
+
+
+def test_a_file_names_one_class_per_line_in_its_order(tmp_path: Path) -> None:
+    path = class_file(tmp_path, "\n red panda \n\ncat\n  \nøre\n")
+    assert read_classes(ClosedSetTerm(classes=path)) == (["red panda", "cat", "øre"], ["a photo of a {c}."])
+
+
+def test_templates_of_ones_own_stand_in_for_the_others(tmp_path: Path) -> None:
+    own = ("{c}!", "my {c}")
+    assert read_classes(ClosedSetTerm(classes=class_file(tmp_path, "cat\ndog\n"), templates=own))[1] == list(own)
+    names, templates = read_classes(ClosedSetTerm(classes="imagenet", templates=own))
+    assert (len(names), templates) == (1000, list(own))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cat\ndog\n cat\n", "names 'cat' twice"),
+        ("cat\n", "names only \\['cat'\\]"),
+        ("\n", "names only \\[\\]"),
+    ],
+)
+def test_a_file_without_two_different_classes_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = class_file(tmp_path, text)
+    with pytest.raises(ValueError, match=rf"^objective\.closed_set\.classes: {path} {words}"):
+        read_classes(ClosedSetTerm(classes=path))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.txt", tmp_path):
+        with pytest.raises(FileNotFoundError, match=rf"^objective\.closed_set\.classes: no file {path}; "):
+            read_classes(ClosedSetTerm(classes=str(path)))
+
+
+def encoder(texts: Sequence[str], vectors: Tensor, *, first_token: int = 0) -> Encoder:
+    """Knows these texts alone: the token of each is its number, its feature, before it is normalised, its vector."""
+    return Encoder(
+        nn.Embedding.from_pretrained(vectors, freeze=False),
+        name="list",
+        image_tower=lambda embedding, images: images,
+        text_tower=lambda embedding, tokens: embedding(tokens[:, 0] - first_token),
+        preprocess_config={"size": 2, "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"},
+        tokenize=lambda queries: torch.tensor([[first_token + texts.index(text)] for text in queries]),
+        tokenizer_name="list",
+        dim=vectors.shape[1],
+    )
+
+
+def open_set(folder: Path, names: list[str], templates: list[str], vectors: Tensor, **options: bool) -> ClosedSet:
+    """vectors: the teacher's, class by class and within each template by template. Student's tokens begin at 100."""
+    texts = [template.replace("{c}", name) for name in names for template in templates]
+    term = ClosedSetTerm(classes=class_file(folder, "\n".join(names)), templates=tuple(templates), **options)
+    student = encoder(texts, torch.zeros(len(texts), 5), first_token=100)
+    classes = class_vectors(term, encoder(texts, vectors), CPU)
+    return open_closed_set(term, student=student, teacher_classes=classes, device=CPU)
+
+
+def test_the_students_prompts_take_turns_by_template(tmp_path: Path) -> None:
+    bank = open_set(tmp_path, ["cat", "dog"], ["a {c}", "{c}!", "the {c}"], torch.ones(6, 4))
+    turns = [[[100], [103]], [[101], [104]], [[102], [105]]]
+    assert [bank.prompts_at(step).tolist() for step in range(7)] == [*turns, *turns, turns[0]]
+
+
+def test_the_teachers_class_vectors_by_hand(tmp_path: Path) -> None:
+    vectors = torch.tensor([[3.0, 0.0], [0.0, 2.0], [3.0, 4.0], [6.0, -8.0]])
+    bank = open_set(tmp_path, ["cat", "dog"], ["a {c}", "{c}!"], vectors)
+    # cat: (1, 0) and (0, 1); dog: (0.6, 0.8) and (0.6, -0.8).
+    torch.testing.assert_close(bank.teacher_classes, torch.tensor([[0.5**0.5, 0.5**0.5], [1.0, 0.0]]))
+    assert not bank.teacher_classes.requires_grad
+
+
+def test_the_teachers_class_vectors_are_normalised_means_of_normalised_prompts(tmp_path: Path) -> None:
+    names, templates, width = ["cat", "dog", "red panda"], ["a {c}", "{c}!", "the {c}", "{c}"], 6
+    vectors = torch.randn(12, width, generator=torch.Generator().manual_seed(3)) * 5
+    expected = []
+    for number in range(len(names)):
+        mean = [0.0] * width
+        for vector in vectors[4 * number : 4 * number + 4].tolist():
+            for i in range(width):
+                mean[i] += vector[i] / math.hypot(*vector) / 4
+        expected.append([value / math.hypot(*mean) for value in mean])
+    bank = open_set(tmp_path, names, templates, vectors)
+    torch.testing.assert_close(bank.teacher_classes, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_a_class_prior_is_kept_on_request_and_starts_uniform(tmp_path: Path) -> None:
+    options = (["cat", "dog", "eel", "owl"], ["a {c}"], torch.ones(4, 3))
+    prior = open_set(tmp_path, *options, class_prior=True).prior
+    assert prior is not None
+    assert prior.rows(torch.tensor([3, 0])).tolist() == [[0.25] * 4] * 2
+    assert open_set(tmp_path, *options, class_prior=False).prior is None

@@ -1,0 +1,214 @@
+"""Two processes on halves of a batch against one process on the whole: gloo on CPU, in real subprocesses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from clipkd import distributed
+from tests.objective.tiny_clip import OBJECTIVES, steps
+
+WORKER = Path(__file__).with_name("two_processes.py")
+ROOT = Path(__file__).parents[2]
+Seen = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
+    """Tensors and facts as each of two processes saw them."""
+    folder = tmp_path_factory.mktemp("gloo")
+    logs = [(folder / f"{rank}.log").open("w+") for rank in range(2)]
+    command = [sys.executable, str(WORKER)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    running = [
+        # Strings hash differently in each process, as they do under torchrun: no collective may depend on their order.
+        subprocess.Popen(
+            [*command, str(rank), folder], stderr=log, env={**environment, "PYTHONHASHSEED": str(3 * rank)}
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        codes = [process.wait(timeout=300) for process in running]
+    finally:
+        for process, log in zip(running, logs, strict=True):
+            process.kill()
+            process.wait()
+            log.close()
+    assert codes == [0, 0], "".join((folder / f"{rank}.log").read_text() for rank in range(2))
+    return [(load_file(folder / f"{r}.safetensors"), json.loads((folder / f"{r}.json").read_text())) for r in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("launched", "gpu", "on_cpu", "expected"),
+    [
+        (False, True, False, {}),
+        (True, False, True, {"timeout": distributed.TIMEOUT}),
+        (True, True, True, {"timeout": distributed.TIMEOUT}),
+        (True, True, False, {"timeout": distributed.TIMEOUT, "backend": "cpu:gloo,cuda:nccl"}),
+    ],
+)
+def test_several_processes_wait_an_hour_and_objects_stay_off_the_gpu(
+    launched: bool, gpu: bool, on_cpu: bool, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if launched:
+        monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert distributed.process_group_options(on_cpu=on_cpu) == expected
+    assert distributed.TIMEOUT.total_seconds() == 3600
+
+
+def test_there_really_were_two_processes(processes: list[Seen]) -> None:
+    assert [(facts["world_size"], facts["rank"]) for _, facts in processes] == [(2, 0), (2, 1)]
+
+
+def test_gather_brings_all_rows_in_rank_order(processes: list[Seen]) -> None:
+    for tensors, facts in processes:
+        assert tensors["gathered"].tolist() == [[1.0], [2.0], [3.0], [4.0]]
+        assert tensors["gathered integers"].tolist() == [0, 5, 1, 5]
+        assert tensors["gathered transposed"].tolist() == [[0.0, 1.0], [2.0, 3.0], [10.0, 11.0], [12.0, 13.0]]
+        assert tensors["gathered cube"].tolist() == [[[0.0] * 3] * 2, [[1.0] * 3] * 2]
+        assert facts["objects"] == [{"rank": 0}, {"rank": 1}]
+        assert not facts["constant_requires_grad"]
+
+
+def test_rows_are_summed_where_they_belong_and_parts_go_to_their_process(processes: list[Seen]) -> None:
+    first, second = (tensors for tensors, _ in processes)
+    assert first["sum of own rows"].tolist() == [[3.0], [30.0]]
+    assert second["sum of own rows"].tolist() == [[300.0], [3000.0]]
+    assert first["swapped"].tolist() == [[10.0], [20.0]]  # the tens name the sender, the ones the receiver
+    assert second["swapped"].tolist() == [[11.0], [21.0]]
+
+
+def test_the_largest_number_of_any_process_is_known_to_all(processes: list[Seen]) -> None:
+    assert [facts["maximum"] for _, facts in processes] == [[1, 3, 7]] * 2
+
+
+def test_an_error_of_one_process_is_raised_on_all(processes: list[Seen]) -> None:
+    assert [facts["together"] for _, facts in processes] == [0, 1]
+    problem = "invalid literal for int() with base 10: 'no number'"
+    assert [facts["problem"] for _, facts in processes] == [problem] * 2
+
+
+def test_gather_hands_back_what_every_process_says_of_a_row(processes: list[Seen]) -> None:
+    # Weights 1, 10, 100, 1000 on process 0 and twice that on process 1.
+    for (tensors, _), expected in zip(processes, ([[3.0], [30.0]], [[300.0], [3000.0]]), strict=True):
+        assert tensors["gradient"].tolist() == expected
+        assert tensors["gradient of a second backward"].tolist() == expected
+        assert tensors["gradient in a sum"].tolist() == expected
+
+
+def test_gather_leaves_the_gradient_of_its_neighbours_in_the_graph_alone(processes: list[Seen]) -> None:
+    for (tensors, _), factor in zip(processes, (1.0, 2.0), strict=True):
+        expected = [[factor * weight] for weight in (1.0, 10.0, 100.0, 1000.0)]
+        assert tensors["gradient of the other summand"].tolist() == expected
+
+
+def test_copied_tensors_are_those_of_the_main_process(processes: list[Seen]) -> None:
+    for tensors, _ in processes:
+        assert [tensors[f"buffer {number}"].item() for number in range(3)] == [1.5, 7, True]
+
+
+def test_mean_is_the_mean_over_processes(processes: list[Seen]) -> None:
+    for tensors, _ in processes:
+        assert tensors["mean"].tolist() == [2.0, 20.0]
+
+
+def test_batches_of_different_sizes_are_refused_on_every_process(processes: list[Seen]) -> None:
+    for _, facts in processes:
+        assert facts["uneven"] == "the processes bring [4, 5] pairs; every batch needs the same number on every process"
+
+
+def test_micro_batches_exchange_their_gradients_once(processes: list[Seen]) -> None:
+    for _, facts in processes:
+        assert facts["exchanges"] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("how", "dtype", "tolerance"),
+    [
+        ("torch.float64", torch.float64, 1e-12),
+        ("torch.float32", torch.float32, 1e-5),
+        # A few queries, or a few pairs through the towers at a time, against the whole batch on one process.
+        ("panels", torch.float64, 1e-12),
+        ("micro-batches", torch.float64, 1e-12),
+        ("panels of micro-batches", torch.float64, 1e-12),
+        ("frozen text", torch.float64, 1e-12),
+        ("frozen text in parts", torch.float64, 1e-12),
+    ],
+)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_two_processes_give_the_loss_and_gradients_of_one(
+    processes: list[Seen], name: str, how: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    frozen = how.startswith("frozen text")
+    whole = steps(name, dtype, frozen_text=frozen)
+    halves = [
+        {key.split("/", 2)[2]: value for key, value in tensors.items() if key.startswith(f"{name}/{how}/")}
+        for tensors, _ in processes
+    ]
+    assert [set(half) for half in halves] == [set(whole)] * 2
+    assert ("memory/queue/ids" in whole) == (name in ("queued", "ramped"))
+    for key, expected in whole.items():
+        if key.startswith("memory/"):  # pushed from gathered batches: the same bits on every process
+            assert all(torch.equal(half[key], expected) for half in halves), key
+        elif key.startswith("metric/"):
+            mean = torch.stack([half[key] for half in halves]).mean()
+            assert mean.item() == pytest.approx(expected.item(), rel=tolerance, abs=tolerance), key
+        else:
+            for half in halves:  # DDP leaves the same average on every process
+                error = (half[key] - expected).norm().item()
+                assert error <= tolerance * max(expected.norm().item(), 1e-3), f"{key}: {error}"
+    assert sum(key.startswith("gradient/") for key in whole) >= (4 if frozen else 7)
+    assert any("token_embedding" in key for key in whole) != frozen
+    uses_projection = name in (
+        "queued",
+        *("every term", "gkl with equal rows", "features alone", "relations", "sigmoid on teacher keys"),
+    )
+    assert ("gradient/image_projection.weight" in whole) == bool(uses_projection)
+    assert ("gradient/student.model.logit_scale" in whole) == (name != "features alone")
+    assert whole["metric/loss"] > 0.1
+
+
+def test_gradients_are_exchanged_though_the_last_micro_batch_has_no_class_prompts(processes: list[Seen]) -> None:
+    whole = steps("closed set", torch.float64, pairs=16)
+    gradients = {key: value for key, value in whole.items() if key.startswith("gradient/")}
+    assert any("token_embedding" in key for key in gradients)
+    for tensors, _ in processes:
+        for key, expected in gradients.items():
+            torch.testing.assert_close(tensors[f"parts without prompts/{key}"], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_dropout_is_the_same_in_both_passes_on_two_processes(processes: list[Seen]) -> None:
+    for tensors, _ in processes:
+        whole = {key.split("/", 1)[1]: value for key, value in tensors.items() if key.startswith("dropped whole/")}
+        assert {"student.model.visual.1.weight", "student.model.logit_scale"} <= whole.keys()
+        for name, expected in whole.items():
+            torch.testing.assert_close(tensors[f"dropped parts/{name}"], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_halves_alone_have_another_loss_than_the_whole(processes: list[Seen]) -> None:
+    """Keys and row weights come from both processes: the two losses differ, only their mean is that of one process."""
+    for name in ("every term", "gkl on student keys"):
+        first, second = (tensors[f"{name}/torch.float64/metric/loss"].item() for tensors, _ in processes)
+        assert abs(first - second) > 1e-3 * first
+
+
+def test_on_one_process_every_function_is_the_identity() -> None:
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    assert (distributed.world_size(), distributed.rank()) == (1, 0)
+    assert distributed.gather(rows) is rows
+    assert distributed.gather_constant(rows).tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert not distributed.gather_constant(rows).requires_grad
+    assert distributed.gather_objects("x") == ["x"]
+    values = torch.tensor([1.0, 5.0])
+    assert distributed.mean(values).tolist() == [1.0, 5.0]
+    assert distributed.mean(values) is not values
+    distributed.barrier()

@@ -1,0 +1,148 @@
+"""Batches of pixels and tokens → what each model sees, made once where models agree."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from clipkd.data.loader import Collate, Sample
+from clipkd.views import Batch, View, Views, ViewSpec
+from tests.data.samples import tokenize, view_spec
+
+
+def shifted(spec: ViewSpec) -> ViewSpec:
+    """With another tokenizer, whose tokens are 1000 larger."""
+    return replace(spec, tokenizer_name="shifted", tokenize=lambda texts: tokenize(texts) + 1000)
+
+
+def sample(views: Views, number: int) -> Sample:
+    """Different values for every view, pixel and channel."""
+    rng = np.random.default_rng(number)
+    pixels = [rng.integers(0, 256, (*spec.size, 3), dtype=np.uint8) for spec in views.pixel_specs]
+    return Sample(pixels, f"a{number:02}", 0, 10 + number, -number, f"key {number}")
+
+
+def collate(*specs: ViewSpec, num_samples: int = 4) -> tuple[Batch, list[View], Views]:
+    views = Views(specs)
+    batch = Collate(views)([sample(views, number) for number in range(num_samples)])
+    return batch, views.of(batch, "cpu"), views
+
+
+def test_pixels_are_normalised_per_channel_by_hand() -> None:
+    spec = replace(view_spec(1), mean=(0.5, 0.0, 0.25), std=(0.5, 2.0, 0.25))
+    pixels = torch.tensor([[255, 51, 0], [0, 0, 255]], dtype=torch.uint8).view(2, 3, 1, 1)
+    batch = Batch((pixels,), (torch.zeros(2, 1, dtype=torch.int64),), torch.arange(2), torch.arange(2), ("a", "b"))
+    (view,) = Views([spec]).of(batch, "cpu")
+    expected = torch.tensor([[1.0, 0.1, -1.0], [-1.0, 0.0, 3.0]]).view(2, 3, 1, 1)
+    torch.testing.assert_close(view.images, expected)
+    assert view.images.dtype == torch.float32
+    assert view.images.is_contiguous()
+    assert pixels.flatten().tolist() == [255, 51, 0, 0, 0, 255]  # what travelled is left as it was
+
+
+def test_every_value_is_normalised_to_float_precision() -> None:
+    spec = replace(view_spec(16), mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    exact = [(np.arange(256) / 255 - mean) / std for mean, std in zip(spec.mean, spec.std, strict=True)]
+    expected = torch.tensor(np.stack(exact)).view(1, 3, 16, 16)
+    assert (spec.normalize(pixels).double() - expected).abs().max() < 1e-6
+
+
+def test_a_batch_holds_bytes_ids_labels_and_keys_in_the_samples_order() -> None:
+    batch, _, views = collate(view_spec(3), view_spec(5))
+    assert {part.dtype for part in batch.pixels} == {torch.uint8}
+    assert {part.shape for part in batch.pixels} == {(4, 3, 3, 3), (4, 3, 5, 5)}
+    assert all(part.is_contiguous() for part in batch.pixels)
+    assert batch.ids.tolist() == [10, 11, 12, 13]
+    assert batch.labels.tolist() == [0, -1, -2, -3]
+    assert batch.keys == ("key 0", "key 1", "key 2", "key 3")
+    assert batch.texts[0].tolist() == [[97, 48, 48 + number, 32] for number in range(4)]  # "a00 ", "a01 ", …
+    assert (batch.skipped, batch.place) == ((), None)
+    for kind, part in enumerate(batch.pixels):
+        for number, image in enumerate(part):
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), sample(views, number).pixels[kind])
+
+
+def test_views_that_agree_share_their_tensors() -> None:
+    batch, (student, teacher), _ = collate(view_spec(8), view_spec(8))
+    assert teacher.images is student.images
+    assert teacher.texts is student.texts
+    assert (len(batch.pixels), len(batch.texts)) == (1, 1)
+
+
+@pytest.mark.parametrize("other", [view_spec(9), replace(view_spec(8), interpolation="bicubic")])
+def test_views_that_differ_in_their_pixels_are_made_apart(other: ViewSpec) -> None:
+    batch, (student, teacher), _ = collate(view_spec(8), other)
+    assert len(batch.pixels) == 2
+    assert teacher.images.shape[2:] == other.size
+    assert teacher.images.shape != student.images.shape or not torch.equal(teacher.images, student.images)
+    assert teacher.texts is student.texts  # the same tokenizer all the same
+
+
+@pytest.mark.parametrize("other", [view_spec(8, mean=0.1), view_spec(8, std=0.5)])
+def test_views_that_differ_in_their_normalisation_alone_share_the_bytes_that_travel(other: ViewSpec) -> None:
+    batch, (student, teacher), _ = collate(view_spec(8), other)
+    assert len(batch.pixels) == 1
+    back = teacher.images * other.std[0] + other.mean[0]
+    assert not torch.allclose(teacher.images, student.images, atol=0.05)
+    torch.testing.assert_close(back, student.images, atol=1e-6, rtol=0)
+    assert teacher.texts is student.texts
+
+
+def test_another_tokenizer_makes_the_teachers_own_tokens_of_the_same_captions() -> None:
+    batch, (student, teacher), _ = collate(view_spec(8), shifted(view_spec(8)))
+    assert torch.equal(teacher.texts, student.texts + 1000)
+    assert teacher.images is student.images
+    assert (len(batch.pixels), len(batch.texts)) == (1, 2)
+
+
+def test_tokens_are_made_once_per_tokenizer() -> None:
+    calls: list[str] = []
+
+    def counting(name: str) -> ViewSpec:
+        def spoken(texts: list[str]) -> torch.Tensor:
+            calls.append(name)
+            return tokenize(texts)
+
+        return replace(view_spec(8), tokenizer_name=name, tokenize=spoken)
+
+    collate(counting("a"), counting("b"), counting("a"), counting("b"))
+    assert sorted(calls) == ["a", "b"]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (0, 2, 1)])
+def test_every_model_gets_its_own_view_whatever_the_order_of_models(order: Sequence[int]) -> None:
+    """The student and one teacher agree in pixels, one teacher and another in tokens."""
+    specs = [view_spec(8), shifted(view_spec(12, mean=0.5)), shifted(view_spec(8, std=0.5))]
+    _, seen, views = collate(*[specs[number] for number in order])
+    kinds = [spec.pixels for spec in views.pixel_specs]
+    for number, view in zip(order, seen, strict=True):
+        spec = specs[number]
+        pixels = np.stack([sample(views, n).pixels[kinds.index(spec.pixels)] for n in range(4)]).transpose(0, 3, 1, 2)
+        expected = torch.from_numpy((pixels / 255 - spec.mean[0]) / spec.std[0]).float()
+        torch.testing.assert_close(view.images, expected, atol=1e-5, rtol=0)
+        assert view.texts.tolist() == spec.tokenize([f"a{n:02}" for n in range(4)]).tolist()
+
+
+def test_of_two_teachers_the_one_that_agrees_shares_and_the_other_gets_its_own() -> None:
+    _, (student, different, alike), _ = collate(view_spec(8), shifted(view_spec(12)), view_spec(8))
+    assert alike.images is student.images
+    assert alike.texts is student.texts
+    assert (different.images.shape, student.images.shape) == ((4, 3, 12, 12), (4, 3, 8, 8))
+    assert torch.equal(different.texts, student.texts + 1000)
+
+
+def test_two_teachers_that_agree_share_what_the_student_does_not() -> None:
+    batch, (student, first, second), _ = collate(view_spec(8), view_spec(12), view_spec(12))
+    assert first.images is second.images
+    assert first.images.shape == (4, 3, 12, 12)
+    assert student.images.shape == (4, 3, 8, 8)
+    assert len(batch.pixels) == 2
+
+
+def test_without_a_teacher_there_is_no_second_view() -> None:
+    batch, seen, _ = collate(view_spec(8))
+    assert len(seen) == len(batch.pixels) == len(batch.texts) == 1
+    assert seen[0].images.dtype == torch.float32

@@ -1,0 +1,135 @@
+"""Micro-batches whose loss sees the whole batch: the same gradient, with fewer activations."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clipkd.models.cost import count_saved
+from clipkd.objective.comparison import Targets
+from clipkd.objective.distiller import Distiller
+from clipkd.training import gradient_cache
+from clipkd.views import View, join
+from tests.objective.tiny_clip import OBJECTIVES, make_batch, make_distiller, needs, steps, take_loss
+
+DOUBLE = torch.float64
+
+
+def take(distiller: Distiller, view: View, targets: Targets, micro_batches: int) -> tuple[Tensor, dict[str, Tensor]]:
+    loss, _ = gradient_cache.backward(
+        distiller, view, targets, step=0, micro_batches=micro_batches, reseed=torch.manual_seed
+    )
+    return loss, gradients(distiller)
+
+
+def gradients(distiller: Distiller) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in distiller.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(DOUBLE, 1e-12), (torch.float32, 1e-6)], ids=str)
+@pytest.mark.parametrize("micro_batches", [2, 3, 4, 8])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_micro_batches_give_the_series_gradients_and_memory_of_the_whole_batch(
+    name: str, micro_batches: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    """In float64 over three optimizer steps; 3 does not divide the 8 pairs, and a part of the class prompts is empty with 8."""
+    number = 3 if dtype == DOUBLE else 1
+    whole, parts = (steps(name, dtype, number=number, micro_batches=parts) for parts in (1, micro_batches))
+    assert parts.keys() == whole.keys()
+    for key, expected in whole.items():
+        error = (parts[key] - expected).double().norm().item()
+        assert error <= tolerance * max(expected.double().norm().item(), 1e-1), f"{key}: {error}"
+
+
+def with_layer(layer: nn.Module) -> Distiller:
+    """A student whose image tower has one layer more."""
+    distiller = make_distiller(OBJECTIVES["every term"], dtype=DOUBLE)
+    visual = distiller.student.model.visual
+    assert isinstance(visual, nn.Sequential)
+    visual.insert(2, layer.to(DOUBLE))
+    return distiller
+
+
+def one_batch() -> tuple[View, Targets]:
+    view, targets = make_batch(dtype=DOUBLE)
+    return view, needs("every term", targets)
+
+
+def test_dropout_is_the_same_in_both_passes() -> None:
+    distiller, (view, targets) = with_layer(nn.Dropout(0.5)), one_batch()
+    outputs = []
+    for number, part in enumerate(view.split(4)):  # in one piece, activations and all
+        torch.manual_seed(number)
+        outputs.append(distiller(part)[0])
+    loss, _ = distiller.loss(join(outputs), targets)
+    loss.backward()
+    expected = {name: gradient.clone() for name, gradient in gradients(distiller).items()}
+    distiller.zero_grad()
+    cached, found = take(distiller, view, targets, 4)
+    assert cached.item() == pytest.approx(loss.item(), rel=1e-13)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-11, atol=1e-13)
+    torch.manual_seed(9)
+    assert take_loss(distiller, view, targets)[0].item() != pytest.approx(loss.item(), rel=1e-6)  # it does drop
+
+
+def test_batchnorm_counts_each_micro_batch_once() -> None:
+    distiller, (view, targets) = with_layer(nn.BatchNorm1d(8)), one_batch()
+    take(distiller, view, targets, 4)
+    found = {name: buffer.clone() for name, buffer in distiller.named_buffers()}
+    again = with_layer(nn.BatchNorm1d(8))
+    for part in view.split(4):
+        again(part)
+    expected = dict(again.named_buffers())
+    assert len(expected) == 3
+    for name, buffer in expected.items():
+        torch.testing.assert_close(found[name], buffer)
+
+
+def test_activations_are_kept_of_one_micro_batch_at_a_time() -> None:
+    class Sizes(nn.Module):
+        """Notes how many images pass, and whether their activations are kept."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append((len(images), torch.is_grad_enabled()))
+            return images
+
+    seen: list[tuple[int, bool]] = []
+    distiller, (view, targets) = with_layer(Sizes()), one_batch()
+    take(distiller, view, targets, 4)
+    assert seen == [(2, False)] * 4 + [(2, True)] * 4
+
+
+def test_a_micro_batch_s_activations_are_gone_before_the_next() -> None:
+    class Wide(nn.Module):
+        """Keeps 4096 numbers per unit."""
+
+        def forward(self, units: Tensor) -> Tensor:
+            return units[:, :, None].expand(-1, -1, 4096).tanh().mean(dim=-1)
+
+    peaks = []
+    for micro_batches in (1, 8):
+        distiller = with_layer(Wide())
+        view, targets = one_batch()
+        with count_saved() as saved:
+            take(distiller, view, targets, micro_batches)
+        assert saved.now == 0
+        peaks.append(saved.peak)
+    assert peaks[1] < peaks[0] / 4
+
+
+def test_a_frozen_scale_gets_no_gradient() -> None:
+    distiller = make_distiller(OBJECTIVES["features alone"], dtype=DOUBLE)
+    view, targets = one_batch()
+    _, found = take(distiller, view, targets, 2)
+    assert "student.model.logit_scale" not in found
+    assert {"image_projection.weight", "student.model.visual.1.weight"} <= found.keys()
+
+
+def test_gradients_are_added_to_those_that_are_there() -> None:
+    distiller, (view, targets) = make_distiller(OBJECTIVES["every term"], dtype=DOUBLE), one_batch()
+    _, once = take(distiller, view, targets, 2)
+    once = {name: gradient.clone() for name, gradient in once.items()}
+    _, twice = take(distiller, view, targets, 2)
+    for name, gradient in once.items():
+        torch.testing.assert_close(twice[name], 2 * gradient)
