@@ -116,7 +116,7 @@ def configure(output: Path, name: str, options: str, seed: int, recipe: str = "d
     arguments += ["--data.path", str(output / "data" / "pairs"), "--evaluation.data", f"[{held_out}]"]
     arguments += ["--seed", str(seed), "--output", str(run_folder(output, name, seed)), "--data.num_workers", "0"]
     if options and options != PEERS["ALBEF"]:
-        arguments += ["--teacher.model", f"local-dir:{output / 'teacher'}"]
+        arguments += ["--teacher.models", f"local-dir:{output / 'teacher'}"]
     return parse(arguments)
 
 

@@ -38,7 +38,7 @@ def arguments_of(kind: str, demo: Path, output: Path, seed: int) -> list[str]:
     gkl = [] if kind == "alone" else ["--config", str(recipe("losses/gkl"))]
     teacher = {
         "alone": [],
-        "online": ["--teacher.model", f"local-dir:{demo / 'teacher'}"],
+        "online": ["--teacher.models", f"local-dir:{demo / 'teacher'}"],
         "cached": ["--teacher.cache", str(output / f"cache_{seed}")],
     }
     words = ["--config", str(recipe("demo")), *gkl, *teacher[kind], "--data.path", str(demo / "data" / "pairs")]

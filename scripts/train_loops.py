@@ -150,11 +150,11 @@ class OpenClip:
 def train_arguments(recipe: str | None, task: Task) -> list[str]:
     """Options of `clipkd train` that all variants share, and the recipe's."""
     chosen: dict[str, object] = {"data.path": task.folder / "shards", "data.min_crop": MIN_CROP, "steps": 10**6}
-    chosen |= {"student.model": task.student, "batch_size": task.batch, "optim.eps": EPS, "seed": SEED}
+    chosen |= {"student.model": task.student, "batch_size": task.batch, "seed": SEED}
     chosen |= {"precision": task.precision, "data.num_workers": task.workers, "threads": torch.get_num_threads()}
     chosen |= {"optim.learning_rate": RATE, "optim.weight_decay": DECAY, "optim.clip_norm": CLIP_NORM}
-    chosen |= {"optim.beta1": BETAS[0], "optim.beta2": BETAS[1]}
-    chosen |= {"teacher.model": f"local-dir:{task.folder / 'teacher'}"} if recipe else {}
+    chosen |= {"optim.betas": list(BETAS)}
+    chosen |= {"teacher.models": f"local-dir:{task.folder / 'teacher'}"} if recipe else {}
     chosen |= {"objective.queue.capacity": 4 * task.batch} if recipe == "gkl" else {}
     config = [f"--config={ROOT / 'configs' / 'losses' / recipe}.yaml"] if recipe else []
     return [*config, *(f"--{name}={value}" for name, value in chosen.items())]

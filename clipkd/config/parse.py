@@ -1,11 +1,14 @@
 """Command-line arguments and YAML → the dataclasses of each command, with errors that say what to do."""
 
+import argparse
 import dataclasses
 import difflib
 import functools
 import itertools
 import json
+import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_origin
@@ -13,9 +16,12 @@ from typing import Any, NoReturn, TypeVar, get_origin
 import jsonargparse
 import yaml
 
+from clipkd.config.objective import ObjectiveConfig
 from clipkd.config.train import TrainConfig
 
 C = TypeVar("C")
+
+TASK_LOSSES = ("info_nce", "sigmoid")
 
 # The docstring under each field is its help.
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -49,9 +55,9 @@ def nearest_option(word: str, options: set[str]) -> str | None:
 
 
 def parse(arguments: list[str], command: str = "train") -> TrainConfig:
-    """Arguments of `clipkd train`: --config FILE (stackable), then dotted overrides.
+    """Parse the arguments of `clipkd train`: --config FILE (stackable), then dotted overrides.
 
-    Exits with one line and status 2 where they are wrong, signed by the command.
+    Exits with one line and status 2 if they are wrong; command: the name that the line begins with.
     """
     return parse_into(TrainConfig, arguments, command, "Train a student, with or without a teacher.")
 
@@ -59,7 +65,7 @@ def parse(arguments: list[str], command: str = "train") -> TrainConfig:
 def parse_into(
     kind: type[C], arguments: list[str], command: str, description: str, *, positional: dict[str, str] | None = None
 ) -> C:
-    """Arguments of one command → its dataclass, whose fields and docstrings are the options and their help.
+    """Parse the arguments of one command into its dataclass, whose fields and docstrings are the options and their help.
 
     positional: fields that are given in order, without their names → their help. A tuple takes one or more words.
     """
@@ -68,30 +74,48 @@ def parse_into(
         if flag == "--config" and Path(path).is_file():
             check_yaml(Path(path), parser)
     namespace = parser.parse_args(spell_out(kind, arguments))
+    if idle := "objective" in namespace and has_idle_teacher(namespace):
+        namespace = parser.parse_args(spell_out(kind, ["--config", str(recipe("losses/gkl")), *arguments]))
     try:
         values = {name: value for name, value in vars(parser.instantiate(namespace)).items() if name != "config"}
-        return kind(
+        config = kind(
             **values | {name: tuple(values[name]) for name in positional or {} if isinstance(values[name], list)}
         )
     except ValueError as error:
         parser.error(str(error))
+    if idle and os.environ.get("RANK", "0") == "0":
+        print(f"clipkd {command}: no distillation term is named, so the recipe gkl is used", file=sys.stderr)
+    return config
+
+
+def has_idle_teacher(options: jsonargparse.Namespace) -> bool:
+    """Whether a teacher is named and no term has a weight that could use it."""
+    terms = [options.objective[name] for name in ObjectiveConfig().terms() if name not in TASK_LOSSES]
+    return bool(options.teacher.models or options.teacher.cache) and not any(term.weight for term in terms)
 
 
 @functools.cache
 def build_parser(kind: type, command: str, description: str, positional: tuple[tuple[str, str], ...]) -> Parser:
     """Building takes longer than parsing, and a demo parses some ten times."""
-    parser = Parser(prog=f"clipkd {command}", description=description, allow_abbrev=False)
+    words = "".join(f" {name.upper()}" for name, _ in positional)
+    usage = f"clipkd {command}{words} [--config FILE.yaml …] [--OPTION VALUE …]"
+    parser = Parser(prog=f"clipkd {command}", usage=usage, description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML of differences from the defaults; several are stacked.")
     types = {field.name: field.type for field in dataclasses.fields(kind)}
     for name, text in positional:
         parser.add_argument(name, type=str, help=text, nargs="+" if is_tuple(types[name]) else None)
     parser.add_class_arguments(kind, as_group=False, skip={name for name, _ in positional})
+    for action in parser._actions:  # --config serves all groups of options, and this help shows every option
+        if action.help == "Path to a configuration file." or any(
+            name.endswith(".help") for name in action.option_strings
+        ):
+            action.help = argparse.SUPPRESS
     return parser
 
 
 def spell_out(kind: type, arguments: list[str]) -> list[str]:
-    """--max-drop → --max_drop, and for the fields of a command --quick → --quick true, --task a b → --task [a,b]."""
-    fields = {f"--{field.name}": field.type for field in dataclasses.fields(kind)}
+    """--max-drop → --max_drop, --quick → --quick true, --task a b → --task [a,b]."""
+    fields = {f"--{name}": option for name, option in option_types(kind)}
     spelled: list[str] = []
     rest = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
     while rest:
@@ -103,9 +127,19 @@ def spell_out(kind: type, arguments: list[str]) -> list[str]:
         elif "tuple" in str(fields.get(argument)) and (
             len(following) > 1 or (following and is_tuple(fields[argument]) and not following[0].startswith("["))
         ):
-            spelled.append(json.dumps(following))
+            numbers = "float" in str(fields[argument])
+            spelled.append(f"[{', '.join(following)}]" if numbers else json.dumps(following))
             rest = rest[len(following) :]
     return spelled
+
+
+def option_types(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and type of every option."""
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            yield from option_types(field.type, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+        else:
+            yield f"{prefix}{field.name}", field.type
 
 
 def is_tuple(kind: Any) -> bool:

@@ -17,23 +17,23 @@ from clipkd.errors import require
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     model: str = "ViT-T-16"
-    """Architecture: an open_clip config name, one of clipkd's (ViT-T-16, demo-student, demo-teacher) or a path to an open_clip JSON."""
-    pretrained: str | None = None
-    """Initial weights: an open_clip tag or a weight file; null starts from random weights."""
+    """Architecture, then @ and its initial weights (an open_clip tag or a file): an open_clip name, one of clipkd's (ViT-T-16, demo-student, demo-teacher) or an open_clip JSON file. Without weights it starts from random ones."""
     text: Literal["trained", "frozen", "teacher"] = "trained"
-    """Text tower: trained; frozen as it starts (from student.pretrained); or teacher: the first teacher's own, frozen (same text_cfg, width and tokenizer)."""
+    """Text tower: trained; frozen at the weights that student.model names; teacher: the first teacher's own, frozen (same text_cfg, width and tokenizer)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    model: str | None = None
-    """An open_clip name, local-dir:FOLDER, hf-hub:REPO, a transformers CLIPModel or SiglipModel folder, or a clipkd run; null trains alone."""
-    pretrained: str | None = None
-    """Weights of an open_clip name: a tag or a file. The other kinds of teacher carry their own."""
+    models: tuple[str, ...] | str = ()
+    """Frozen models to learn from: NAME@WEIGHTS of open_clip (a tag or a file), local-dir:FOLDER, hf-hub:REPO, a transformers CLIPModel or SiglipModel folder, or a clipkd run. Empty trains alone; several are averaged (kl with keys: student)."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What the teacher's weights are held in: bf16 or fp16 halve its memory. Its logit scale stays fp32."""
+    """Type in which the teachers' weights are held: bf16 and fp16 halve their memory. Logit scales stay fp32."""
     cache: str | None = None
-    """Folder of `clipkd cache`: the features of all teachers are read from it and none is loaded; model and ensemble may stay, and must then be those it was made with."""
+    """Folder of `clipkd cache`, from which the teachers' features are read. No teacher is loaded; models may be left out, or must name those of the cache."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(filter(None, (self.models,) if isinstance(self.models, str) else self.models))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,8 @@ class OptimConfig:
     """Steps of linear warm-up."""
     weight_decay: float = 0.1
     """Decoupled weight decay on matrices; vectors, biases and scales have none."""
-    beta1: float = 0.9
-    """AdamW's decay of the first moment."""
-    beta2: float = 0.98
-    """AdamW's decay of the second moment."""
-    eps: float = 1e-6
-    """AdamW's epsilon."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's decay of the first and of the second moment."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
     logit_scale_lr: float = 1.0
@@ -60,10 +56,9 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, f"optim.learning_rate is {self.learning_rate}; it must be positive")
         require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it must be 0 or more")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"optim.{name} is {value}; it must lie in [0, 1)")
-        require(self.eps > 0, f"optim.eps is {self.eps}; it must be positive")
+        require(
+            all(0 <= beta < 1 for beta in self.betas), f"optim.betas is {list(self.betas)}; both must lie in [0, 1)"
+        )
         require(0 <= self.ema_momentum < 1, f"optim.ema_momentum is {self.ema_momentum}; it must lie in [0, 1)")
         require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must be 0 or more")
         require(self.logit_scale_lr >= 0, f"optim.logit_scale_lr is {self.logit_scale_lr}; it must be 0 or more")
@@ -74,14 +69,11 @@ class OptimConfig:
 class CheckpointConfig:
     every_steps: int = 1000
     """Steps between checkpoints; the last step is always saved."""
-    every_minutes: float = 0.0
-    """Minutes between checkpoints, beside those by steps; 0 saves by steps only."""
     keep: int = 3
     """How many of the newest checkpoints stay on disk."""
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, f"checkpoint.every_steps is {self.every_steps}; it must be 1 or more")
-        require(self.every_minutes >= 0, f"checkpoint.every_minutes is {self.every_minutes}; it must be 0 or more")
         require(self.keep >= 1, f"checkpoint.keep is {self.keep}; it must be 1 or more")
 
 
@@ -139,9 +131,7 @@ class TrainConfig:
     student: StudentConfig = field(default_factory=StudentConfig)
     """The model to train."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    """The frozen model to learn from."""
-    ensemble: tuple[TeacherConfig, ...] = ()
-    """Further teachers: kl and soft_ce then learn from the mean of all softmaxes (MobileCLIP)."""
+    """The frozen models to learn from."""
     data: DataConfig = field(default_factory=DataConfig)
     """Image-text pairs."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -164,8 +154,8 @@ class TrainConfig:
         )
         require(self.threads is None or self.threads >= 1, f"threads is {self.threads}; it must be 1 or more")
         require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")
-        at_random = self.student.text == "frozen" and not self.student.pretrained
-        require(not at_random, "student.text is frozen at random weights: set student.pretrained, or leave it trained")
+        at_random = self.student.text == "frozen" and "@" not in self.student.model
+        require(not at_random, "student.text is frozen at random weights: name them (student.model NAME@WEIGHTS)")
         require_finite(self)
         require_objective(self)
 
@@ -186,26 +176,18 @@ def require_objective(config: TrainConfig) -> None:
     require(bool(active), "no loss term is on: set objective.info_nce.weight, or a teacher and one of its terms")
     distillation = [name for name, term in active.items() if term.needs_teacher]
     first = f"objective.{distillation[0]}" if distillation else ""
-    if config.teacher.model is None:
-        require(not config.ensemble, "ensemble names further teachers, but there is no first: set teacher.model")
-        require(config.student.text != "teacher", "student.text is teacher, but there is none: set teacher.model")
-    if config.teacher.model is None and config.teacher.cache is None:
-        require(not distillation, f"{first} needs a teacher: set teacher.model, or teacher.cache")
+    names = config.teacher.names
+    require(bool(names) or config.student.text != "teacher", "student.text is teacher, but teacher.models names none")
+    if not names and config.teacher.cache is None:
+        require(not distillation, f"{first} needs a teacher: set teacher.models or teacher.cache")
     else:
         require(
             bool(distillation),
             "a teacher is set but no term uses it: set objective.gkl.weight or that of another distillation term, "
-            "or leave teacher.model and teacher.cache out",
+            "or leave teacher.models and teacher.cache out",
         )
-    named = config.teacher.model is not None or config.teacher.pretrained is None
-    require(
-        named, f"teacher.pretrained is {config.teacher.pretrained}, but teacher.model names no architecture; name both"
-    )
-    for number, teacher in enumerate(config.ensemble):
-        require(teacher.model is not None, f"ensemble[{number}] names no model")
-        require(teacher.cache is None, f"ensemble[{number}].cache is set; teacher.cache holds all teachers")
-    if config.teacher.cache is None or config.teacher.model is not None:  # else the cache knows how many there are
-        require_number_of_teachers(config.objective, 1 + len(config.ensemble))
+    if names:  # otherwise the cache says how many there are
+        require_number_of_teachers(config.objective, len(names))
     momentum = [name for name, term in active.items() if term.needs_momentum]
     require(
         not momentum or config.optim.ema_momentum > 0,

@@ -152,7 +152,7 @@ def make_cache(config: DemoConfig) -> None:
             *(QUICK_BATCH if config.quick else ()),
         ),
         *("--data.path", str(output / "data" / "pairs"), "--seed", str(config.seed), "--views", str(NUM_VIEWS)),
-        *("--teacher.model", f"local-dir:{output / 'teacher'}", "--output", str(output / "cache")),
+        *("--teacher.models", f"local-dir:{output / 'teacher'}", "--output", str(output / "cache")),
     )
     cache.run(parse_into(cache.CacheConfig, list(arguments), "cache", "Compute the teachers' features once."))
 

@@ -51,12 +51,8 @@ def introduction(encoder: Encoder, source: Source) -> str:
 
 
 def teacher_name(config: dict[str, Any] | None) -> str | None:
-    teacher = (config or {}).get("teacher") or {}
-    if not teacher.get("model"):
-        return None
-    others = [each["model"] for each in (config or {}).get("ensemble") or []]
-    name = teacher["model"] + (f" ({teacher['pretrained']})" if teacher.get("pretrained") else "")
-    return " and ".join([name, *others])
+    models = ((config or {}).get("teacher") or {}).get("models") or []
+    return " and ".join([models] if isinstance(models, str) else models) or None
 
 
 def facts(encoder: Encoder, source: Source) -> str:

@@ -39,13 +39,14 @@ def initial_student(config: TrainConfig) -> Encoder:
 
 
 def create_student(config: StudentConfig, *, logit_bias: float | None = None) -> Encoder:
-    """A student by name, freshly initialised from torch's random state unless `pretrained` says otherwise.
+    """A student by name, with the weights that NAME@WEIGHTS names or freshly initialised from torch's random state.
 
     logit_bias: the initial bias that a student gets if its architecture has none.
     Raises: ValueError for an unknown name or tag, or weights that want another activation.
     """
-    name, model_config = find_architecture(config.model, option="student.model: ")
-    student = build_open_clip(name, model_config, pretrained=config.pretrained, option="student.pretrained")
+    architecture, _, weights = config.model.partition("@")
+    name, model_config = find_architecture(architecture, option="student.model: ")
+    student = build_open_clip(name, model_config, pretrained=weights or None, option="student.model")
     if logit_bias is not None and student.logit_bias is None:
         # Added after the weights are loaded: open_clip would start a bias that they lack at 0, whatever the config says.
         student.model.logit_bias = torch.nn.Parameter(torch.tensor(logit_bias))

@@ -26,7 +26,7 @@ def copy_text_tower(teacher: Encoder, student: Encoder) -> None:
 
     Raises: ValueError if one is none of open_clip's plain models, or the towers, widths or tokens differ.
     """
-    for option, encoder in (("teacher.model", teacher), ("student.model", student)):
+    for option, encoder in (("teacher.models", teacher), ("student.model", student)):
         if not isinstance(encoder.model, LAYOUTS):
             raise ValueError(
                 f"student.text is teacher, but {option} {encoder.name} is a {type(encoder.model).__name__}; it takes an "

@@ -8,11 +8,11 @@ from clipkd.models.onnx_student import SUFFIXES
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".onnx")
 
 
-def weight_files(model: str, pretrained: str | None) -> list[Path]:
-    """Of a model as `load` takes it; none for a name that a hub resolves, or for a folder that is gone."""
+def weight_files(model: str) -> list[Path]:
+    """Weight files of a model as `load_model` takes it; none for a name that a hub resolves, or a folder that is gone."""
     name, _, weights = model.partition("@")
-    if given := pretrained or weights:
-        return [Path(given)] if Path(given).is_file() else []
+    if weights:
+        return [Path(weights)] if Path(weights).is_file() else []
     kind, _, rest = name.partition(":")
     folder = Path(rest if kind in ("local-dir", "hf", *SUFFIXES) else name)
     if not folder.is_dir():

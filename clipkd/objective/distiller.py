@@ -271,7 +271,7 @@ class FrozenTeacher(Protocol):
 def require_fitting_teachers(objective: ObjectiveConfig, teachers: Sequence[FrozenTeacher]) -> None:
     """Raises: ValueError if a term wants another kind of teacher: one trained with a softmax, or with a sigmoid (SigLIP)."""
     for number, teacher in enumerate(teachers):
-        option = f"ensemble[{number - 1}]" if number else "teacher.model"
+        option = f"teacher.models[{number}]"
         sigmoid = teacher.logit_bias is not None
         for name, term in objective.active().items():
             if sigmoid and term.softens_teacher:

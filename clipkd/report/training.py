@@ -122,8 +122,8 @@ def facts(run: Run, curves: dict[str, Curve]) -> str:
     """What one asks first, a dash where the files do not say."""
     options, last = run.options, run.metrics[-1]
     medians = {name: statistics.median(curve.finite()) for name, curve in curves.items() if curve.finite()}
-    teachers = [(options.get("teacher.model"), options.get("teacher.pretrained"))]
-    teachers += [(teacher.get("model"), teacher.get("pretrained")) for teacher in options.get("ensemble") or ()]
+    teachers = options.get("teacher.models") or []
+    teachers = teachers if isinstance(teachers, list) else [teachers]
     replaced, indexed = (sum(counts) for counts in zip((0, 0), *count_skipped(run.skipped).values(), strict=True))
     if not run.skipped:
         replaced = last.get("skipped") or 0
@@ -134,8 +134,8 @@ def facts(run: Run, curves: dict[str, Curve]) -> str:
     seconds = curves["seconds"].finite() if "seconds" in curves else []
     planned = f" of {options['steps']:,}" if isinstance(options.get("steps"), int) else ""
     pairs = {
-        "student": join(options.get("student.model"), options.get("student.pretrained")),
-        "teacher": "\n".join(join(*teacher) for teacher in teachers if teacher[0]) or ("none" if options else ""),
+        "student": options.get("student.model"),
+        "teacher": "\n".join(teachers) or ("none" if options else ""),
         "training data": "\n".join(str(path) for path in paths if path),
         "steps": f"{last['step']:,}{planned}",
         "batch size, processes": f"{options.get('batch_size', '–')}, {last.get('world_size', '–')}",
@@ -148,10 +148,6 @@ def facts(run: Run, curves: dict[str, Curve]) -> str:
     }
     cells = (f"<div><dt>{name}</dt><dd>{escape(value or '–')}</dd></div>" for name, value in pairs.items())
     return f'<dl class="facts">{"".join(cells)}</dl>'
-
-
-def join(*words: Any) -> str:
-    return " ".join(str(word) for word in words if word)
 
 
 def evaluation_table(results: dict[tuple[str, str], Rows]) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from clipkd import data, distributed, files, progress
 from clipkd.config.objective import require_number_of_teachers
-from clipkd.config.train import TeacherConfig, TrainConfig
+from clipkd.config.train import TrainConfig
 from clipkd.evaluation.embed import DTYPES
 from clipkd.models.encoder import Encoder
 from clipkd.models.load import PROBES, load_model
@@ -27,23 +27,18 @@ class Teacher:
     identity: dict[str, Any]
 
 
-def configured_teachers(config: TrainConfig) -> list[TeacherConfig]:
-    """Those to load: none with a cache."""
-    return [] if config.teacher.cache is not None else named_teachers(config)
+def configured_teachers(config: TrainConfig) -> tuple[str, ...]:
+    """Names of the teachers to load: none with a cache."""
+    return () if config.teacher.cache is not None else config.teacher.names
 
 
-def named_teachers(config: TrainConfig) -> list[TeacherConfig]:
-    return [options for options in (config.teacher, *config.ensemble) if options.model is not None]
-
-
-def load_teacher(options: TeacherConfig) -> Teacher:
-    """As it is stored; `hold_teachers` rounds it."""
-    assert options.model is not None
-    with torch.random.fork_rng(devices=[]):  # what is drawn after it must not depend on whether a teacher is loaded
-        encoder = load_model(options.model, pretrained=options.pretrained).requires_grad_(False)
+def load_teacher(model: str, *, dtype: str) -> Teacher:
+    """A frozen model with the weights as they are stored; `hold_teachers` rounds them to the dtype."""
+    with torch.random.fork_rng(devices=[]):  # later draws must not depend on whether a teacher is loaded
+        encoder = load_model(model).requires_grad_(False)
     identity = {
         "sha256": encoder.weights_sha256(),  # as they are stored
-        "dtype": options.dtype,
+        "dtype": dtype,
         "preprocess_cfg": encoder.preprocess_config,
         "model_cfg": encoder.model_config,
         "tokens": hashlib.sha256(encoder.spec.tokenize(list(PROBES)).numpy().tobytes()).hexdigest(),
@@ -57,7 +52,7 @@ def share_text_tower(config: TrainConfig, student: Encoder, teachers: list[Teach
     teachers: none with a cache; then the first is loaded for as long as this takes. Raises: ValueError if it does not fit.
     """
     if config.student.text == "teacher":
-        first = teachers[0] if teachers else load_teacher(config.teacher)
+        first = teachers[0] if teachers else load_teacher(config.teacher.names[0], dtype=config.teacher.dtype)
         assert isinstance(first.model, Encoder)
         copy_text_tower(first.model, student)
 
@@ -88,46 +83,39 @@ def open_teacher_cache(config: TrainConfig, pairs: data.Pairs, student: Encoder)
 
 def require_same_teachers(config: TrainConfig, cache: TeacherCache) -> None:
     """Of the teachers that the configuration names beside a cache. Raises: ValueError."""
-    named, records = named_teachers(config), cache.manifest.teachers
+    named, records = config.teacher.names, cache.manifest.teachers
     if named and len(named) != len(records):
         raise ValueError(
-            f"{cache.folder} holds {len(records)} teachers, the configuration names {len(named)}; leave teacher.model and "
-            "ensemble out, or make another cache"
+            f"{cache.folder} holds {len(records)} teachers, teacher.models names {len(named)}; leave it out, or make another "
+            "cache"
         )
-    for number, (teacher, record) in enumerate(zip(named, records, strict=False)):
-        option = f"ensemble[{number - 1}]" if number else "teacher"
-        assert teacher.model is not None
-        before, now = (record.model, record.pretrained), (teacher.model, teacher.pretrained)
-        digests = {str(path): files.sha256(path) for path in weight_files(*now)}
+    for number, (model, record) in enumerate(zip(named, records, strict=False)):
+        digests = {str(path): files.sha256(path) for path in weight_files(model)}
         if record.files and digests:
             other = [
                 f"{path} with other weights" for path, digest in digests.items() if digest not in record.files.values()
             ]
         else:
-            other = [" ".join(filter(None, now))] if now != before else []
+            other = [model] if model != record.model else []
         if other:
             raise ValueError(
-                f"{cache.folder} holds features of {' '.join(filter(None, before))}, but {option}.model names {other[0]}; "
-                "leave it out, or make another cache"
+                f"{cache.folder} holds features of {record.model}, but teacher.models[{number}] is {other[0]}; leave it out, "
+                "or make another cache"
             )
-        if teacher.dtype != record.identity["dtype"]:
+        if config.teacher.dtype != record.identity["dtype"]:
             raise ValueError(
-                f"{cache.folder} was made with {option}.dtype {record.identity['dtype']}, now it is {teacher.dtype}; change it "
-                "back"
+                f"{cache.folder} was made with teacher.dtype {record.identity['dtype']}, now it is {config.teacher.dtype}; "
+                "change it back"
             )
 
 
 def name_teachers(config: TrainConfig, cache: TeacherCache | None) -> TrainConfig:
-    """The configuration with the names of the teachers that a cache was made with: what a run, its report and its card say."""
+    """The configuration with the names of the cache's teachers, for the run folder, its report and its card."""
     if cache is None:
         return config
-    first, *others = (
-        TeacherConfig(model=record.model, pretrained=record.pretrained, dtype=record.identity["dtype"])
-        for record in cache.manifest.teachers
-    )
-    return dataclasses.replace(
-        config, teacher=dataclasses.replace(first, cache=config.teacher.cache), ensemble=tuple(others)
-    )
+    records = cache.manifest.teachers
+    models, dtype = tuple(record.model for record in records), records[0].identity["dtype"]
+    return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, models=models, dtype=dtype))
 
 
 def stored_teachers(cache: TeacherCache) -> list[Teacher]:

@@ -115,13 +115,15 @@ def make_distiller(
     return Distiller(student, config.objective, teacher_dim=dim, closed_set=closed_set, device=device).to(device)
 
 
+ADAM_EPS = 1e-6  # as CLIP trains
+
+
 def make_optimizer(distiller: Distiller, config: TrainConfig) -> torch.optim.Optimizer:
     options = config.optim
     groups = optim.parameter_groups(
         distiller.named_parameters(), weight_decay=options.weight_decay, logit_scale_lr=options.logit_scale_lr
     )
-    betas = (options.beta1, options.beta2)
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=betas, eps=options.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=ADAM_EPS, fused=True)
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def assemble(config: TrainConfig) -> Parts:
     require_installed(config)
     accelerator = make_accelerator(config)
     student = initial_student(config)
-    teachers = [load_teacher(options) for options in configured_teachers(config)]
+    teachers = [load_teacher(model, dtype=config.teacher.dtype) for model in configured_teachers(config)]
     share_text_tower(config, student, teachers)
     hold_teachers(teachers)
     require_fitting_teachers(config.objective, loaded(teachers))

@@ -129,7 +129,10 @@ def find_parts(config: TrainConfig, findings: Findings) -> Parts | None:
     findings.attempt(lambda: assemble.require_installed(config))
     accelerator = findings.attempt(lambda: assemble.make_accelerator(config))
     student = findings.attempt(lambda: initial_student(config))
-    teachers = [findings.attempt(lambda o=options: load_teacher(o)) for options in configured_teachers(config)]
+    teachers = [
+        findings.attempt(lambda m=model: load_teacher(m, dtype=config.teacher.dtype))
+        for model in configured_teachers(config)
+    ]
     found = [teacher for teacher in teachers if teacher is not None]
     if student is not None and len(found) == len(teachers):
         findings.attempt(lambda: share_text_tower(config, student, found))
@@ -291,7 +294,7 @@ def describe_retrieval(run: Run, batch: Batch, findings: Findings) -> None:
     for number, features in enumerate(train.find_targets(run, batch, student_view, teacher_views).teachers):
         best = torch.cat([(some @ features.text.T).argmax(dim=1) for some in features.image.split(1024)]).cpu()
         found, size = int((best == torch.arange(len(best))).sum()), len(best)
-        role = f"ensemble[{number - 1}]" if number else "teacher"
+        role = f"teacher.models[{number}]"
         tell(role, f"finds the caption of {found} of {size} images among the batch's (by chance 1)")
         if size >= 16 and found < CHANCE_TIMES:
             findings.notes.append(

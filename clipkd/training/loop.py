@@ -2,7 +2,6 @@
 
 import math
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -65,10 +64,10 @@ def take_steps(run: Run) -> None:
             done, last = step + 1, step + 1 == config.steps
             if done == 1 or last or done % config.log.every_steps == 0:
                 bar.note = log(run, done, metrics, watch)
-            ending, save_now = agree(run, interruption, done)
+            ending = agree(run, interruption, done)
             evaluation = evaluation_is_due(run, done)
             with watch.paused():
-                if last or ending or save_now or evaluation or done % config.checkpoint.every_steps == 0:
+                if last or ending or evaluation or done % config.checkpoint.every_steps == 0:
                     save(run, done, watch.seconds)
                 if ending and (not last or isinstance(ending, stops.RunStopped)):
                     raise ending
@@ -86,22 +85,20 @@ def evaluate_on_the_way(run: Run, interruption: stops.Interruption, done: int) -
         interruption.immediate = False
 
 
-def agree(run: Run, interruption: stops.Interruption, done: int) -> tuple[BaseException | None, bool]:
-    """What ends the run after this step, if anything, and whether it is time for a checkpoint: the same everywhere."""
-    minutes = run.config.checkpoint.every_minutes
-    due = bool(minutes) and time.monotonic() - run.saved_at >= 60 * minutes
-    number, save_now = distributed.maximum([interruption.number, int(due)], run.accelerator.device)
+def agree(run: Run, interruption: stops.Interruption, done: int) -> BaseException | None:
+    """What ends the run after this step, the same on every process; None if it continues."""
+    (number,) = distributed.maximum([interruption.number], run.accelerator.device)
     saved = f"saved {run_folder.checkpoint_folder(run.folder, done)}"
     if number:
         ending = f"{signal.Signals(number).name} after step {done}; {saved}, go on with --resume latest"
-        return stops.Interrupted(number, ending), True
+        return stops.Interrupted(number, ending)
     if damage := skipped_too_much(run, done):
         return stops.RunStopped(
             f"{damage}, more than data.max_skipped allows ({run.config.data.max_skipped:.1%}); "
             f"{run.folder / 'skipped.jsonl'} names some. Mend the data, or raise data.max_skipped and go on with "
             f"--resume latest ({saved})"
-        ), True
-    return None, bool(save_now)
+        )
+    return None
 
 
 def training_step(run: Run, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -228,7 +225,7 @@ def require_finite(run: Run, step: int, loss: Tensor, norm: Tensor, targets: Tar
 
 def find_nonfinite(targets: Targets) -> list[str]:
     """Which frozen model's features hold NaN or infinity, named by its option."""
-    named = {"teacher.model's" if not n else f"ensemble[{n - 1}]'s": f for n, f in enumerate(targets.teachers)}
+    named = {f"teacher.models[{n}]'s": f for n, f in enumerate(targets.teachers)}
     if targets.momentum is not None:
         named["the moving average's"] = targets.momentum
     return [

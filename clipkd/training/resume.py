@@ -16,10 +16,8 @@ RESUME_MAY_DIFFER = (
     *(
         "data.path",
         "data.mix",
-        "teacher.model",
-        "teacher.pretrained",
+        "teacher.models",
         "teacher.cache",
-        "ensemble",
         "objective.closed_set.classes",
     ),
 )

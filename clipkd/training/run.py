@@ -69,7 +69,6 @@ class Run:
     """Streamed shards that this process opened and has not told the others of."""
     skips: data.Skips = field(default_factory=data.Skips)
     """Those of this process that are not written down yet."""
-    saved_at: float = field(default_factory=time.monotonic)
     claim: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
     """Held while this process writes the run folder."""
 
@@ -302,4 +301,3 @@ def save(run: Run, step: int, seconds: float) -> None:
         )
         checkpoint.prune(run.folder, run.config.checkpoint.keep)
     distributed.barrier()
-    run.saved_at = time.monotonic()

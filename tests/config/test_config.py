@@ -16,7 +16,7 @@ from clipkd.config import objective
 from clipkd.config import terms as term_options
 from clipkd.config import train as configuration
 from clipkd.config.parse import parse
-from clipkd.config.train import TeacherConfig, TrainConfig, save, to_dict
+from clipkd.config.train import TrainConfig, save, to_dict
 from clipkd.evaluation.tasks import load_task
 
 ROOT = Path(__file__).parents[2]
@@ -140,22 +140,22 @@ EVERYTHING = [
         "--threads",
         "2",
     ),
-    *("--student.model", "demo-student", "--teacher.model", "ViT-B-16", "--teacher.pretrained", "laion2b_s34b_b88k"),
+    *("--student.model", "demo-student", "--teacher.models", "ViT-B-16@laion2b_s34b_b88k"),
     *("--data.format", "huggingface", "--data.path", "a b/ü", "--data.min_crop", "0.25", "--data.num_workers", "0"),
     *("--objective.gkl.weight", "0.5", "--objective.gkl.keys", "student", "--objective.gkl.gamma", "0"),
     *("--objective.kl.weight", "1e-3", "--objective.kl.scale_by_temperature_squared", "true"),
-    *("--objective.features.weight", "2000", "--objective.projection", "none", "--optim.eps", "1e-8"),
+    *("--objective.features.weight", "2000", "--objective.projection", "none", "--optim.betas", "[0.8, 0.9]"),
     *("--optim.learning_rate", "5e-4", "--evaluation.data", "[one, two]", "--log.trackers", "[wandb, tensorboard]"),
 ]
 
 
-TEACHER = ["--teacher.model", "x"]
-SECOND = [*TEACHER, "--ensemble", "[{model: y}]"]
+TEACHER = ["--teacher.models", "x"]
+SECOND = ["--teacher.models", "x", "y"]
 AVERAGE = ["--optim.ema_momentum", "0.9"]
 QUEUE = ["--objective.queue.capacity", "512"]
 SOFT_CE = ["--objective.soft_ce.weight", "1", "--objective.soft_ce.keys", "student"]
 THREE_TEACHERS = [
-    *(*TEACHER, "--ensemble", "[{model: y, pretrained: openai}, {model: z}]", *SOFT_CE),
+    *("--teacher.models", "x", "y@openai", "z", *SOFT_CE),
     *("--objective.logit_scale.teacher", "[70, 60, 50.5]"),
 ]
 CLOSED_SET = [
@@ -192,7 +192,8 @@ def test_options_arrive_with_their_values_and_types() -> None:
 
 def test_lists_of_teachers_scales_and_templates_arrive_as_tuples() -> None:
     config = parse(THREE_TEACHERS)
-    assert config.ensemble == (TeacherConfig(model="y", pretrained="openai"), TeacherConfig(model="z"))
+    assert config.teacher.models == config.teacher.names == ("x", "y@openai", "z")
+    assert parse([*TEACHER, "--objective.kl.weight", "1"]).teacher.names == ("x",)
     assert config.objective.logit_scale.teacher == (70.0, 60.0, 50.5)
     config = parse(CLOSED_SET)
     assert config.objective.closed_set.templates == ("a {c}: ü.", "{c}")
@@ -211,16 +212,40 @@ def test_lists_of_teachers_scales_and_templates_arrive_as_tuples() -> None:
 )
 def test_some_objectives_need_no_teacher(arguments: list[str], terms: list[str]) -> None:
     config = parse(arguments)
-    assert config.teacher.model is None
+    assert config.teacher.names == ()
     assert list(config.objective.active()) == terms
 
 
+def test_a_teacher_without_a_distillation_term_gets_the_gkl_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse(TEACHER)
+    assert list(config.objective.active()) == ["info_nce", "gkl"]
+    assert config.objective.gkl == parse([*TEACHER, "--config", str(ROOT / "configs/losses/gkl.yaml")]).objective.gkl
+    assert capsys.readouterr().err.startswith("clipkd train: no distillation term is named")
+    assert list(parse([*TEACHER, "--objective.features.weight", "1"]).objective.active()) == ["info_nce", "features"]
+    assert parse([*TEACHER, "--objective.gkl.gamma", "0.5"]).objective.gkl.gamma == 0.5
+
+
+def test_lists_are_given_as_words() -> None:
+    config = parse(["--optim.betas", "0.8", "0.9", "--evaluation.data", "one", "two"])
+    assert (config.optim.betas, config.evaluation.data) == ((0.8, 0.9), ("one", "two"))
+
+
+def test_help_has_a_short_usage_and_lists_every_option_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    usage, text = capsys.readouterr().out.split("\n\n", 1)
+    assert len(usage.splitlines()) <= 2
+    shown = re.findall(r"^  --([\w.]+)", text, re.M)
+    assert sorted(shown) == sorted(["config", "print_config", *leaves(TrainConfig)])
+    assert len(shown) - 2 <= 134
+
+
 def test_later_files_and_then_the_command_line_win(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("steps: 1\nbatch_size: 8\noptim: {warmup_steps: 5, beta1: 0.5}\n")
-    (tmp_path / "b.yaml").write_text("batch_size: 16\noptim: {beta1: 0.6}\n")
+    (tmp_path / "a.yaml").write_text("steps: 1\nbatch_size: 8\noptim: {warmup_steps: 5, betas: [0.5, 0.9]}\n")
+    (tmp_path / "b.yaml").write_text("batch_size: 16\noptim: {betas: [0.6, 0.9]}\n")
     files = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
     config = parse([*files, "--optim.warmup_steps", "9"])
-    assert (config.steps, config.batch_size, config.optim.warmup_steps, config.optim.beta1) == (1, 16, 9, 0.6)
+    assert (config.steps, config.batch_size, config.optim.warmup_steps, config.optim.betas) == (1, 16, 9, (0.6, 0.9))
 
 
 @pytest.mark.parametrize(
@@ -284,13 +309,12 @@ def test_an_option_unlike_any_other_gets_no_suggestion(capsys: pytest.CaptureFix
         (["--objective.gkl.gamma", "-0.1"], ["objective.gkl.gamma is -0.1"]),
         (["--objective.kl.temperature", "0"], ["temperature", "is 0"]),
         (["--objective.gkl.keys", "both"], ["objective.gkl.keys", "both", "student", "teacher"]),
-        (["--objective.gkl.weight", "1"], ["objective.gkl", "teacher.model"]),
-        (["--objective.features.weight", "1"], ["objective.features", "teacher.model"]),
-        (["--objective.kl.weight", "-1", "--teacher.model", "x"], ["objective.kl.weight is -1"]),
+        (["--objective.gkl.weight", "1"], ["objective.gkl", "teacher.models"]),
+        (["--objective.features.weight", "1"], ["objective.features", "teacher.models"]),
+        (["--objective.kl.weight", "-1", "--teacher.models", "x"], ["objective.kl.weight is -1"]),
         (["--objective.info_nce.weight", "0"], ["no loss term", "objective.info_nce.weight"]),
-        (["--teacher.model", "x"], ["teacher", "no term", "objective.gkl.weight"]),
-        (["--student.text", "frozen"], ["student.text is frozen at random", "student.pretrained"]),
-        (["--student.text", "teacher"], ["student.text is teacher", "teacher.model"]),
+        (["--student.text", "frozen"], ["student.text is frozen at random", "NAME@WEIGHTS"]),
+        (["--student.text", "teacher"], ["student.text is teacher", "teacher.models"]),
         (["--student.text", "shared"], ["student.text", "shared", "trained", "frozen", "teacher"]),
         *(
             ([f"--objective.{name}.temperature", "-1"], [f"objective.{name}.temperature is -1"])
@@ -309,7 +333,7 @@ def test_an_option_unlike_any_other_gets_no_suggestion(capsys: pytest.CaptureFix
         (["--objective.itc.ramp_steps", "-1"], ["objective.itc.ramp_steps is -1"]),
         (
             ["--objective.itc.weight", "1", "--objective.itc.teacher_share", "0.5", *AVERAGE],
-            ["objective.itc", "teacher.model"],
+            ["objective.itc", "teacher.models"],
         ),
         (["--objective.itc.weight", "1"], ["objective.itc", "optim.ema_momentum is 0"]),
         (
@@ -346,11 +370,7 @@ def test_an_option_unlike_any_other_gets_no_suggestion(capsys: pytest.CaptureFix
         (["--objective.logit_scale.teacher", "-1"], ["objective.logit_scale.teacher is -1"]),
         (["--objective.logit_scale.teacher", "[70, 0]"], ["objective.logit_scale.teacher is (70.0, 0.0)"]),
         ([*THREE_TEACHERS[:-1], "[70, 60]"], ["objective.logit_scale.teacher lists (70.0, 60.0)", "teachers, 3 here"]),
-        (["--ensemble", "[{model: y}]"], ["ensemble", "teacher.model"]),
-        (
-            [*TEACHER, "--ensemble", "[{pretrained: openai}]", *SOFT_CE],
-            ["ensemble[0] names no model"],
-        ),
+        (["--optim.betas", "[0.9, 1.0]"], ["optim.betas is [0.9, 1.0]"]),
         ([*SECOND, "--objective.gkl.weight", "1"], ["objective.gkl learns from one teacher", "kl or soft_ce"]),
         ([*SECOND, "--objective.kl.weight", "1"], ["objective.kl learns from one teacher", "keys: student"]),
         (
@@ -364,7 +384,7 @@ def test_an_option_unlike_any_other_gets_no_suggestion(capsys: pytest.CaptureFix
                 "1",
                 "--objective.logit_scale.teacher",
                 "student",
-                "--teacher.model",
+                "--teacher.models",
                 "x",
                 "--objective.kl.weight",
                 "1",
@@ -375,7 +395,7 @@ def test_an_option_unlike_any_other_gets_no_suggestion(capsys: pytest.CaptureFix
             ["--objective.logit_scale.mse_moves_scale", "false"],
             ["objective.logit_scale.mse_moves_scale", "objective.gkl"],
         ),
-        (["--objective.xrd.weight", "1", "--teacher.model", "x"], ["objective.xrd", "objective.icl.weight"]),
+        (["--objective.xrd.weight", "1", "--teacher.models", "x"], ["objective.xrd", "objective.icl.weight"]),
         (["--data.label_key", "cls"], ["data.label_key is cls", "objective.closed_set"]),
         (["--optim.learning_rate", "0"], ["optim.learning_rate is 0"]),
         (["--optim.ema_momentum", "1"], ["optim.ema_momentum is 1"]),

@@ -85,7 +85,7 @@ def exported(clipkd: Run, data: Path, teacher: Path, tmp_path_factory: pytest.Te
     """
     folder = tmp_path_factory.mktemp("exported")
     paths = {name: folder / name for name in ("softmax_run", "softmax", "sigmoid", "log")}
-    distilled = ("--teacher.model", f"local-dir:{teacher}", "--objective.gkl.weight", 1, "--optim.ema_momentum", 0.5)
+    distilled = ("--teacher.models", f"local-dir:{teacher}", "--objective.gkl.weight", 1, "--optim.ema_momentum", 0.5)
     arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 4, *distilled)
     clipkd("train", *arguments, "--output", paths["softmax_run"])
     formats = ("--to", "open_clip,hf,onnx,onnx-fp16,onnx-int8,immich", "--data", data / "noto")

@@ -50,7 +50,7 @@ class Setting:
     def common(self) -> list[str]:
         """Options of caching and training."""
         classes = ("--objective.closed_set.classes", str(self.folder / "classes" / "classnames.txt"))
-        teacher = ("--teacher.model", str(self.teacher), "--data.path", str(self.pairs))
+        teacher = ("--teacher.models", str(self.teacher), "--data.path", str(self.pairs))
         return [*SMALL, *ALL_TERMS, *classes, "--data.label_key", "label", "--optim.ema_momentum", "0.9", *teacher]
 
     @property
@@ -379,7 +379,7 @@ def test_a_cached_run_is_bit_by_bit_the_online_run(setting: Setting) -> None:
 
 
 def test_two_processes_train_from_a_cache_as_one_does_and_as_they_do_online(setting: Setting) -> None:
-    cached = setting.run("cached_two", "--teacher.cache", setting.cache, "--teacher.model", "null", processes=2)
+    cached = setting.run("cached_two", "--teacher.cache", setting.cache, "--teacher.models", "[]", processes=2)
     assert_same_run(setting.run("online_two", processes=2), cached)
     one, two = read_metrics(setting.cached), read_metrics(cached)
     assert [row["world_size"] for row in (one[0], two[0])] == [1, 2]
@@ -410,7 +410,7 @@ def test_a_student_with_a_frozen_text_tower_of_its_own_finds_it_in_a_cache_made_
 ) -> None:
     student = create_student(StudentConfig(model="demo-student"))
     save_file(student.model.state_dict(), tmp_path / "start.safetensors")
-    options = ("--student.text", "frozen", "--student.pretrained", tmp_path / "start.safetensors")
+    options = ("--student.text", "frozen", "--student.model", f"demo-student@{tmp_path / 'start.safetensors'}")
     setting.clipkd(*setting.caching, *options, "--output", tmp_path / "cache")
     kinds = {path.name.split(".", 1)[1] for path in (tmp_path / "cache" / "features").iterdir()}
     assert kinds == {"samples.npy", "image.0.npy", "text.0.npy", "text.student.npy"}
@@ -434,7 +434,7 @@ def test_two_teachers_of_other_resolutions_on_large_jpegs(setting: Setting, clip
     assert [decoding_scale(image, (10.0, 10.0, 470.0, 350.0), spec) for spec in specs] == [8, 4]
 
     options = [*SMALL, "--data.path", tmp_path / "pairs", "--objective.kl.weight", 1, "--objective.kl.keys", "student"]
-    options += ["--teacher.model", clip_folder, "--ensemble", f"[{{model: {setting.teacher}, dtype: bf16}}]"]
+    options += ["--teacher.models", clip_folder, setting.teacher]
     cache = tmp_path / "cache"
     setting.clipkd("cache", *options, "--views", 2, "--dtype", "float32", "--output", cache)
     train = ("train", *options, "--steps", STEPS)
@@ -642,12 +642,12 @@ def test_a_good_cache_is_verified_and_computed_again(setting: Setting) -> None:
 def test_another_teacher_at_the_same_path_is_named_by_its_weight_file(setting: Setting, tmp_path: Path) -> None:
     teacher, cache, run = tmp_path / "teacher", tmp_path / "cache", tmp_path / "run"
     shutil.copytree(setting.teacher, teacher)
-    words = ("--teacher.model", teacher)
+    words = ("--teacher.models", teacher)
     setting.clipkd(*setting.caching, *words, "--output", cache)
     shutil.rmtree(teacher)
     weights = write_teacher(teacher, seed=2) / "open_clip_model.safetensors"
     done = setting.clipkd(*setting.training, *words, "--teacher.cache", cache, "--output", run, check=False)
-    assert_refused(done, str(cache), str(weights), "other weights", "teacher.model")
+    assert_refused(done, str(cache), str(weights), "other weights", "teacher.models")
     assert not run.exists()
     assert setting.clipkd("cache", "verify", cache).returncode == 0  # loads no teacher
     verified = setting.clipkd("cache", "verify", cache, "--recompute", 8, check=False)
@@ -704,10 +704,10 @@ def test_check_describes_the_cache_and_lists_a_wrong_one_beside_other_problems(
     cache = tmp_path / "cache"
     shutil.copytree(setting.cache, cache)
     named = damage_truncated(cache)
-    wrong = ("--teacher.cache", cache, "--optim.eps", -1, "--evaluation.data", "[/no/set]")
+    wrong = ("--teacher.cache", cache, "--optim.clip_norm", -1, "--evaluation.data", "[/no/set]")
     done = setting.clipkd(*words, *wrong, check=False)
     assert done.returncode == 2
     problems = [line for line in done.stderr.splitlines() if line.startswith("clipkd check: problem: ")]
     assert len(problems) == 3
-    for part in (named, "optim.eps is -1", "/no/set"):
+    for part in (named, "optim.clip_norm is -1", "/no/set"):
         assert sum(part in problem for problem in problems) == 1, part

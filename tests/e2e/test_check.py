@@ -12,7 +12,7 @@ def tree(folder: Path) -> dict[Path, bytes]:
 def test_it_says_what_will_run_and_writes_nothing(clipkd: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
     before = tree(data) | tree(teacher.parent)
     arguments = [*SMALL, "--data.path", data / "pairs", "--steps", 8, "--output", tmp_path / "run"]
-    arguments += ["--teacher.model", teacher, "--objective.gkl.weight", 1, "--evaluation.data", f"[{data / 'noto'}]"]
+    arguments += ["--teacher.models", teacher, "--objective.gkl.weight", 1, "--evaluation.data", f"[{data / 'noto'}]"]
     done = clipkd("check", *arguments, "--objective.gkl.queue", "true", "--objective.queue.capacity", 32)
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["data", "64", "pairs"]
@@ -38,15 +38,15 @@ def test_two_processes_speak_with_one_voice(clipkd: Run, data: Path, tmp_path: P
 
 
 def test_every_problem_is_named_not_only_the_first(clipkd: Run, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("steps: 0\noptim: {eps: -1, warmup_steps: -2}\n")
+    (tmp_path / "recipe.yaml").write_text("steps: 0\noptim: {clip_norm: -1, warmup_steps: -2}\n")
     (tmp_path / "run").write_text("a file")
     arguments = ("--data.path", tmp_path / "none", "--student.model", "ViT-XX", "--output", tmp_path / "run")
-    models = ("--teacher.model", "local-dir:nowhere", "--objective.gkl.weight", 1, "--evaluation.data", "[/no/set]")
+    models = ("--teacher.models", "local-dir:nowhere", "--objective.gkl.weight", 1, "--evaluation.data", "[/no/set]")
     done = clipkd("check", tmp_path / "recipe.yaml", *arguments, *models, "--precision", "fp16", check=False)
     assert done.returncode == 2
     problems = [line.removeprefix("clipkd check: problem: ") for line in done.stderr.splitlines()]
     for words in (
-        *("steps is 0", "optim.eps is -1", "optim.warmup_steps is -2", "precision is fp16", "ViT-XX"),
+        *("steps is 0", "optim.clip_norm is -1", "optim.warmup_steps is -2", "precision is fp16", "ViT-XX"),
         *("no folder nowhere", "no shard", "/no/set", "is a file; name a folder"),
     ):
         assert sum(words in problem for problem in problems) == 1, words
@@ -72,7 +72,7 @@ def test_damage_and_a_teacher_that_knows_nothing_are_noted(
     arguments = (*SMALL, "--data.path", tmp_path / "pairs", "--steps", 4, "--output", tmp_path / "run")
     refused = clipkd("check", *arguments, check=False)
     assert (refused.returncode, "1 of 2 shards are damaged" in refused.stderr) == (2, True)
-    random = ("--teacher.model", clip_folder, "--objective.kl.weight", 1, "--data.max_skipped", 0.5)
+    random = ("--teacher.models", clip_folder, "--objective.kl.weight", 1, "--data.max_skipped", 0.5)
     done = clipkd("check", *arguments, *random)
     notes = [line for line in done.stdout.splitlines() if line.startswith("note")]
     assert any("damaged shard" in note and "00001.tar" in note for note in notes)

@@ -34,7 +34,7 @@ def test_the_teachers_text_tower_stays_while_all_else_learns(
     clipkd: Run, data: Path, teacher: Path, mixed: Path, tmp_path: Path
 ) -> None:
     """On one process and two, in micro-batches, resumed, averaged, with every term and a queue, and exported whole."""
-    student = ("--student.model", mixed, "--student.text", "teacher", "--teacher.model", f"local-dir:{teacher}")
+    student = ("--student.model", mixed, "--student.text", "teacher", "--teacher.models", f"local-dir:{teacher}")
     arguments = [*SMALL, *with_all_terms(data), *student, "--data.path", data / "pairs", "--steps", 4]
     arguments += ["--checkpoint.every_steps", 2]
     described = clipkd("check", *arguments, "--output", tmp_path / "one").stdout
@@ -84,7 +84,7 @@ def test_the_teachers_text_tower_stays_while_all_else_learns(
 def test_a_teacher_held_in_half_precision_gives_its_text_tower_whole(
     clipkd: Run, data: Path, teacher: Path, mixed: Path, tmp_path: Path
 ) -> None:
-    student = ("--student.model", mixed, "--student.text", "teacher", "--teacher.model", f"local-dir:{teacher}")
+    student = ("--student.model", mixed, "--student.text", "teacher", "--teacher.models", f"local-dir:{teacher}")
     arguments = (*SMALL, *student, "--teacher.dtype", "bf16", "--objective.kl.weight", 1, "--data.path", data / "pairs")
     clipkd("train", *arguments, "--output", tmp_path / "run", "--steps", 1)
     weights, theirs = saved(tmp_path / "run", 1), load_file(teacher / "open_clip_model.safetensors")
@@ -99,8 +99,8 @@ def test_a_text_tower_stays_as_its_weights_came(clipkd: Run, data: Path, teacher
     paths = ("--output", tmp_path / "run", "--steps", 2)
     refused = clipkd("train", *arguments, *paths, check=False)
     assert refused.returncode == 2
-    assert "student.text is frozen at random weights: set student.pretrained" in refused.stderr
-    clipkd("train", *arguments, *paths, "--student.pretrained", start)
+    assert "student.text is frozen at random weights: name them" in refused.stderr
+    clipkd("train", *arguments, *paths, "--student.model", f"demo-teacher@{start}")
     before, after = load_file(start), saved(tmp_path / "run", 2)
     kept = {name for name, tensor in before.items() if torch.equal(after[f"student.model.{name}"], tensor)}
     assert kept == {name for name in before if not name.startswith(("visual.", "logit_scale"))}
@@ -110,7 +110,7 @@ def test_a_text_tower_that_is_not_the_teachers_is_one_problem_among_the_others(
     clipkd: Run, data: Path, teacher: Path, tmp_path: Path
 ) -> None:
     arguments = (*SMALL, "--student.text", "teacher", "--data.path", tmp_path / "none", "--output", tmp_path / "run")
-    options = ("--teacher.model", f"local-dir:{teacher}", "--objective.gkl.weight", 1)
+    options = ("--teacher.models", f"local-dir:{teacher}", "--objective.gkl.weight", 1)
     done = clipkd("check", *arguments, *options, check=False)
     assert done.returncode == 2
     first, second = (line.removeprefix("clipkd check: problem: ") for line in done.stderr.splitlines())

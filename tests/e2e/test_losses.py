@@ -20,12 +20,13 @@ def test_two_processes_log_the_first_ten_losses_of_one(
 ) -> None:
     arguments = [*SMALL, "--config", CONFIGS / f"{name}.yaml", *OPTIONS.get(name, ()), "--steps", 10]
     arguments += ["--data.path", data / "pairs", "--precision", "fp32"]
-    if name != "albef":
-        arguments += ["--teacher.model", f"local-dir:{teacher}"]
+    if name not in ("albef", "mobileclip"):
+        arguments += ["--teacher.models", f"local-dir:{teacher}"]
     if name == "mobileclip":
         arguments += [
-            "--ensemble",
-            f"[{{model: {teacher.parent / 'run'}}}]",
+            "--teacher.models",
+            f"local-dir:{teacher}",
+            teacher.parent / "run",
             "--objective.logit_scale.teacher",
             "[70, 60]",
         ]

@@ -59,7 +59,7 @@ def test_two_processes_log_the_losses_of_one(clipkd: Run, data: Path, teacher: P
         *with_all_terms(data),
         "--steps",
         6,
-        "--teacher.model",
+        "--teacher.models",
         f"local-dir:{teacher}",
         "--data.path",
         data / "pairs",
@@ -116,10 +116,10 @@ def test_a_resumed_run_keeps_its_teachers_and_its_classes(
     shutil.copytree(teacher, tmp_path / "moved")
     shutil.copy(data / "noto" / "classnames.txt", tmp_path / "classes.txt")
     arguments = [*SMALL, "--data.path", data / "pairs", "--output", tmp_path / "run", "--data.label_key", "label"]
-    arguments += ["--teacher.model", teacher, "--objective.closed_set.weight", 1]
+    arguments += ["--teacher.models", teacher, "--objective.closed_set.weight", 1]
     classes = ["--objective.closed_set.classes", data / "noto" / "classnames.txt"]
     clipkd("train", *arguments, *classes, "--steps", 1)
-    moved = ["--teacher.model", tmp_path / "moved", "--objective.closed_set.classes", tmp_path / "classes.txt"]
+    moved = ["--teacher.models", tmp_path / "moved", "--objective.closed_set.classes", tmp_path / "classes.txt"]
     state = json.loads((tmp_path / "run" / "checkpoints" / "step_000001" / "state.json").read_text())
     config = parse([*map(str, arguments), *map(str, moved), "--steps", "1", "--resume", "latest"])
     identity = {**state["identity"], "classes": closed_set_fingerprint(config.objective.closed_set)}
@@ -160,7 +160,7 @@ def test_a_transformers_teacher_sees_its_own_resolution_and_tokens(
     clipkd: Run, data: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
     arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 2, "--output", tmp_path / "run")
-    teacher = ("--teacher.model", clip_folder, "--objective.gkl.weight", 1, "--objective.features.weight", 1)
+    teacher = ("--teacher.models", clip_folder, "--objective.gkl.weight", 1, "--objective.features.weight", 1)
     clipkd("train", *arguments, *teacher, "--precision", "bf16")
     rows = read_metrics(tmp_path / "run")
     assert [row["teacher_logit_scale"] for row in rows] == pytest.approx([14.2857] * 2, rel=1e-3)
@@ -204,7 +204,7 @@ def test_a_siglip_teacher_with_its_own_words_and_resolution_trains(
     arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 2, "--output", tmp_path / "run")
     terms = ("sigmoid.weight=1", "soft_bce.weight=1", "features.weight=10", "info_nce.weight=0", "logit_scale.init=10")
     options = [f"--objective.{term}" for term in terms]
-    clipkd("train", *arguments, *options, "--teacher.model", siglip_folder, "--teacher.dtype", "bf16")
+    clipkd("train", *arguments, *options, "--teacher.models", siglip_folder, "--teacher.dtype", "bf16")
     rows = read_metrics(tmp_path / "run")
     assert [row["teacher_logit_scale"] for row in rows] == pytest.approx([9.974] * 2, rel=1e-3)
     assert all(row["soft_bce"] > 0 and row["features"] > 0 for row in rows)
@@ -216,7 +216,7 @@ def test_several_teachers_of_other_resolutions_train_one_student(
     clipkd: Run, data: Path, clip_folder: Path, teacher: Path, tmp_path: Path
 ) -> None:
     arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 2, "--output", tmp_path / "run")
-    options = ("--teacher.model", clip_folder, "--ensemble", f"[{{model: {teacher}, dtype: bf16}}]")
+    options = ("--teacher.models", clip_folder, teacher)
     clipkd("train", *arguments, *options, "--objective.kl.weight", 1, "--objective.kl.keys", "student")
     assert all(0 < row["kl"] < 10 for row in read_metrics(tmp_path / "run"))
 

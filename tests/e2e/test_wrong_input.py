@@ -56,8 +56,8 @@ def assert_refused(done: subprocess.CompletedProcess[str], output: Path, *words:
         (("--data.path", "/no/such/folder"), ("/no/such/folder",)),
         (("--data.caption_key", "caption"), ("no key 'caption'", "data.caption_key")),
         (("--student.model", "ViT-X-99"), ("ViT-X-99", "did you mean")),
-        (("--teacher.model", "nowhere", "--objective.gkl.weight", "1"), ("nowhere",)),
-        (("--objective.gkl.weight", "1"), ("objective.gkl", "teacher.model")),
+        (("--teacher.models", "nowhere", "--objective.gkl.weight", "1"), ("nowhere",)),
+        (("--objective.gkl.weight", "1"), ("objective.gkl", "teacher.models")),
         (("--objective.gkl.temperature", "-1"), ("objective.gkl.temperature is -1",)),
         (("--objective.info_nce.queue", "true"), ("objective.info_nce.queue", "objective.queue.capacity is 0")),
         (
@@ -69,7 +69,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], output: Path, *words:
         (("--evaluation.data", "[/no/such/set]"), ("/no/such/set",)),
         (("--config", "/no/such.yaml"), ("/no/such.yaml",)),
         (
-            ("--teacher.model", "ViT-L-14", "--teacher.pretrained", "openai", "--objective.gkl.weight", "1"),
+            ("--teacher.models", "ViT-L-14@openai", "--objective.gkl.weight", "1"),
             ("QuickGELU", "ViT-L-14-quickgelu"),
         ),
     ],
@@ -127,7 +127,7 @@ def test_widths_that_differ_need_a_projection(here: Run, data: Path, teacher: Pa
         "--steps",
         1,
     )
-    options = ("--teacher.model", teacher, "--objective.features.weight", 1)
+    options = ("--teacher.models", teacher, "--objective.features.weight", 1)
     refused = here(*arguments, *options, "--objective.projection", "none", check=False)
     assert_refused(refused, output, "192", "128", "objective.projection")
     here(*arguments, *options)
@@ -138,17 +138,17 @@ def test_a_sigmoid_teacher_is_for_sigmoid_and_feature_terms(here: Run, data: Pat
     sigmoid = ("--objective.info_nce.weight", 0, "--objective.sigmoid.weight", 1, "--objective.logit_scale.init", 10)
     here(*arguments, *sigmoid, "--output", tmp_path / "siglip")
     here("export", tmp_path / "siglip", "--output", tmp_path / "teacher")
-    teacher = ("--teacher.model", tmp_path / "teacher", "--output", tmp_path / "run")
+    teacher = ("--teacher.models", tmp_path / "teacher", "--output", tmp_path / "run")
     for name in ("gkl", "kl", "soft_ce", "affinity", "gd"):
         refused = here(*arguments, *teacher, f"--objective.{name}.weight", 1, check=False)
-        assert_refused(refused, tmp_path / "run", f"objective.{name}", "teacher.model", "logit_bias", "soft_bce")
+        assert_refused(refused, tmp_path / "run", f"objective.{name}", "teacher.models", "logit_bias", "soft_bce")
     here(*arguments, *teacher, *sigmoid, "--objective.soft_bce.weight", 1, "--objective.features.weight", 1)
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert row["logit_bias"] == pytest.approx(-10, abs=0.1)
     assert row["soft_bce"] > 0
     refused = here(
         *arguments,
-        "--teacher.model",
+        "--teacher.models",
         tmp_path / "run",
         "--output",
         tmp_path / "x",
@@ -161,8 +161,8 @@ def test_a_sigmoid_teacher_is_for_sigmoid_and_feature_terms(here: Run, data: Pat
 
 def test_a_softmax_teacher_has_no_probabilities_per_pair(here: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
     arguments = ("train", *SMALL, "--data.path", data / "pairs", "--steps", 1, "--output", tmp_path / "run")
-    refused = here(*arguments, "--teacher.model", teacher, "--objective.soft_bce.weight", 1, check=False)
-    assert_refused(refused, tmp_path / "run", "objective.soft_bce", "teacher.model", "logit_bias")
+    refused = here(*arguments, "--teacher.models", teacher, "--objective.soft_bce.weight", 1, check=False)
+    assert_refused(refused, tmp_path / "run", "objective.soft_bce", "teacher.models", "logit_bias")
 
 
 def test_a_teacher_whose_features_are_not_finite_is_named(here: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
@@ -172,9 +172,9 @@ def test_a_teacher_whose_features_are_not_finite_is_named(here: Run, data: Path,
     save_file(weights, tmp_path / "teacher" / "open_clip_model.safetensors")
     output = tmp_path / "run"
     arguments = ("train", *SMALL, "--data.path", data / "pairs", "--output", output, "--steps", 2)
-    done = here(*arguments, "--teacher.model", tmp_path / "teacher", "--objective.gkl.weight", 1, check=False)
+    done = here(*arguments, "--teacher.models", tmp_path / "teacher", "--objective.gkl.weight", 1, check=False)
     assert done.returncode == 1
-    assert "teacher.model's text features are not finite" in done.stderr
+    assert "teacher.models[0]'s text features are not finite" in done.stderr
     assert "stopped before the weights were touched" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("clipkd train: error: step 1: the loss is nan")
     assert not (output / "checkpoints").exists()
@@ -192,7 +192,7 @@ def test_a_label_beyond_the_classes_is_named(here: Run, data: Path, teacher: Pat
         output,
         "--steps",
         1,
-        "--teacher.model",
+        "--teacher.models",
         teacher,
     )
     options = ("--objective.closed_set.weight", 1, "--objective.closed_set.classes", tmp_path / "classes.txt")
@@ -210,7 +210,7 @@ def test_teacher_folder_without_weights(here: Run, data: Path, teacher: Path, tm
     shutil.copytree(teacher, tmp_path / "teacher")
     (tmp_path / "teacher" / "open_clip_model.safetensors").unlink()
     output = tmp_path / "run"
-    paths = ("--data.path", data / "pairs", "--output", output, "--teacher.model", tmp_path / "teacher")
+    paths = ("--data.path", data / "pairs", "--output", output, "--teacher.models", tmp_path / "teacher")
     refused = here("train", *SMALL, *paths, "--objective.gkl.weight", 1, check=False)
     assert_refused(refused, output, "teacher", "weights")
 

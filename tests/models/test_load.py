@@ -95,17 +95,17 @@ def test_a_students_json_leaves_the_known_model_of_its_name_alone(tmp_path: Path
 
 def test_a_student_may_start_from_a_weight_file(tmp_path: Path) -> None:
     save_file(weights(student(5)), tmp_path / "start.safetensors")
-    started = create_student(StudentConfig(model="demo-student", pretrained=str(tmp_path / "start.safetensors")))
+    started = create_student(StudentConfig(model=f"demo-student@{tmp_path / 'start.safetensors'}"))
     assert_same_weights(started, student(5))
-    with pytest.raises(ValueError, match=r"student\.pretrained: demo-student has no weights 'none\.safetensors'"):
-        create_student(StudentConfig(model="demo-student", pretrained="none.safetensors"))
+    with pytest.raises(ValueError, match=r"student\.model: demo-student has no weights 'none\.safetensors'"):
+        create_student(StudentConfig(model="demo-student@none.safetensors"))
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_file(weights(create_student(StudentConfig(model="demo-teacher"))), tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"'demo-student' with weights .*other\.safetensors"):
-        create_student(StudentConfig(model="demo-student", pretrained=str(tmp_path / "other.safetensors")))
+        create_student(StudentConfig(model=f"demo-student@{tmp_path / 'other.safetensors'}"))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_wrong_student_is_refused_like_a_wrong_teacher() -> None:
     with pytest.raises(ValueError, match=r"student\.model: no model 'ViT-T-17'.*did you mean 'ViT-T-16'"):
         create_student(StudentConfig(model="ViT-T-17"))
     with pytest.raises(ValueError, match="trained with QuickGELU"):
-        create_student(StudentConfig(model="ViT-B-16", pretrained="openai"))
+        create_student(StudentConfig(model="ViT-B-16@openai"))
 
 
 def test_no_model_is_said_to_be_meant_by_its_own_name() -> None:
@@ -287,7 +287,7 @@ def test_a_student_gets_a_logit_bias_beside_its_pretrained_weights(tmp_path: Pat
     """open_clip starts a bias that the weights lack at 0, which would call every pair a match to begin with."""
     plain = create_student(StudentConfig(model="demo-student"))
     torch.save(plain.model.state_dict(), tmp_path / "weights.pt")
-    config = StudentConfig(model="demo-student", pretrained=str(tmp_path / "weights.pt"))
+    config = StudentConfig(model=f"demo-student@{tmp_path / 'weights.pt'}")
     student = create_student(config, logit_bias=-10.0)
     assert student.logit_bias is not None
     assert student.logit_bias.item() == -10.0

@@ -130,7 +130,7 @@ def test_weights_that_one_side_lacks_are_named() -> None:
 
 def test_a_transformers_teacher_is_refused(clip_folder: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"teacher\.model .*clip is a CLIPModel; it takes an open_clip model"
+        ValueError, match=r"teacher\.models .*clip is a CLIPModel; it takes an open_clip model"
     ) as refused:
         copy_text_tower(load(str(clip_folder)), make(0))
     assert "set student.text to trained" in str(refused.value)
@@ -154,13 +154,11 @@ def test_a_run_has_the_tower_it_is_configured_for(text: Any, tmp_path: Path) -> 
     (tmp_path / "teacher.json").write_text(json.dumps(CONFIG))
     torch.save(make(6).model.state_dict(), tmp_path / "teacher.pt")
     config = TrainConfig(
-        student=StudentConfig(model="demo-student", pretrained=str(tmp_path / "start.pt"), text=text),
-        teacher=TeacherConfig(
-            model=str(tmp_path / "teacher.json"), pretrained=str(tmp_path / "teacher.pt"), dtype="bf16"
-        ),
+        student=StudentConfig(model=f"demo-student@{tmp_path / 'start.pt'}", text=text),
+        teacher=TeacherConfig(models=f"{tmp_path / 'teacher.json'}@{tmp_path / 'teacher.pt'}", dtype="bf16"),
         objective=ObjectiveConfig(gkl=GKLTerm(weight=1.0)),
     )
-    student, teacher = initial_student(config), load_teacher(config.teacher)
+    student, teacher = initial_student(config), load_teacher(config.teacher.names[0], dtype="bf16")
     share_text_tower(config, student, [teacher])
     hold_teachers([teacher])
     assert student.training

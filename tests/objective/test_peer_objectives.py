@@ -26,7 +26,7 @@ PAIRS = 7
 def read(name: str, *options: str) -> TrainConfig:
     """The file as `clipkd train` reads it; a teacher is named where its terms want one."""
     arguments = ["--config", str(CONFIGS / f"{name}.yaml"), *options]
-    return parse([*arguments, "--batch_size", "4"] if name == "albef" else [*arguments, "--teacher.model", "x"])
+    return parse([*arguments, "--batch_size", "4"] if name == "albef" else [*arguments, "--teacher.models", "x"])
 
 
 def unit(seed: int, width: int, num: int = PAIRS) -> Tensor:
@@ -151,7 +151,7 @@ def test_tinyclip() -> None:
     ],
 )
 def test_mobileclip_with_two_teachers(lam: float, scales: tuple[float, float], options: tuple[str, ...]) -> None:
-    setting = Setting("mobileclip", "--ensemble", "[{model: y}]", *options)
+    setting = Setting("mobileclip", "--teacher.models", "x", "y", *options)
     teachers = [make_teacher(30, STUDENT_WIDTH, 5.0), make_teacher(40, TEACHER_WIDTH, 8.0)]  # own scales are overruled
     fixed = [(t.image, t.text, torch.tensor(s, dtype=DOUBLE)) for t, s in zip(teachers, scales, strict=True)]
     setting.agree(lambda image, text, scale, _: peers.mobileclip(image, text, scale, fixed, lam), *teachers)

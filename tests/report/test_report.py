@@ -100,7 +100,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     write_run(folder, rows, results=evaluations, skipped=found)
     options = to_dict(TrainConfig()) | {"steps": 4000, "batch_size": 64}
-    options["teacher"]["model"], options["data"]["path"] = "ViT-L-14", ["a.tar", "b.tar"]
+    options["teacher"]["models"], options["data"]["path"] = "ViT-L-14", ["a.tar", "b.tar"]
     (folder / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
     for step in (2, 4):
         (folder / f"checkpoints/step_{step:06d}").mkdir(parents=True)
@@ -137,7 +137,7 @@ def test_the_tables_by_hand(full: Path, page: str) -> None:
         ["image cannot be decoded", "2", "7", "0001.tar/12: cut"],
         ["empty caption", "3", "0", "k0: \nk1: \nk2: "],  # three examples are enough
     ]
-    changed = [["steps", "4000", "10000"], ["batch_size", "64", "256"], ["teacher.model", "ViT-L-14", "null"]]
+    changed = [["steps", "4000", "10000"], ["batch_size", "64", "256"], ["teacher.models", "ViT-L-14", "[]"]]
     assert table(page, "option") == [*changed, ["data.path", '["a.tar", "b.tar"]', '""']]
     assert text(parse(page).find(".//details/pre")) == (full / "config.yaml").read_text()
 

@@ -28,7 +28,6 @@ from clipkd.config.terms import ClosedSetTerm, SoftTargetTerm
 from clipkd.config.train import StudentConfig, TeacherConfig, TrainConfig
 from clipkd.data import BadSample, PairSet, open_pairs
 from clipkd.errors import RunStopped
-from clipkd.models.encoder import Encoder
 from clipkd.models.load import create_student, load_model
 from clipkd.models.text_tower import text_sha256
 from clipkd.teachers.cache import command as cache
@@ -62,9 +61,13 @@ class World:
     """Data, teachers, and what a cache of them is made with."""
 
     folder: Path
-    teachers: dict[str, TeacherConfig]
+    teachers: dict[str, str]
+    """Names with their weights."""
     captions: list[list[str]]
     """Of every sample, as they are read."""
+
+    def taught_by(self, *names: str, **options: Any) -> TeacherConfig:
+        return TeacherConfig(models=tuple(self.teachers[name] for name in names), **options)
 
     def config(self, output: Path, **changes: Any) -> cache.CacheConfig:
         """Two teachers, two views, float32."""
@@ -73,8 +76,7 @@ class World:
             "dtype": "float32",
             "seed": 3,
             "precision": "fp32",
-            "teacher": self.teachers["first"],
-            "ensemble": (self.teachers["second"],),
+            "teacher": self.taught_by("first", "second"),
             "objective": ObjectiveConfig(kl=SoftTargetTerm(weight=1.0, keys="student")),
             "data": data_config(self.folder / "data"),
         }
@@ -89,7 +91,7 @@ def data_config(path: Path, **changes: Any) -> DataConfig:
 def for_training(made: cache.CacheConfig, folder: Path | str, **changes: Any) -> TrainConfig:
     """The training that reads a cache, naming no teacher."""
     values = {item.name: getattr(made, item.name) for item in dataclasses.fields(TrainConfig)}
-    values |= {"teacher": TeacherConfig(cache=str(folder)), "ensemble": (), "output": "run"}
+    values |= {"teacher": TeacherConfig(cache=str(folder)), "output": "run"}
     return TrainConfig(**(values | changes))
 
 
@@ -123,7 +125,7 @@ def write_data(folder: Path, sizes: tuple[int, ...] = SHARDS) -> Path:
     return folder
 
 
-def write_model(folder: Path, name: str, *, seed: int, **changes: Any) -> TeacherConfig:
+def write_model(folder: Path, name: str, *, seed: int, **changes: Any) -> str:
     """An untrained open_clip model: a configuration and weights."""
     path = folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,18 +134,13 @@ def write_model(folder: Path, name: str, *, seed: int, **changes: Any) -> Teache
     encoder = create_student(StudentConfig(model=str(path)))
     weights = folder / f"{name}.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in encoder.model.state_dict().items()}, weights)
-    return TeacherConfig(model=str(path), pretrained=str(weights))
+    return f"{path}@{weights}"
 
 
 def make_world(folder: Path) -> World:
     write_data(folder / "data")
     teachers = {name: write_model(folder / "models", name, seed=seed) for seed, name in enumerate(TOWERS)}
     return World(folder, teachers, [captions_of(id) for id in range(sum(SHARDS))])
-
-
-def load(teacher: TeacherConfig) -> Encoder:
-    assert teacher.model is not None
-    return load_model(teacher.model, pretrained=teacher.pretrained)
 
 
 def pair_set(options: DataConfig) -> PairSet:
@@ -369,7 +366,7 @@ def test_more_unusable_samples_than_max_skipped_allows_stop_it_every_time(world:
     ("arguments", "message"),
     [
         (["--output", "made", "--views", "0"], "views is 0; it must be 1 or more"),
-        (["--output", "made", "--teacher.model", "null"], "objective.kl needs a teacher"),
+        (["--output", "made", "--teacher.models", "[]"], "objective.kl needs a teacher"),
         (["--output", "made", "--teacher.cache", "other"], "teacher.cache is read by training; leave it out"),
         (["--output", "made", "--dtype", "float64"], "float64"),
         ([], "output is empty; name the folder of the cache: --output DIR"),
@@ -381,7 +378,7 @@ def test_options_that_make_no_cache_are_refused(
 ) -> None:
     """The output is never that of a training configuration, which is a run's."""
     training = for_training(
-        world.config(tmp_path / "made"), "", teacher=world.teachers["first"], output="runs/training"
+        world.config(tmp_path / "made"), "", teacher=world.taught_by("first"), output="runs/training"
     )
     config.save(training, tmp_path / "training.yaml")
     assert "output: runs/training" in (tmp_path / "training.yaml").read_text()
@@ -393,7 +390,7 @@ def test_options_that_make_no_cache_are_refused(
 
 def test_a_cache_without_any_teacher_is_refused(world: World, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a cache is made with a teacher: set teacher\.model"):
-        world.config(tmp_path / "made", teacher=TeacherConfig(), ensemble=(), objective=ObjectiveConfig())
+        world.config(tmp_path / "made", teacher=TeacherConfig(), objective=ObjectiveConfig())
 
 
 def test_an_output_that_is_no_cache_is_left_alone(world: World, tmp_path: Path) -> None:
@@ -415,7 +412,8 @@ def test_streamed_shards_are_refused(world: World, tmp_path: Path) -> None:
 
 
 def other_weights(world: World, folder: Path) -> dict[str, Any]:
-    return {"teacher": write_model(folder / "models", "first", seed=9)}
+    first = write_model(folder / "models", "first", seed=9)
+    return {"teacher": TeacherConfig(models=(first, world.teachers["second"]))}
 
 
 OTHER_PLANS: dict[str, tuple[Any, str]] = {
@@ -431,16 +429,16 @@ OTHER_PLANS: dict[str, tuple[Any, str]] = {
         r"data\.min_crop = 0\.5, now it is 0\.6",
     ),
     "teacher dtype": (
-        lambda world, _: {"teacher": dataclasses.replace(world.teachers["first"], dtype="bf16")},
+        lambda world, _: {"teacher": world.taught_by("first", "second", dtype="bf16")},
         r"dtype = fp32, now it is bf16",
     ),
     "teachers in another order": (
-        lambda world, _: {"teacher": world.teachers["second"], "ensemble": (world.teachers["first"],)},
+        lambda world, _: {"teacher": world.taught_by("second", "first")},
         r"other weights than those of .*second\.safetensors",
     ),
     "one teacher less": (
-        lambda *_: {"ensemble": ()},
-        r"was made with 2 teachers \(teacher, ensemble\), now there are 1",
+        lambda world, _: {"teacher": world.taught_by("first")},
+        r"was made with 2 teachers \(teacher.models\), now there are 1",
     ),
     "another caption": (
         lambda world, _: {"data": data_config(world.folder / "data", caption_key="other")},
@@ -641,9 +639,11 @@ def with_classes(world: World, folder: Path) -> ObjectiveConfig:
 
 @pytest.mark.usefixtures("unestimated")
 def test_class_vectors_are_the_teachers_and_made_anew_when_damaged(world: World, tmp_path: Path) -> None:
-    made = world.config(tmp_path / "made", views=1, ensemble=(), objective=with_classes(world, tmp_path))
+    made = world.config(
+        tmp_path / "made", views=1, teacher=world.taught_by("first"), objective=with_classes(world, tmp_path)
+    )
     folder = cache.run(made)
-    teacher = load(world.teachers["first"])
+    teacher = load_model(world.teachers["first"])
     with torch.no_grad():
         expected = teacher.encode_text(teacher.spec.tokenize(["a cat", "a dog", "a house"]))
     vectors = TeacherCache(folder, read_manifest(folder)).classes()
@@ -660,13 +660,12 @@ def test_a_frozen_text_tower_is_stored_unless_a_teacher_has_it(world: World, tmp
     mine = write_model(tmp_path, "mine", seed=5)
     stored = {}
     for name, weights in (("mine", mine), ("theirs", world.teachers["first"])):
-        assert weights.model is not None
-        student = StudentConfig(model=weights.model, pretrained=weights.pretrained, text="frozen")
+        student = StudentConfig(model=weights, text="frozen")
         folder = cache.run(world.config(tmp_path / name / "made", views=1, student=student))
         stored[name] = read_manifest(folder)
     assert stored["theirs"].student is None
     assert stored["mine"].student is not None
-    assert stored["mine"].student.text_sha256 == text_sha256(load(mine))
+    assert stored["mine"].student.text_sha256 == text_sha256(load_model(mine))
     kinds = {"samples", "image.0", "text.0", "image.1", "text.1"}
     assert {name: set(made.shards[0].files) for name, made in stored.items()} == {
         "mine": kinds | {"text.student"},

@@ -27,7 +27,7 @@ from clipkd.data import Augment, BadSample, Pair, open_pairs
 from clipkd.data.loader import AugmentedPairs, Collate
 from clipkd.errors import RunStopped
 from clipkd.models.encoder import Encoder
-from clipkd.models.load import create_student
+from clipkd.models.load import create_student, load_model
 from clipkd.models.text_tower import text_sha256
 from clipkd.teachers.cache import command as cache
 from clipkd.teachers.cache.command import CacheConfig
@@ -46,7 +46,6 @@ from tests.teachers.test_cache import (
     flip,
     for_training,
     in_this_process,
-    load,
     make_world,
     members,
     pair_set,
@@ -104,7 +103,7 @@ def halves(world: World) -> dict[str, Made]:
     found = {}
     for dtype in UNIT_ROUNDOFF:
         output = world.folder / dtype
-        config = world.config(output, teacher=teacher, ensemble=(), dtype=dtype, objective=objective)
+        config = world.config(output, teacher=TeacherConfig(models=teacher), dtype=dtype, objective=objective)
         found[dtype] = Made(world, cache.run(config), config)
     return found
 
@@ -217,7 +216,7 @@ def every_row(made: Made, stored: TeacherCache) -> Iterator[tuple[int, int, int,
 
 def test_every_view_and_caption_has_the_features_that_the_teachers_compute_to_the_bit(made: Made) -> None:
     stored = made.open()
-    oracle = [asked(made, load(teacher)) for teacher in (made.config.teacher, *made.config.ensemble)]
+    oracle = [asked(made, load_model(teacher)) for teacher in made.config.teacher.names]
     count = 0
     for id, view, number, rows in every_row(made, stored):
         expected = [
@@ -229,8 +228,8 @@ def test_every_view_and_caption_has_the_features_that_the_teachers_compute_to_th
         count += 1
     assert count == NUM_VIEWS * sum(map(len, made.world.captions))
     assert stored.kinds == ["image.0", "text.0", "image.1", "text.1"]
-    for teacher, known in zip((made.config.teacher, *made.config.ensemble), stored.teachers, strict=True):
-        encoder = load(teacher)
+    for teacher, known in zip(made.config.teacher.names, stored.teachers, strict=True):
+        encoder = load_model(teacher)
         assert torch.equal(known.logit_scale, encoder.logit_scale)
         assert (known.dim, known.name, known.logit_bias) == (encoder.dim, encoder.name, None)
 
@@ -240,7 +239,7 @@ def test_half_precision_is_the_nearest_and_training_gets_it_with_unit_norm(halve
     """Rounding moves x by at most u·|x|, so the norm by at most u; scaling it back moves each number by about u·|x| more."""
     one, roundoff = halves[dtype], UNIT_ROUNDOFF[dtype]
     stored = one.open()
-    images, texts = asked(one, load(one.config.teacher))
+    images, texts = asked(one, load_model(one.config.teacher.names[0]))
     rows: list[list[np.ndarray]] = [[], []]
     exact: list[list[Tensor]] = [[], []]
     for id, view, number, read in every_row(one, stored):
@@ -258,7 +257,7 @@ def test_half_precision_is_the_nearest_and_training_gets_it_with_unit_norm(halve
         assert (found.norm(dim=-1) - 1).abs().max().item() < 3e-7
     assert teacher.logit_bias is not None
     assert teacher.logit_bias.item() == -5.0
-    assert torch.equal(teacher.logit_scale, load(one.config.teacher).logit_scale)
+    assert torch.equal(teacher.logit_scale, load_model(one.config.teacher.names[0]).logit_scale)
 
 
 def test_first_and_last_rows_of_each_file_are_found_at_their_offsets(made: Made) -> None:
@@ -287,7 +286,7 @@ def test_a_fingerprint_is_the_crc_of_image_and_captions() -> None:
 def test_a_batch_of_the_loader_brings_the_rows_of_its_views_and_captions(made: Made) -> None:
     """Later passes see the stored views again in order."""
     stored, pairs = made.open(), pair_set(made.config.data)
-    specs = Views([load(made.config.teacher).spec])
+    specs = Views([load_model(made.config.teacher.names[0]).spec])
     dataset = AugmentedPairs(pairs, Augment(made.config.data, specs, made.config.seed), stored)
     positions = [(0, 0), (1, 47), (2, 20), (3, 19), (4, 47), (5, 0)]
     samples = [dataset[position] for position in positions]
@@ -303,7 +302,7 @@ def test_a_batch_of_the_loader_brings_the_rows_of_its_views_and_captions(made: M
 
 
 def test_pixels_come_again_after_all_views_and_captions_are_drawn_anew(made: Made) -> None:
-    pairs, specs = pair_set(made.config.data), Views([load(made.config.teacher).spec])
+    pairs, specs = pair_set(made.config.data), Views([load_model(made.config.teacher.names[0]).spec])
     augment = Augment(made.config.data, specs, made.config.seed)
     drawn = set[tuple[int, ...]]()
     for id in range(len(pairs)):
@@ -330,10 +329,10 @@ def test_training_puts_the_samples_in_place_of_unusable_ones_that_it_would_put_w
     world: World, tmp_path: Path
 ) -> None:
     data = data_config(damaged_data(tmp_path / "data"), max_skipped=0.1)
-    config = world.config(tmp_path / "made", views=1, ensemble=(), data=data)
+    config = world.config(tmp_path / "made", views=1, teacher=world.taught_by("first"), data=data)
     one = Made(world, cache.run(config), config)
     stored, pairs = one.open(), pair_set(data)
-    augment = Augment(data, Views([load(config.teacher).spec]), config.seed)
+    augment = Augment(data, Views([load_model(config.teacher.names[0]).spec]), config.seed)
     online, cached = AugmentedPairs(pairs, augment), AugmentedPairs(pairs, augment, stored)
     skipped = set[str]()
     for id in range(16):
@@ -353,7 +352,7 @@ def test_training_puts_the_samples_in_place_of_unusable_ones_that_it_would_put_w
 
 
 def small(world: World, folder: Path, path: Path, **options: Any) -> Made:
-    config = world.config(folder, views=1, ensemble=(), data=data_config(path, **options))
+    config = world.config(folder, views=1, teacher=world.taught_by("first"), data=data_config(path, **options))
     return Made(world, cache.run(config), config)
 
 
@@ -497,37 +496,35 @@ def test_streamed_data_is_refused(made: Made) -> None:
 
 
 def test_only_the_teachers_it_was_made_with_may_be_named(made: Made, tmp_path: Path) -> None:
-    first, second = (made.config.teacher, *made.config.ensemble)
+    first, second = made.config.teacher.names
 
-    def open_with(teacher: TeacherConfig, *ensemble: TeacherConfig) -> TeacherCache:
+    def open_with(*models: str, dtype: Any = "fp32") -> TeacherCache:
         cache = made.open()
-        require_same_teachers(dataclasses.replace(made.config, teacher=teacher, ensemble=ensemble), cache)
+        teacher = TeacherConfig(models=models, dtype=dtype)
+        require_same_teachers(dataclasses.replace(made.config, teacher=teacher), cache)
         return cache
 
     assert len(open_with(first, second).teachers) == 2
-    assert first.pretrained is not None
-    moved = shutil.copy(first.pretrained, tmp_path / "moved.safetensors")
-    assert len(open_with(dataclasses.replace(first, pretrained=str(moved)), second).teachers) == 2
-    with pytest.raises(ValueError, match=r"float32 holds 2 teachers, the configuration names 1"):
-        open_with(first)
-    with pytest.raises(ValueError, match=r"float32 holds 2 teachers, the configuration names 3"):
-        open_with(first, second, second)
+    architecture, weights = first.split("@")
+    moved = shutil.copy(weights, tmp_path / "moved.safetensors")
+    assert len(open_with(f"{architecture}@{moved}", second).teachers) == 2
+    for models in ((first,), (first, second, second)):
+        with pytest.raises(ValueError, match=rf"float32 holds 2 teachers, teacher\.models names {len(models)}"):
+            open_with(*models)
     other = write_model(tmp_path, "other", seed=11)
-    with pytest.raises(ValueError, match=r"but teacher\.model names .*other\.safetensors with other weights"):
+    with pytest.raises(ValueError, match=r"but teacher\.models\[0\] is .*other\.safetensors with other weights"):
         open_with(other, second)
-    with pytest.raises(ValueError, match=r"but ensemble\[0\]\.model names .*first\.safetensors with other weights"):
+    with pytest.raises(ValueError, match=r"but teacher\.models\[1\] is .*first\.safetensors with other weights"):
         open_with(first, first)
-    with pytest.raises(ValueError, match=r"but teacher\.model names ViT-B-32 openai; leave it out"):
-        open_with(TeacherConfig(model="ViT-B-32", pretrained="openai"), second)
+    with pytest.raises(ValueError, match=r"but teacher\.models\[0\] is ViT-B-32@openai; leave it out"):
+        open_with("ViT-B-32@openai", second)
     with pytest.raises(ValueError, match=r"made with teacher\.dtype fp32, now it is bf16"):
-        open_with(dataclasses.replace(first, dtype="bf16"), second)
-    with pytest.raises(ValueError, match=r"made with ensemble\[0\]\.dtype fp32, now it is fp16"):
-        open_with(first, dataclasses.replace(second, dtype="fp16"))
-    weights = Path(first.pretrained).read_bytes()
-    flip(Path(first.pretrained))
-    with pytest.raises(ValueError, match=r"but teacher\.model names .*first\.safetensors with other weights"):
+        open_with(first, second, dtype="bf16")
+    content = Path(weights).read_bytes()
+    flip(Path(weights))
+    with pytest.raises(ValueError, match=r"but teacher\.models\[0\] is .*first\.safetensors with other weights"):
         open_with(first, second)
-    Path(first.pretrained).write_bytes(weights)
+    Path(weights).write_bytes(content)
     open_with(first, second)
 
 
@@ -537,15 +534,15 @@ def test_a_cache_without_the_class_vectors_of_the_closed_set_is_refused(
     def open_with(one: Made, objective: ObjectiveConfig) -> TeacherCache:
         config = for_training(one.config, one.folder, objective=objective)
         assert config.student.model is not None
-        student = create_student(StudentConfig(model=world.teachers["first"].model or ""))
+        student = create_student(StudentConfig(model=world.teachers["first"].split("@")[0]))
         return open_teacher_cache(config, open_pairs(config.data), student)
 
     objective = with_classes(world, tmp_path)
-    config = world.config(tmp_path / "made", views=1, ensemble=(), objective=objective)
+    config = world.config(tmp_path / "made", views=1, teacher=world.taught_by("first"), objective=objective)
     one = Made(world, cache.run(config), config)
     assert open_with(one, objective).classes().shape == (3, 24)
     message = r"holds no class vectors for objective\.closed_set's classes and templates"
-    single = world.config(tmp_path / "single", views=1, ensemble=())
+    single = world.config(tmp_path / "single", views=1, teacher=world.taught_by("first"))
     with pytest.raises(ValueError, match=f"single {message}"):
         open_with(Made(world, cache.run(single), single), objective)
     (tmp_path / "classes.txt").write_text("cat\ndog\nhorse\n")
@@ -635,8 +632,7 @@ def test_unchanged_files_are_hashed_once_and_a_hidden_change_is_found_without_tr
 
 def test_a_frozen_students_text_features_are_found_by_its_text_tower(world: World, tmp_path: Path) -> None:
     mine = write_model(tmp_path, "mine", seed=5)
-    assert mine.model is not None
-    student = StudentConfig(model=mine.model, pretrained=mine.pretrained, text="frozen")
+    student = StudentConfig(model=mine, text="frozen")
     config = world.config(tmp_path / "made", views=1, student=student)
     one = Made(world, cache.run(config), config)
     encoder = create_student(student)
@@ -644,7 +640,7 @@ def test_a_frozen_students_text_features_are_found_by_its_text_tower(world: Worl
     assert stored.student_kind == "text.student"
     assert stored.kinds == ["image.0", "text.0", "image.1", "text.1", "text.student"]
     assert_texts_are(encoder, stored, one)
-    assert one.open(student_text=text_sha256(load(write_model(tmp_path, "other", seed=6)))).student_kind is None
+    assert one.open(student_text=text_sha256(load_model(write_model(tmp_path, "other", seed=6)))).student_kind is None
     for student_text in (None, ""):
         stored = one.open(student_text=student_text)
         assert (stored.student_kind, stored.kinds[-1]) == (None, "text.1")
@@ -653,8 +649,8 @@ def test_a_frozen_students_text_features_are_found_by_its_text_tower(world: Worl
 
 
 def test_the_teachers_own_text_tower_is_found_as_the_teachers(made: Made) -> None:
-    for number, teacher in enumerate((made.config.teacher, *made.config.ensemble)):
-        encoder = load(teacher)
+    for number, teacher in enumerate(made.config.teacher.names):
+        encoder = load_model(teacher)
         stored = made.open(student_text=text_sha256(encoder))
         assert (stored.student_kind, len(stored.kinds)) == (f"text.{number}", 4)
         assert_texts_are(encoder, stored, made)

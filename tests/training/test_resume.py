@@ -38,8 +38,8 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
 def test_a_run_goes_on_only_with_the_text_tower_it_began_with() -> None:
     def config(**options: str) -> TrainConfig:
         objective = ObjectiveConfig(gkl=GKLTerm(weight=1.0))
-        student = StudentConfig(pretrained="x.bin", **options)  # type: ignore[arg-type]
-        return TrainConfig(student=student, teacher=TeacherConfig(model="x"), objective=objective)
+        student = StudentConfig(model="demo-student@x.bin", **options)  # type: ignore[arg-type]
+        return TrainConfig(student=student, teacher=TeacherConfig(models="x"), objective=objective)
 
     kinds = ("trained", "frozen", "teacher")
     for before, now in [(a, b) for a in kinds for b in kinds]:

@@ -45,7 +45,7 @@ def run(config: CacheConfig) -> Path:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     accelerator = distributed.make_accelerator(config.precision)
-    teachers = [load_teacher(options) for options in configured_teachers(config)]
+    teachers = [load_teacher(model, dtype=config.teacher.dtype) for model in configured_teachers(config)]
     student = find_frozen_student(config, teachers)
     require_fitting_teachers(config.objective, loaded(teachers))
     pairs = data.open_pairs(config.data, track=progress.track_on_main)

@@ -20,7 +20,7 @@ class CacheConfig(TrainConfig):
         super().__post_init__()
         require(bool(self.output), "output is empty; name the folder of the cache: --output DIR")
         require(self.views >= 1, f"views is {self.views}; it must be 1 or more")
-        require(self.teacher.model is not None, "a cache is made with a teacher: set teacher.model")
+        require(bool(self.teacher.names), "a cache is made with a teacher: set teacher.models")
         require(self.teacher.cache is None, "teacher.cache is read by training; leave it out to make a cache")
 
 

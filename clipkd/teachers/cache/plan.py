@@ -57,19 +57,17 @@ def make_plan(
         shards.append(Shard(first, rows, first_text, end - first_text))
     encoders, closed_set = loaded(teachers), config.objective.closed_set
     records = []
-    for options, teacher, encoder in zip(configured_teachers(config), teachers, encoders, strict=True):
-        assert options.model is not None
+    for model, teacher, encoder in zip(configured_teachers(config), teachers, encoders, strict=True):
         records.append(
             TeacherRecord(
-                model=options.model,
-                pretrained=options.pretrained,
+                model=model,
                 name=encoder.name,
                 dim=encoder.dim,
                 logit_scale=encoder.logit_scale.item(),
                 logit_bias=None if encoder.logit_bias is None else encoder.logit_bias.item(),
                 text_sha256=text_sha256(encoder),
                 identity=teacher.identity,
-                files={str(path): files.sha256(path) for path in weight_files(options.model, options.pretrained)},
+                files={str(path): files.sha256(path) for path in weight_files(model)},
             )
         )
     classes = None

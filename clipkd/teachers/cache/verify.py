@@ -41,7 +41,7 @@ class Findings:
 
 
 def verify(arguments: list[str]) -> Findings:
-    """Arguments: the folder, then options, which may override those that made it (data.path, teacher.model, …).
+    """Arguments: the folder, then options, which may override those that made it (data.path, teacher.models, …).
 
     Raises: FileNotFoundError or ValueError if it is no finished cache, or what is needed to compute again is not there.
     """
@@ -67,7 +67,7 @@ def verify(arguments: list[str]) -> Findings:
             try:
                 compare_again(config, cache, findings)
             except (ValueError, OSError) as error:
-                advice = "--data.path and --teacher.model name what lies elsewhere now"
+                advice = "--data.path and --teacher.models name what lies elsewhere now"
                 findings.problems.append(f"nothing was computed again: {error}; {advice}")
     else:
         findings.lines.append(f"the clipkd cache command that made {folder} makes the damaged files anew")
@@ -105,7 +105,7 @@ def compare_again(config: VerifyConfig, cache: TeacherCache, findings: Findings)
 
     Raises: ValueError if data, teachers or options are others than those that the cache was made with.
     """
-    teachers = [load_teacher(options) for options in configured_teachers(config)]
+    teachers = [load_teacher(model, dtype=config.teacher.dtype) for model in configured_teachers(config)]
     pairs = data.open_pairs(config.data, track=progress.track_on_main)
     hold_teachers(teachers)
     if not isinstance(pairs, data.PairSet):
@@ -150,12 +150,9 @@ def require_same_cache(config: VerifyConfig, cache: TeacherCache, teachers: list
     """Raises: ValueError."""
     plan = cache.manifest.plan()
     now = []
-    for before, options, teacher in zip(plan["teachers"], configured_teachers(config), teachers, strict=False):
-        assert options.model is not None
-        files = {str(path): "" for path in weight_files(options.model, options.pretrained)}
-        now.append(
-            before | {"identity": json.loads(json.dumps(teacher.identity)), "files": files, "model": options.model}
-        )
+    for before, model, teacher in zip(plan["teachers"], configured_teachers(config), teachers, strict=False):
+        files = {str(path): "" for path in weight_files(model)}
+        now.append(before | {"identity": json.loads(json.dumps(teacher.identity)), "files": files, "model": model})
     found = {"num_views": config.views, "dtype": config.dtype, "augmentation": to_json(augmentation_of(config))}
     found |= {"data": [to_json(one) for one in sources_of(pairs)], "teachers": now}
     require_same(cache.folder, {name: plan[name] for name in found}, found)

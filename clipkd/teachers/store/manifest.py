@@ -58,7 +58,6 @@ class Shard:
 @dataclass(frozen=True)
 class TeacherRecord:
     model: str
-    pretrained: str | None
     name: str
     dim: int
     logit_scale: float
@@ -224,7 +223,7 @@ def fingerprint(pair: Pair) -> int:
 
 def require_same(folder: Path, made_with: dict[str, Any], now: dict[str, Any]) -> None:
     """Parts of two plans. Raises: ValueError naming the first thing, and the file, in which they differ."""
-    for name, what in (("data", "data sources (data, data.mix)"), ("teachers", "teachers (teacher, ensemble)")):
+    for name, what in (("data", "data sources (data, data.mix)"), ("teachers", "teachers (teacher.models)")):
         before, after = made_with.get(name, []), now.get(name, [])
         if len(before) != len(after):
             raise ValueError(
@@ -234,7 +233,7 @@ def require_same(folder: Path, made_with: dict[str, Any], now: dict[str, Any]) -
         require_same_parts(folder, number, before, after)
     for before, after in zip(made_with.get("teachers", []), now.get("teachers", []), strict=True):
         if before["identity"]["sha256"] != after["identity"]["sha256"]:
-            where = ", ".join(after["files"]) or " ".join(filter(None, (after["model"], after["pretrained"])))
+            where = ", ".join(after["files"]) or after["model"]
             raise ValueError(
                 f"{folder} was made with other weights than those of {where}; put them back, or make another cache"
             )
@@ -247,7 +246,7 @@ def require_same(folder: Path, made_with: dict[str, Any], now: dict[str, Any]) -
             )
 
 
-PATHS = re.compile(r"^data\.\d+\.parts\.|^teachers\.\d+\.(model|pretrained|name|files\..*)$")
+PATHS = re.compile(r"^data\.\d+\.parts\.|^teachers\.\d+\.(model|name|files\..*)$")
 """Where things lie: data and teachers are compared by what they hold."""
 
 OPTIONS = {
@@ -258,8 +257,7 @@ OPTIONS = {
     r"dtype": "--dtype",
     r"data\.0\.(options\.)?": "data.",
     r"data\.(\d+)\.(options\.)?": r"data.mix (source \1).",
-    r"teachers\.0\.(identity\.)?": "teacher.",
-    r"teachers\.(\d+)\.(identity\.)?": r"ensemble (teacher \1).",
+    r"teachers\.(\d+)\.(identity\.)?": r"teacher.models[\1]: ",
 }
 
 
