@@ -40,8 +40,7 @@ from clipkd.views import Batch, ViewSpec
 
 T = TypeVar("T")
 TIMED_STEPS = 3
-SLOW_STEP = 60.0
-"""Seconds of a first step after which no more are timed."""
+SLOW_STEP = 60.0  # seconds of a first step after which no more are timed
 
 CHANCE_TIMES = 3
 """A teacher that finds its pairs less than this many times as often as chance does not know these data."""
@@ -49,7 +48,7 @@ CHANCE_TIMES = 3
 
 @dataclass
 class Findings:
-    """Everything that was found wrong, and what one should look at. Only the main process prints."""
+    """Problems and notes. Only the main process prints."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -129,10 +128,8 @@ def find_parts(config: TrainConfig, findings: Findings) -> Parts | None:
     findings.attempt(lambda: assemble.require_installed(config))
     accelerator = findings.attempt(lambda: assemble.make_accelerator(config))
     student = findings.attempt(lambda: initial_student(config))
-    teachers = [
-        findings.attempt(lambda m=model: load_teacher(m, dtype=config.teacher.dtype))
-        for model in configured_teachers(config)
-    ]
+    models, dtype = configured_teachers(config), config.teacher.dtype
+    teachers = [findings.attempt(lambda m=model: load_teacher(m, dtype=dtype)) for model in models]
     found = [teacher for teacher in teachers if teacher is not None]
     if student is not None and len(found) == len(teachers):
         findings.attempt(lambda: share_text_tower(config, student, found))

@@ -47,7 +47,6 @@ class Run:
     """Those that are asked at every step; none with a cache."""
     teacher_dims: list[int]
     cache: TeacherCache | None
-    """Where the teachers' features are read."""
     ema: Encoder | None
     optimizer: Any
     views: Views
@@ -66,9 +65,7 @@ class Run:
     dry: bool = False
     """Whether steps are only tried: then nothing is written."""
     num_opened: int = 0
-    """Streamed shards that this process opened and has not told the others of."""
     skips: data.Skips = field(default_factory=data.Skips)
-    """Those of this process that are not written down yet."""
     claim: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
     """Held while this process writes the run folder."""
 

@@ -25,8 +25,8 @@ PAIRS = 7
 
 def read(name: str, *options: str) -> TrainConfig:
     """The file as `clipkd train` reads it; a teacher is named where its terms want one."""
-    arguments = ["--config", str(CONFIGS / f"{name}.yaml"), *options]
-    return parse([*arguments, "--batch_size", "4"] if name == "albef" else [*arguments, "--teacher.models", "x"])
+    needed = ["--batch_size", "4"] if name == "albef" else ["--teacher.models", "x"]
+    return parse(["--config", str(CONFIGS / f"{name}.yaml"), *needed, *options])
 
 
 def unit(seed: int, width: int, num: int = PAIRS) -> Tensor:
