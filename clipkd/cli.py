@@ -24,7 +24,7 @@ commands:
            clipkd cache verify DIR [--recompute 64]
   train    train a student from a config: clipkd train configs/demo.yaml --data.path shards
   report   draw a run's curves, throughput, skipped samples and evaluations as one HTML page
-  eval     zero-shot numbers of any model: clipkd eval --model M --task eval/imagenet.yaml --data /data/imagenet
+  eval     zero-shot numbers of any model: clipkd eval --model M --task imagenet1k --data /data/imagenet
            clipkd eval ls | validate DATA | compare FIRST SECOND
   export   a student for open_clip, transformers and ONNX Runtime, verified: clipkd export RUN --to open_clip,hf,onnx --output DIR
   predict  use what was exported: clipkd predict DIR photo.jpg --labels 'a cat' 'a dog'
@@ -182,10 +182,10 @@ def eval_command(arguments: list[str]) -> None:
 def eval_list_command(arguments: list[str]) -> None:
     from rich.console import Console
 
-    from clipkd.evaluation import validate
+    from clipkd.evaluation import listing
 
-    config = parse_into(validate.ListConfig, arguments, "eval ls", "List the tasks of a folder.")
-    Console(width=None if sys.stdout.isatty() else 1000).print(validate.list_tasks(config))
+    config = parse_into(listing.ListConfig, arguments, "eval ls", "List the tasks.")
+    Console(width=None if sys.stdout.isatty() else 1000).print(listing.list_tasks(config))
 
 
 def eval_validate_command(arguments: list[str]) -> None:

@@ -30,7 +30,7 @@ from torchvision.datasets import ImageFolder
 
 from clipkd import distributed
 from clipkd.evaluation.command import EvalConfig, Harness
-from clipkd.evaluation.tasks import open_subjects
+from clipkd.evaluation.subjects import open_subjects
 
 SIZE = (500, 375)
 

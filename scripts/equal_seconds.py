@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from clipkd import files
-from clipkd.config.parse import parse, parse_into, recipe
+from clipkd.config.parse import parse, parse_into
+from clipkd.config.shipped import recipe
 from clipkd.config.train import TrainConfig
 from clipkd.demo import pairs
 from clipkd.teachers.cache import command as cache

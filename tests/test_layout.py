@@ -28,7 +28,7 @@ def test_no_module_is_named_like_one_of_the_standard_library() -> None:
     assert sorted(names & sys.stdlib_module_names - {"__main__"}) == []
 
 
-@pytest.mark.parametrize("module", ["clipkd", "clipkd.cli", "clipkd.config.train"])
+@pytest.mark.parametrize("module", ["clipkd", "clipkd.cli", "clipkd.config.train", "clipkd.evaluation.listing"])
 def test_importing_it_loads_nothing_heavy(module: str) -> None:
     heavy = {"torch", "open_clip", "transformers", "datasets", "accelerate", "numpy", "PIL"}
     code = f"import sys, {module}; print(sorted({heavy!r} & sys.modules.keys()))"

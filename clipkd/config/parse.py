@@ -17,6 +17,7 @@ import jsonargparse
 import yaml
 
 from clipkd.config.objective import ObjectiveConfig
+from clipkd.config.shipped import recipe
 from clipkd.config.train import TrainConfig
 
 C = TypeVar("C")
@@ -70,9 +71,11 @@ def parse_into(
     positional: fields that are given in order, without their names → their help. A tuple takes one or more words.
     """
     parser = build_parser(kind, command, description, tuple((positional or {}).items()))
-    for flag, path in itertools.pairwise(arguments):
-        if flag == "--config" and Path(path).is_file():
-            check_yaml(Path(path), parser)
+    arguments = list(arguments)
+    for place, (flag, path) in enumerate(itertools.pairwise(arguments), start=1):
+        if flag == "--config":
+            arguments[place] = str(find_config(path, parser))
+            check_yaml(Path(arguments[place]), parser)
     namespace = parser.parse_args(spell_out(kind, arguments))
     if idle := "objective" in namespace and has_idle_teacher(namespace):
         namespace = parser.parse_args(spell_out(kind, ["--config", str(recipe("losses/gkl")), *arguments]))
@@ -100,7 +103,8 @@ def build_parser(kind: type, command: str, description: str, positional: tuple[t
     words = "".join(f" {name.upper()}" for name, _ in positional)
     usage = f"clipkd {command}{words} [--config FILE.yaml …] [--OPTION VALUE …]"
     parser = Parser(prog=f"clipkd {command}", usage=usage, description=description, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML of differences from the defaults; several are stacked.")
+    about = "A recipe (gkl), or a YAML of differences from the defaults; several are stacked."
+    parser.add_argument("--config", action="config", help=about)
     types = {field.name: field.type for field in dataclasses.fields(kind)}
     for name, text in positional:
         parser.add_argument(name, type=str, help=text, nargs="+" if is_tuple(types[name]) else None)
@@ -147,6 +151,14 @@ def is_tuple(kind: Any) -> bool:
     return get_origin(kind) is tuple
 
 
+def find_config(path: str, parser: Parser) -> Path:
+    """A configuration file, or the recipe of that name."""
+    try:
+        return Path(path) if Path(path).is_file() else recipe(path)
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def check_yaml(path: Path, parser: Parser) -> None:
     """jsonargparse's errors do not name the file."""
     try:
@@ -170,13 +182,3 @@ def option_names(content: dict[Any, Any], prefix: str = "") -> Iterator[str]:
             yield from option_names(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
-
-
-def recipe(name: str) -> Path:
-    """A recipe of configs/ by name: in an installed wheel it lies beside this file, in a clone at the top."""
-    here = Path(__file__).parents[1]
-    for path in (here / "configs" / f"{name}.yaml", here.parent / "configs" / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    known = sorted(p.stem for folder in (here, here.parent) for p in (folder / "configs").glob("*.yaml"))
-    raise ValueError(f"no recipe {name!r}; there are {known}")

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from clipkd import files
-from clipkd.config.parse import parse, parse_into, recipe
+from clipkd.config.parse import parse, parse_into
+from clipkd.config.shipped import recipe
 from clipkd.demo import pairs
 from clipkd.demo.contact_sheet import draw_contact_sheet
 from clipkd.evaluation.command import EvalConfig

@@ -1,4 +1,4 @@
-"""`clipkd eval`: models × tasks → results, going on where an earlier call ended."""
+"""`clipkd eval`: evaluate models × tasks, except the results that an earlier call has written."""
 
 import functools
 import time
@@ -14,7 +14,8 @@ from clipkd.evaluation.compare import beside_teacher
 from clipkd.evaluation.embed import Embedder, Precision
 from clipkd.evaluation.measure import Measured, measure
 from clipkd.evaluation.results import Results, describe_result, label, result_id, result_row
-from clipkd.evaluation.tasks import Subject, as_tuple, open_subjects
+from clipkd.evaluation.subjects import Subject, open_subjects
+from clipkd.evaluation.tasks import as_tuple
 from clipkd.models import run_folder
 from clipkd.models.cost import measure_cost
 from clipkd.models.load import load_model
@@ -27,13 +28,11 @@ class EvalConfig:
     data: tuple[str, ...] | str
     """Data folders of one task; or a folder of the data folders of several tasks; or the name of a Hugging Face data set."""
     task: tuple[str, ...] | str = ()
-    """Task YAMLs such as eval/imagenet.yaml, or a folder of them; none reads CLIP_benchmark's webdataset layout."""
+    """Tasks by name (imagenet1k; all), task YAMLs, or folders of them; none reads CLIP_benchmark's webdataset layout."""
     teacher: str | None = None
-    """A model that the others are shown beside: share kept, agreement, divergence, classes that lost most."""
-    pretrained: str | None = None
-    """Weights of an open_clip name, where `model` is one without @: a tag or a file."""
+    """A model that the others are compared with: share kept, agreement, divergence, classes that lost most."""
     output: str = "results"
-    """Folder of the results: eval_results.jsonl, clip_benchmark/, samples/, cache/. What is there is not evaluated again."""
+    """Folder of the results: eval_results.jsonl, clip_benchmark/, samples/, cache/. Results in it are kept."""
     weights: Literal["student", "ema"] = "student"
     """Which weights of a training checkpoint: the student's or their moving average."""
     batch_size: int = 256
@@ -45,16 +44,12 @@ class EvalConfig:
     cache: bool = True
     """Keep image features and classifiers in OUTPUT/cache (2 kB per image and model at width 512)."""
     skip_missing: bool = False
-    """Leave out tasks whose data is not below `data`, instead of refusing."""
+    """Leave out tasks without a folder below `data`, instead of stopping."""
 
     def __post_init__(self) -> None:
         require(bool(self.models), "model is empty; name what to evaluate")
         require(self.batch_size >= 1, f"batch_size is {self.batch_size}; it must be 1 or more")
         require(self.num_workers >= 0, f"num_workers is {self.num_workers}; it must be 0 or more")
-        require(
-            self.pretrained is None or len(self.models) == 1,
-            "pretrained goes with one model; write NAME@WEIGHTS where there are several",
-        )
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -64,8 +59,8 @@ class EvalConfig:
 def run(config: EvalConfig) -> list[dict[str, Any]]:
     """Evaluate every model on every task, on every process that was launched; returns the rows.
 
-    Raises: FileNotFoundError or ValueError before anything is evaluated if a model or a data folder cannot be used; later
-        if an image cannot be decoded. Rows that are finished stay.
+    Raises: FileNotFoundError or ValueError before the first evaluation if a model or a data folder cannot be used; later
+        if an image cannot be decoded. Finished rows stay.
     """
     distributed.join_processes()
     subjects = distributed.together(
@@ -76,25 +71,26 @@ def run(config: EvalConfig) -> list[dict[str, Any]]:
 
 
 class Harness:
-    """Models at the ready, and the results that there are."""
+    """The loaded models and the results folder."""
 
     def __init__(self, config: EvalConfig) -> None:
         """Raises: ValueError or OSError if a model cannot be loaded, or the output not be written."""
         self.config, self.results = config, Results(Path(config.output))
         self.device = torch.device(distributed.join_processes().device or "cpu")
         names = [*([config.teacher] if config.teacher else []), *config.models]
+        names = list(dict.fromkeys(names))  # the teacher first, and each model once
         self.checkpoints = {name: find_checkpoint(name) for name in names}
-        self.embedders = {name: self.load(name) for name in names}  # the teacher first, and once
+        self.embedders = {name: self.load(name) for name in names}
         self.costs: dict[str, Any] = {}
         self.results.folder.mkdir(parents=True, exist_ok=True)
 
+    def weights(self, name: str) -> str:
+        """student, or ema for an evaluated model if configured; a teacher has its usual weights."""
+        return self.config.weights if name in self.config.models else "student"
+
     def load(self, name: str) -> Embedder:
-        config, own = self.config, name in self.config.models
-        encoder = load_model(
-            str(self.checkpoints[name] or name),
-            pretrained=config.pretrained if own else None,
-            ema=config.weights == "ema" and own,
-        )
+        config = self.config
+        encoder = load_model(str(self.checkpoints[name] or name), ema=self.weights(name) == "ema")
         return Embedder(
             encoder.to(self.device),
             self.device,
@@ -120,51 +116,45 @@ class Harness:
                     teacher = teacher or measure(self.embedders[of], subject, title=f"{subject.name}: teacher")
                     row["teacher"] = {"model": of, "model_sha256": self.embedders[of].sha256}
                     row["teacher"] |= beside_teacher(subject, measured, teacher)
-                row = distributed.together(functools.partial(self.keep, row, measured))
+                row = distributed.from_main(functools.partial(self.results.add, row, measured.samples))
             if distributed.rank() == 0:
                 print(describe_row(row) + " (evaluated before)" * before, flush=True)
             rows.append(row)
         return rows
 
-    def keep(self, row: dict[str, Any], measured: Measured) -> dict[str, Any]:
-        return self.results.add(row, measured.samples) if distributed.rank() == 0 else row
-
     def find(self, subject: Subject, name: str, *, teacher: str | None) -> dict[str, Any] | None:
-        """A row of an earlier call, beside that teacher if one is wanted; what the main process finds holds for all.
+        """A row of an earlier call, compared with that teacher if there is one.
 
         Raises: ValueError if the processes are about to evaluate different things.
         """
-        id = result_id(subject, self.embedders[name])
-        if len(set(distributed.gather_objects((self.embedders[name].sha256, subject.data.sha256)))) > 1:
+        embedder = self.embedders[name]
+        if len(set(distributed.gather_objects((embedder.sha256, subject.data.sha256)))) > 1:
             raise ValueError(f"the processes have different data of {subject.name} or weights of {name}; share both")
-        row = self.results.find(id, name)
-        if row is not None and teacher is not None:
-            row = row if (row.get("teacher") or {}).get("model_sha256") == self.embedders[teacher].sha256 else None
-        return distributed.gather_objects(row)[0]
+        row = distributed.from_main(lambda: self.results.find(result_id(subject, embedder), name))
+        if row is None or teacher is None:
+            return row
+        return row if (row.get("teacher") or {}).get("model_sha256") == self.embedders[teacher].sha256 else None
 
     def measure(self, subject: Subject, name: str) -> tuple[dict[str, Any], Measured]:
-        config, embedder = self.config, self.embedders[name]
+        embedder = self.embedders[name]
         started = time.perf_counter()
         measured = measure(embedder, subject, title=f"{subject.name}: {name.rpartition('/')[2]}")
         row = result_row(subject, embedder, measured, time.perf_counter() - started)
-        own = name in config.models
-        row |= {"model": name, "pretrained": (config.pretrained if own else None) or name.partition("@")[2] or None}
-        row |= {"weights": config.weights if own else "student"}
+        row |= {"model": name, "pretrained": name.partition("@")[2] or None, "weights": self.weights(name)}
         if folder := self.checkpoints[name]:
             row["checkpoint"] = str(folder)
-        if name not in self.costs:  # one process alone, so that the others do not take its cores
-            cost = measure_cost(embedder.encoder, self.device) if distributed.rank() == 0 else None
-            self.costs[name] = distributed.gather_objects(cost)[0]
+        if name not in self.costs:  # on one process, while the others leave it the cores
+            self.costs[name] = distributed.from_main(lambda: measure_cost(embedder.encoder, self.device))
         return {**row, "cost": self.costs[name]}, measured
 
 
 def find_checkpoint(model: str) -> Path | None:
-    """Of a run, the checkpoint to evaluate: fixed now, as training may go on."""
-    return run_folder.resolve(Path(model)) if Path(model).is_dir() and run_folder.is_run(Path(model)) else None
+    """The newest checkpoint of a run, fixed now because training may continue; None for any other model."""
+    return run_folder.resolve(Path(model)) if run_folder.is_run(Path(model)) else None
 
 
 def describe_row(row: dict[str, Any]) -> str:
-    """A row in a line, with what the student kept of its teacher."""
+    """A row as one line, with the share that the student keeps of its teacher's metric."""
     line = f"{label(row)}  {describe_result(row)}"
     if beside := row.get("teacher"):
         line += f"; {beside['retained']:.1%} of {beside['model']}" if beside["retained"] is not None else ""

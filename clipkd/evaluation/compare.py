@@ -1,6 +1,5 @@
-"""Two models on the same samples: paired differences, agreement, flips; and a student beside its teacher."""
+"""Compare two models on the same samples: paired differences, agreement, flips; and a student with its teacher."""
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,16 @@ from clipkd.errors import require
 from clipkd.evaluation import metrics
 from clipkd.evaluation.measure import Measured
 from clipkd.evaluation.results import Results, label, read_samples
-from clipkd.evaluation.tasks import Subject
+from clipkd.evaluation.subjects import Subject
 
 LOST_CLASSES = 10
-RESAMPLES = 200
 COLUMNS = {
     "acc1": {"key", "label", "top5", "correct"},
     "mean_recall@1": {"key", "text_rank", "image_ranks"},
     "mean_average_precision": {"key", "label", "scores"},
     "acc": {"key", "correct", "margin"},
 }
-"""Of a kind's usual main metric, what its table of samples has."""
+"""Default main metric of each kind of task → columns of its table of samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +28,13 @@ class CompareConfig:
     first: str
     """Baseline: a results folder of clipkd eval, or one of its samples/*.parquet."""
     second: str
-    """What is compared with it."""
+    """The model to compare with it: a folder or a file of the same kind."""
     first_model: str | None = None
-    """Which model of the first folder, as `clipkd report` calls it; needed where it holds several."""
+    """Model of the first folder, as `clipkd report` names it; needed if the folder holds several."""
     second_model: str | None = None
-    """Which model of the second folder."""
+    """Model of the second folder."""
     max_drop: float | None = None
-    """Largest drop of a main metric, in points, that is no failure; a task that only the first has is one. Null: no verdict."""
+    """Largest accepted drop of a main metric, in points; null accepts any. A task that only the first has is a failure too."""
 
     def __post_init__(self) -> None:
         require(self.max_drop is None or self.max_drop >= 0, f"max_drop is {self.max_drop}; it is 0 or more points")
@@ -52,28 +50,25 @@ class Table:
 
 
 def compare(config: CompareConfig) -> tuple[list[dict[str, Any]], list[str]]:
-    """One row per task that both have been evaluated on; and what is wrong if max_drop is set.
+    """One row per task that both were evaluated on, and the failures if max_drop is set.
 
-    Raises: ValueError if there is none, or samples differ.
+    Raises: ValueError if they have no task in common, or their samples differ.
     """
-    first, second = (
-        find_tables(config.first, config.first_model, "first"),
-        find_tables(config.second, config.second_model, "second"),
-    )
-    if Path(config.first).is_file() and Path(config.second).is_file():
-        first, second = {"samples": next(iter(first.values()))}, {"samples": next(iter(second.values()))}
+    first = find_tables(config.first, config.first_model, "first")
+    second = find_tables(config.second, config.second_model, "second")
+    if Path(config.first).is_file() and Path(config.second).is_file():  # whatever the files are called
+        first, second = ({"samples": table} for tables in (first, second) for table in tables.values())
     rows = [compare_tables(task, first[task], second[task]) for task in first if task in second]
     if not rows:
         raise ValueError(f"{config.first} and {config.second} have no task in common: {list(first)}, {list(second)}")
-    problems = []
-    if config.max_drop is not None:
-        for row in rows:
-            if -100 * row["difference"] > config.max_drop + 1e-9:
-                problems.append(
-                    f"{row['task']} fell by {-100 * row['difference']:.2f} points, more than {config.max_drop:g}"
-                )
-        problems += [f"{task} was evaluated in {config.first} alone" for task in first if task not in second]
-    return rows, problems
+    if config.max_drop is None:
+        return rows, []
+    problems = [
+        f"{row['task']} fell by {-100 * row['difference']:.2f} points, more than {config.max_drop:g}"
+        for row in rows
+        if -100 * row["difference"] > config.max_drop + 1e-9
+    ]
+    return rows, problems + [f"{task} was evaluated in {config.first} alone" for task in first if task not in second]
 
 
 def find_tables(path: str, model: str | None, option: str) -> dict[str, Table]:
@@ -108,7 +103,7 @@ def compare_tables(task: str, first: Table, second: Table) -> dict[str, Any]:
 def compare_samples(
     first: dict[str, list], second: dict[str, list], *, metric: str | None, where: str
 ) -> dict[str, Any]:
-    """Paired by key, in the main metric. Raises: ValueError if the samples are not the same."""
+    """Compare two tables in a metric, paired by key. Raises: ValueError if the samples are not the same."""
     usual = next((name for name, columns in COLUMNS.items() if columns <= first.keys()), None)
     if first.keys() != second.keys() or usual is None or not first["key"]:
         raise ValueError(f"{where} are of different kinds of tasks, or no tables of samples")
@@ -140,7 +135,7 @@ def compare_values(first: dict[str, list], second: dict[str, list], metric: str)
 
 
 def sample_values(table: dict[str, list], metric: str) -> Tensor:
-    """Per sample, what the metric is the mean of."""
+    """The value per sample whose mean is the metric."""
     if metric == "acc5":
         pairs = zip(table["label"], table["top5"], strict=True)
         return torch.tensor([float(label in top) for label, top in pairs], dtype=torch.float64)
@@ -166,26 +161,18 @@ def compare_precisions(first: dict[str, list], second: dict[str, list]) -> dict[
     targets = torch.zeros(ours.shape, dtype=torch.bool)
     for row, labels in enumerate(first["label"]):
         targets[row, labels] = True
-    generator = torch.Generator().manual_seed(0)
 
-    def mean(scores: Tensor, drawn: Tensor) -> float:
-        return metrics.average_precisions(scores[drawn], targets[drawn]).mean().item()
+    def means(drawn: Tensor) -> Tensor:
+        return torch.stack([metrics.average_precisions(each[drawn], targets[drawn]).mean() for each in (ours, theirs)])
 
-    everything = torch.arange(len(ours))
-    values = [mean(scores, everything) for scores in (ours, theirs)]
-    drawn = [torch.randint(len(ours), (len(ours),), generator=generator) for _ in range(RESAMPLES)]
-    spread = torch.tensor([mean(theirs, places) - mean(ours, places) for places in drawn]).std().item()
-    difference, half = values[1] - values[0], metrics.Z95 * spread
-    return {
-        "first": values[0],
-        "second": values[1],
-        "difference": difference,
-        "ci95": (difference - half, difference + half),
-    }
+    before, after = means(torch.arange(len(ours))).tolist()
+    half = metrics.Z95 * metrics.bootstrap_deviation(lambda drawn: means(drawn).diff()[0], len(ours))
+    interval = (after - before - half, after - before + half)
+    return {"first": before, "second": after, "difference": after - before, "ci95": interval}
 
 
 def describe_comparison(row: dict[str, Any]) -> str:
-    """A row in a line, in percent and points."""
+    """A row as one line, in percent and points."""
     low, high = row["ci95"]
     line = (
         f"{row['task']}: {row['metric']} {row['first']:.2%} → {row['second']:.2%}, {100 * row['difference']:+.2f} points "
@@ -198,7 +185,7 @@ def describe_comparison(row: dict[str, Any]) -> str:
 
 
 def beside_teacher(subject: Subject, student: Measured, teacher: Measured) -> dict[str, Any]:
-    """What a student kept of its teacher; on a classification task also where it lost most."""
+    """A student's share of its teacher's metric; for classification also agreement, KL and the classes that lost most."""
     main, own = teacher.metrics[subject.metric], student.metrics[subject.metric]
     row: dict[str, Any] = {
         "main_metric": main,
@@ -221,13 +208,11 @@ def beside_teacher(subject: Subject, student: Measured, teacher: Measured) -> di
 
 def lost_classes(subject: Subject, ours: list[float], theirs: list[float]) -> list[dict[str, Any]]:
     """The classes whose recall fell most, worst first."""
-    assert subject.data.classnames is not None
-    fell = [
-        (b - a, number) for number, (a, b) in enumerate(zip(ours, theirs, strict=True)) if not math.isnan(a) and b > a
-    ]
-    worst = sorted(fell, key=lambda pair: (-pair[0], pair[1]))[:LOST_CLASSES]
     names = subject.data.classnames
+    assert names is not None
+    fell = [number for number, recall in enumerate(ours) if recall < theirs[number]]  # NaN, without images, is not
+    worst = sorted(fell, key=lambda number: ours[number] - theirs[number])[:LOST_CLASSES]
     return [
         {"class": number, "name": names[number], "recall": ours[number], "teacher_recall": theirs[number]}
-        for _, number in worst
+        for number in worst
     ]

@@ -1,4 +1,4 @@
-"""Images and texts → features: every image once, whatever the number of processes, and never twice for the same weights."""
+"""Images and texts → features: each image once on any number of processes, cached per weights."""
 
 import functools
 import hashlib
@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import signal
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,11 +21,10 @@ from torch.utils.data import DataLoader, Subset
 from clipkd import distributed, files, progress
 from clipkd.evaluation import zeroshot
 from clipkd.evaluation.sets import EvaluationSet, Images
-from clipkd.models.encoder import Encoder
-from clipkd.models.load import PROBES
+from clipkd.models.encoder import PROBES, Encoder
 
 FEATURES_VERSION = 1
-"""Changes when the same model and source would give other features."""
+"""Raise it when the same model and source would give other features."""
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Embedder:
-    """A model at work. Features are float32, unit-norm and on the CPU. Call every method on every process."""
+    """A model that encodes evaluation data. Features are float32, unit-norm, on the CPU. Call methods on every process."""
 
     encoder: Encoder
     """On `device`."""
@@ -42,7 +41,7 @@ class Embedder:
     num_workers: int = 2
     precision: Precision = "fp32"
     cache: Path | None = None
-    """Folder that keeps features, by what they were made from."""
+    """Folder of cached features, named by hashes of model and source."""
 
     @functools.cached_property
     def weights_sha256(self) -> str:
@@ -50,7 +49,7 @@ class Embedder:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of all that its features depend on: weights, architecture, preprocessing, tokens, precision, and who computes them."""
+        """Hash of all that features depend on: weights, architecture, preprocessing, tokens, precision, library versions."""
         encoder = self.encoder
         tokens = encoder.spec.tokenize(list(PROBES)).tolist()
         versions = [importlib.metadata.version(name) for name in ("open_clip_torch", "torchvision", "transformers")]
@@ -60,15 +59,15 @@ class Embedder:
     @torch.inference_mode()
     def images(self, data: EvaluationSet, title: str) -> Float[Tensor, "n d"]:
         def encode() -> Tensor:
-            parts = distributed.gather_objects(distributed.together(lambda: self.encode_share(data, title)))
-            merged = {position: row for part in parts for position, row in zip(*part, strict=True)}
+            shares = distributed.gather_objects(distributed.together(lambda: self.encode_share(data, title)))
+            merged = {position: row for share in shares for position, row in zip(*share, strict=True)}
             assert len(merged) == len(data), f"{len(merged)} of {len(data)} images were encoded"
             return torch.stack([merged[position] for position in range(len(data))])
 
         return self.remember(encode, "images", data.stamps_sha256)
 
     def encode_share(self, data: EvaluationSet, title: str) -> tuple[list[int], Tensor]:
-        """Every n-th image, and where it stands."""
+        """Positions and features of this process's share, every n-th image."""
         share = range(distributed.rank(), len(data), distributed.world_size())
         images = Subset(Images(data.pictures, self.encoder.preprocess), share)
         loader = DataLoader(
@@ -76,7 +75,7 @@ class Embedder:
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=leave_interrupts,
+            worker_init_fn=ignore_interrupts,
         )
         features = [torch.empty(0, self.encoder.dim)]
         positions: list[int] = []
@@ -88,12 +87,10 @@ class Embedder:
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str], title: str = "captions") -> Float[Tensor, "n d"]:
-        """Equal texts have equal features, to the bit."""
+        """Equal texts have bit-equal features."""
 
         def encode(own: Sequence[str]) -> Tensor:
-            parts = [own[start : start + self.texts_at_a_time] for start in range(0, len(own), self.texts_at_a_time)]
-            bar = progress.track(parts, title, len(parts), visible=distributed.rank() == 0)
-            return torch.cat([self.encode_texts(part) for part in bar])
+            return torch.cat([self.encode_texts(part) for part in split(own, self.text_batch_size, title)])
 
         return self.remember(lambda: share_out(texts, encode), "texts", texts)
 
@@ -104,21 +101,14 @@ class Embedder:
         """One unit vector per class, as open_clip builds it."""
 
         def encode(own: Sequence[str]) -> Tensor:
-            steps = -(-len(own) // max(1, self.texts_at_a_time // len(templates)))
-            with progress.Bar(title, steps, visible=distributed.rank() == 0 and steps > 1) as bar:
-
-                def prompts(texts: list[str]) -> Tensor:
-                    features = self.encode_texts(texts)
-                    bar.advance()
-                    return features
-
-                return zeroshot.build_classifier(prompts, own, templates, batch_size=self.texts_at_a_time)
+            parts = split(own, max(1, self.text_batch_size // len(templates)), title)
+            return torch.cat([zeroshot.build_classifier(self.encode_texts, part, templates) for part in parts])
 
         return self.remember(lambda: share_out(classnames, encode), "classifier", [classnames, templates])
 
     @property
-    def texts_at_a_time(self) -> int:
-        """Texts are short: four of them take about the memory of an image."""
+    def text_batch_size(self) -> int:
+        """Four texts take about the memory of one image."""
         return 4 * self.batch_size
 
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
@@ -129,7 +119,7 @@ class Embedder:
         return torch.autocast(self.device.type, dtype=DTYPES[self.precision], enabled=self.precision != "fp32")
 
     def remember(self, make: Callable[[], Tensor], kind: str, source: object) -> Tensor:
-        """What is cached for this model and source, or made now and cached."""
+        """Cached features of this model and source; computed and cached if there are none."""
         path = None
         if self.cache is not None:
             key = hashlib.sha256(json.dumps([self.sha256, kind, source]).encode()).hexdigest()
@@ -142,36 +132,34 @@ class Embedder:
             advice = "; evaluate it with --precision fp32" if self.precision != "fp32" else ": its weights are damaged"
             raise ValueError(f"{self.encoder.name}: features of {kind} are not finite{advice}")
         if distributed.rank() == 0 and path is not None:
-            self.store(path, features)
+            try:
+                files.write_whole(path, lambda file: file.write(save({"features": features.contiguous()})))
+            except OSError as error:
+                warnings.warn(f"{path} is not written: {error}", stacklevel=2)
         return features
 
-    def store(self, path: Path, features: Tensor) -> None:
-        """What cannot be kept is made again another time."""
-        try:
-            files.write_whole(path, lambda file: file.write(save({"features": features.contiguous()})))
-        except OSError as error:
-            warnings.warn(f"{path} is not kept: {error}", stacklevel=2)
 
-
-def leave_interrupts(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one ends its loader processes (by SIGTERM)."""
+def ignore_interrupts(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one ends its loader processes by SIGTERM."""
     signal.signal(signal.SIGINT, lambda *_: None)
 
 
+def split(items: Sequence[str], size: int, title: str) -> Iterator[Sequence[str]]:
+    """Batches of the items, with a progress bar if there are several."""
+    parts = [items[start : start + size] for start in range(0, len(items), size)]
+    return progress.track(parts, title, len(parts), visible=distributed.rank() == 0 and len(parts) > 1)
+
+
 def share_out(items: Sequence[str], encode: Callable[[Sequence[str]], Tensor]) -> Tensor:
-    """Each process encodes its share of the distinct items; every process gets a row per item."""
-    distinct = list(dict.fromkeys(items))
-    own = distinct[distributed.rank() :: distributed.world_size()]
-    rows = distributed.gather_objects(encode(own) if own else None)
-    row_of: dict[str, Tensor] = {}
-    for rank, features in enumerate(rows):
-        if features is not None:
-            row_of |= zip(distinct[rank :: distributed.world_size()], features, strict=True)
+    """A row per item on every process; each process encodes its share of the distinct items."""
+    own = list(dict.fromkeys(items))[distributed.rank() :: distributed.world_size()]
+    shares = distributed.gather_objects((own, encode(own) if own else torch.empty(0)))
+    row_of = {item: row for share in shares for item, row in zip(*share, strict=True)}
     return torch.stack([row_of[item] for item in items])
 
 
 def load_features(path: Path) -> Tensor | None:
-    """None for what is not there, or damaged: then it is made again."""
+    """Cached features; None if the file is missing or damaged."""
     try:
         return load_file(path)["features"]
     except (OSError, SafetensorError, KeyError):

@@ -1,4 +1,4 @@
-"""The layouts that evaluation data come in: CLIP_benchmark's webdataset folders, class folders, Hugging Face data sets."""
+"""Read evaluation data: CLIP_benchmark's webdataset folders, class folders, Hugging Face data sets."""
 
 import io
 import re
@@ -16,19 +16,17 @@ from clipkd.data.tar_index import as_text, index_whole_tar
 from clipkd.evaluation.sets import (
     CLASS_KINDS,
     EvaluationSet,
-    Kind,
-    Layout,
-    Picture,
     Row,
     Span,
     check_captions,
     check_label,
     check_vector,
-    with_found,
+    with_labels,
 )
+from clipkd.evaluation.tasks import Kind, Layout
 
 OPENED = (*(f".{extension}" for extension in IMAGE_EXTENSIONS), ".bmp", ".tif", ".tiff", ".gif")
-"""Suffixes of images in class folders: what torchvision's ImageFolder takes, as far as we open it."""
+"""Suffixes of images in class folders: those of torchvision's ImageFolder, except NOT_OPENED."""
 
 IMAGE_ORDER = ("webp", "png", "jpg", "jpeg")
 NOT_OPENED = (".ppm", ".pgm", ".pbm")
@@ -42,8 +40,10 @@ def open_evaluation_set(
     kind: Kind | None = None,
     columns: tuple[str, str, str] = ("image", "label", "caption"),
 ) -> EvaluationSet:
-    """layout: None takes webdataset for a folder with tars in its folders, else imagefolder. split: None takes test, or val of
-    class folders. kind: None asks dataset_type.txt of the folder. columns: of image, label and captions in a Hugging Face set.
+    """Open a data folder in one of the layouts.
+
+    layout: None takes webdataset for a folder with tars in its split, else imagefolder. split: None takes test, or val of
+    class folders. kind: None reads the folder's dataset_type.txt. columns: image, label and captions of a Hugging Face set.
 
     Raises: FileNotFoundError or ValueError naming the file that is missing or wrong.
     """
@@ -104,18 +104,16 @@ def open_webdataset(root: Path, split: str, kind: Kind) -> EvaluationSet:
         raise FileNotFoundError(f"no {missing[0]}, though {root / split / 'nshards.txt'} counts {len(shards)} shards")
     extension = {"classification": "cls", "multilabel": "npy"}.get(kind, "txt")
     num_classes = len(prompts.get("classnames", ()))
-    pictures: list[Picture] = []
-    found: list[Any] = []
-    for shard in shards:
-        for span, content in read_shard(shard, extension):
-            pictures.append(span)
-            found.append(parse_member(kind, content, num_classes, f"{shard}: sample {span.key.split('/', 1)[1]}"))
-    whole = EvaluationSet(str(root), kind, pictures, **prompts)
-    return with_found(whole, found)
+    samples = [(shard, *sample) for shard in shards for sample in read_shard(shard, extension)]
+    found = [
+        parse_member(kind, content, num_classes, f"{shard}: sample {span.key.split('/', 1)[1]}")
+        for shard, span, content in samples
+    ]
+    return with_labels(EvaluationSet(str(root), kind, [span for _, span, _ in samples], **prompts), found)
 
 
 def read_shard(shard: Path, extension: str) -> list[tuple[Span, bytes]]:
-    """Every sample's image, and the member that says what is in it."""
+    """The image of every sample, and the content of its member with that extension."""
     index = index_whole_tar(shard)
     keys = [as_text(key) for key in index.keys]
     image_offset, image_size = index.select(IMAGE_ORDER[:1])
@@ -165,8 +163,7 @@ def open_imagefolder(root: Path, split: str | None) -> EvaluationSet:
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
         raise ValueError(f"{folder} has no class folders; sort the images into one folder per class (synset id)")
-    pictures: list[Picture] = []
-    labels = []
+    pictures, labels = [], []
     for label, class_folder in enumerate(classes):
         for path in sorted(class_folder.rglob("*")):
             suffix = path.suffix.lower()
@@ -207,30 +204,26 @@ def open_hugging_face(path: str, split: str, kind: Kind, columns: tuple[str, str
     names = getattr(feature, "names", None)
     rows = rows.select_columns([image, wanted]).cast_column(image, datasets.Image(decode=False))
     rows = rows.rename_columns({image: "image", wanted: "found"}) if (image, wanted) != ("image", "found") else rows
-    pictures: list[Picture] = [
+    pictures = [
         Row(f"row {number}", path, rows, number, Path(file) if file else None, size)
         for number, (file, size) in enumerate(lengths(rows))
     ]
     found = list(rows["found"])
-    whole = EvaluationSet(path, kind, pictures, classnames=names)
-
-    def where(number: int) -> str:
-        return f"{path}, row {number}"
-
-    if kind == "classification":  # class names may come from the task, which then checks the numbers
-        return with_found(whole, found)
-    if kind == "multilabel":
-        width = len(found[0]) if found and isinstance(found[0], list) else 0
-        return with_found(whole, [check_vector(value, width, where(number)) for number, value in enumerate(found)])
-    texts = ([value] if isinstance(value, str) else value for value in found)
-    return with_found(whole, [check_captions(kind, value, where(number)) for number, value in enumerate(texts)])
+    width = len(found[0]) if kind == "multilabel" and found and isinstance(found[0], list) else 0
+    for number, value in enumerate(found):
+        where = f"{path}, row {number}"
+        if kind == "multilabel":
+            found[number] = check_vector(value, width, where)
+        elif kind != "classification":  # whose numbers are checked with the class names, which the task may give
+            found[number] = check_captions(kind, [value] if isinstance(value, str) else value, where)
+    return with_labels(EvaluationSet(path, kind, pictures, classnames=names), found)
 
 
 def lengths(rows: Any) -> Iterator[tuple[str | None, int]]:
-    """Path, where there are no bytes, and number of bytes of every image, without reading one."""
+    """The path of every image that has no bytes, and its number of bytes, without reading images."""
     import pyarrow.compute
 
-    compute: Any = pyarrow.compute  # its functions are made when it is imported
+    compute: Any = pyarrow.compute  # its functions are unknown to type checkers
     for batch in rows.with_format("arrow").iter(10_000):
         images = batch["image"].combine_chunks()
         sizes = compute.binary_length(compute.struct_field(images, "bytes")).to_pylist()

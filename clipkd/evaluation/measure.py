@@ -1,11 +1,11 @@
-"""Features and what there is to find → metrics with their intervals, and a table of every sample."""
+"""Features and labels → metrics with their intervals, and a table of all samples."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from clipkd.evaluation import metrics as scoring
@@ -13,11 +13,11 @@ from clipkd.evaluation import retrieval, zeroshot
 from clipkd.evaluation.embed import Embedder
 from clipkd.evaluation.metrics import Interval
 from clipkd.evaluation.sets import EvaluationSet
-from clipkd.evaluation.tasks import Subject
+from clipkd.evaluation.subjects import Subject
 
 RECALL_AT = (1, 5, 10)
 CHUNK = 8192
-"""Images whose cosines with all classes are in memory at a time."""
+"""Images whose cosines with all classes are held in memory at once."""
 
 
 @dataclass
@@ -31,9 +31,9 @@ class Measured:
     """One column per name, one entry per sample."""
     calibration: scoring.Calibration | None = None
     scores: "ClassScores | None" = None
-    """classification: kept for a comparison with a teacher."""
+    """classification: for the comparison with a teacher."""
     recalls: list[float] = field(default_factory=list)
-    """classification: of each class; NaN for one without images."""
+    """classification: recall of each class, NaN without images; multilabel: average precision of each class."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ClassScores:
     """The model's own logit scale."""
 
     def cosines(self) -> Iterator[Float[Tensor, "c k"]]:
-        # Equal classes (duplicate names) must get equal cosines to the bit, and a matrix product does not promise that.
+        # A matrix product may round the columns of equal classes (duplicate names) differently; ties must stay ties.
         distinct, copy_of = self.classifier.unique(dim=0, return_inverse=True)
         for images in self.images.split(CHUNK):
             yield (images @ distinct.T)[:, copy_of]
@@ -57,7 +57,7 @@ class ClassScores:
 
 
 def measure(embedder: Embedder, subject: Subject, *, title: str = "evaluate") -> Measured:
-    """A model's numbers on a task. Call on every process; all get the result.
+    """Evaluate a model on a task. Call on every process; all get the result.
 
     Raises: ValueError naming the image that cannot be decoded.
     """
@@ -65,9 +65,8 @@ def measure(embedder: Embedder, subject: Subject, *, title: str = "evaluate") ->
     images = embedder.images(data, title)
     if data.kind in ("retrieval", "pairs"):
         texts = embedder.texts([text for captions in data.captions for text in captions])
-        return (
-            measure_retrieval(data, images, texts) if data.kind == "retrieval" else measure_pairs(data, images, texts)
-        )
+        measure_texts = measure_retrieval if data.kind == "retrieval" else measure_pairs
+        return measure_texts(data, images, texts)
     assert data.classnames is not None
     assert data.templates is not None
     classifier = embedder.classifier(data.classnames, data.templates)
@@ -93,18 +92,19 @@ def measure_classes(data: EvaluationSet, scores: ClassScores) -> Measured:
     correct1, correct5 = hits[:, 0], hits.any(dim=1)
     n, num1, num5 = len(labels), int(correct1.sum()), int(correct5.sum())
     recalls = scoring.class_recalls(correct1, labels, num_classes)
-    values = {
+    values: dict[str, float | None] = {
         "acc1": num1 / n,
         "acc5": num5 / n if num_classes >= 5 else None,
         "mean_per_class_recall": recalls[~recalls.isnan()].mean().item(),
     }
     intervals = {
         "acc1": scoring.proportion_interval(num1, n),
-        **({"acc5": scoring.proportion_interval(num5, n)} if num_classes >= 5 else {}),
+        "acc5": scoring.proportion_interval(num5, n),
         "mean_per_class_recall": scoring.recall_interval(correct1, labels, num_classes),
     }
+    intervals = {name: interval for name, interval in intervals.items() if values[name] is not None}
     samples = {
-        "key": [picture.key for picture in data.pictures],
+        "key": data.keys,
         "label": list(data.labels),
         "top5": ranked.tolist(),
         "correct": correct1.tolist(),
@@ -122,7 +122,7 @@ def measure_multilabel(data: EvaluationSet, scores: ClassScores) -> Measured:
     cosines, targets = torch.cat(list(scores.cosines())), torch.from_numpy(data.targets)
     precisions = scoring.average_precisions(cosines, targets)
     samples = {
-        "key": [picture.key for picture in data.pictures],
+        "key": data.keys,
         "label": [row.nonzero()[:, 0].tolist() for row in targets],
         "scores": cosines.tolist(),
     }
@@ -132,11 +132,11 @@ def measure_multilabel(data: EvaluationSet, scores: ClassScores) -> Measured:
 
 
 def measure_retrieval(data: EvaluationSet, images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"]) -> Measured:
-    """Recall@k in both directions: whether one of a query's own is among its k most similar (COCO, Flickr)."""
+    """Recall@k in both directions: whether one of a query's positives is among its k most similar (COCO, Flickr)."""
     counts = torch.tensor([len(captions) for captions in data.captions])
     image_of = torch.repeat_interleave(torch.arange(len(images)), counts)
     pairs = torch.stack([torch.arange(len(texts)), image_of], dim=1)
-    text_ranks = retrieval.best_ranks(texts, images, pairs)  # of captions that look for their image
+    text_ranks = retrieval.best_ranks(texts, images, pairs)  # of each caption's image among the images
     image_ranks = retrieval.best_ranks(images, texts, pairs.flip(1))
     values: dict[str, float | None] = {}
     intervals: dict[str, Interval] = {}
@@ -146,9 +146,9 @@ def measure_retrieval(data: EvaluationSet, images: Float[Tensor, "n d"], texts: 
         found |= {f"num_images_found@{k}": int(by_text.sum()), f"num_texts_found@{k}": int(by_image.sum())}
         values[f"image_retrieval_recall@{k}"] = by_text.double().mean().item()
         values[f"text_retrieval_recall@{k}"] = by_image.double().mean().item()
-        # The captions of one image are not independent: images are.
+        # Images are independent; the captions of one image are not.
         share = by_text.double().mean()
-        hits = sums_by(by_text.double(), image_of, len(images))
+        hits = torch.zeros(len(images), dtype=torch.float64).index_add_(0, image_of, by_text.double())
         per_image = share + (hits - share * counts) / counts.double().mean()
         intervals[f"image_retrieval_recall@{k}"] = scoring.mean_interval(per_image)
         intervals[f"text_retrieval_recall@{k}"] = scoring.proportion_interval(int(by_image.sum()), len(images))
@@ -157,29 +157,21 @@ def measure_retrieval(data: EvaluationSet, images: Float[Tensor, "n d"], texts: 
             values["mean_recall@1"] = both.mean().item()
             intervals["mean_recall@1"] = scoring.mean_interval(both)
     samples = {
-        "key": [picture.key for picture in data.pictures],
+        "key": data.keys,
         "text_rank": image_ranks.tolist(),
         "image_ranks": [part.tolist() for part in text_ranks.split(counts.tolist())],
     }
     return Measured(values, intervals, {"num_captions": len(texts), **found}, samples)
 
 
-def sums_by(values: Float[Tensor, "m"], group: Int[Tensor, "m"], num_groups: int) -> Float[Tensor, "g"]:
-    return torch.zeros(num_groups, dtype=torch.float64).index_add_(0, group, values)
-
-
 def measure_pairs(data: EvaluationSet, images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"]) -> Measured:
-    """How often the true caption is strictly more similar than the false one (SugarCrepe, arXiv 2306.14610)."""
+    """Share of images strictly more similar to the true caption than to the false one (SugarCrepe, arXiv 2306.14610)."""
     true, false = texts.view(len(images), 2, -1).unbind(dim=1)
     margin = (images * true).sum(dim=1) - (images * false).sum(dim=1)
     same = torch.tensor([captions[0] == captions[1] for captions in data.captions])
     correct = (margin > 0) & ~same
     num, ties = int(correct.sum()), int(((margin == 0) | same).sum())
-    samples = {
-        "key": [picture.key for picture in data.pictures],
-        "correct": correct.tolist(),
-        "margin": margin.tolist(),
-    }
+    samples = {"key": data.keys, "correct": correct.tolist(), "margin": margin.tolist()}
     accuracy: dict[str, float | None] = {"acc": num / len(images)}
     interval = {"acc": scoring.proportion_interval(num, len(images))}
     return Measured(accuracy, interval, {"num_correct": num, "num_ties": ties}, samples)

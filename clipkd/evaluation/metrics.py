@@ -1,6 +1,7 @@
-"""What a benchmark reports, and how sure one may be of it: counts, averages, intervals, paired tests, calibration."""
+"""Metrics of a benchmark: averages, confidence intervals, paired tests, calibration."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +14,11 @@ Z95 = 1.959963984540054
 Interval = tuple[float, float]
 
 NUM_BINS = 15
-"""Of confidence, as in Guo et al. (arXiv 1706.04599)."""
+"""Bins of confidence, as in Guo et al. (arXiv 1706.04599)."""
 
 
 def class_recalls(correct: Bool[Tensor, "n"], labels: Int[Tensor, "n"], num_classes: int) -> Float[Tensor, "k"]:
-    """Share of each class's images that are right; NaN for classes without images."""
+    """Share of each class's images that are classified correctly; NaN for classes without images."""
     images = torch.bincount(labels, minlength=num_classes).double()
     return torch.bincount(labels[correct], minlength=num_classes).double() / images
 
@@ -41,11 +42,11 @@ def proportion_interval(num_hits: int, n: int) -> Interval:
 
 
 def recall_interval(correct: Bool[Tensor, "n"], labels: Int[Tensor, "n"], num_classes: int) -> Interval:
-    """95 % interval of the mean per-class recall, classes taken as they are and their images as drawn."""
+    """95 % interval of the mean per-class recall: the classes are fixed, their images drawn at random."""
     recalls = class_recalls(correct, labels, num_classes)
     counted = ~recalls.isnan()
     images = torch.bincount(labels, minlength=num_classes)[counted]
-    # A class that is all right or all wrong still varies: one image more or less, as Agresti and Coull add.
+    # Agresti and Coull's pseudo-counts: a class that is all correct or all wrong still has a variance.
     shrunk = (recalls[counted] * images + Z95**2 / 2) / (images + Z95**2)
     variance = (shrunk * (1 - shrunk) / (images + Z95**2)).sum() / counted.sum() ** 2
     return around(recalls[counted].mean().item(), variance.sqrt().item())
@@ -53,7 +54,7 @@ def recall_interval(correct: Bool[Tensor, "n"], labels: Int[Tensor, "n"], num_cl
 
 def mean_interval(values: Float[Tensor, "n"]) -> Interval:
     """95 % interval of the mean of independent values, mostly in [0, 1], such as each image's share of found captions."""
-    # As in recall_interval: two values more of each end, so that equal values do not make one certain.
+    # Two pseudo-values at each end, as in recall_interval: equal values still have a variance.
     n, total, squares = len(values) + Z95**2, values.double().sum().item(), values.double().square().sum().item()
     mean = (total + Z95**2 / 2) / n
     variance = max(0.0, (squares + Z95**2 / 2) / n - mean**2)
@@ -63,16 +64,25 @@ def mean_interval(values: Float[Tensor, "n"]) -> Interval:
 def bootstrap_interval(
     scores: Float[Tensor, "n k"], targets: Bool[Tensor, "n k"], *, resamples: int = 200, seed: int = 0
 ) -> Interval:
-    """95 % interval of the mean average precision, from the spread over resampled images.
+    """95 % interval of the mean average precision: ± 1.96 standard deviations over resampled images.
 
-    Not their percentiles: an image drawn twice raises an average precision.
+    Not percentiles of the resamples: an image drawn twice raises the average precision.
     """
+
+    def mean(drawn: Tensor) -> Tensor:
+        return average_precisions(scores[drawn], targets[drawn]).mean()
+
+    spread = bootstrap_deviation(mean, len(scores), resamples=resamples, seed=seed)
+    return around(average_precisions(scores, targets).mean().item(), spread)
+
+
+def bootstrap_deviation(
+    statistic: Callable[[Int[Tensor, "n"]], Float[Tensor, ""]], n: int, *, resamples: int = 200, seed: int = 0
+) -> float:
+    """Standard deviation of a statistic over resamples. statistic: takes the positions of n samples, drawn with replacement."""
     generator = torch.Generator().manual_seed(seed)
-    means = []
-    for _ in range(resamples):
-        drawn = torch.randint(len(scores), (len(scores),), generator=generator)
-        means.append(average_precisions(scores[drawn], targets[drawn]).mean())
-    return around(average_precisions(scores, targets).mean().item(), torch.stack(means).std().item())
+    values = [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(resamples)]
+    return torch.stack(values).std().item()
 
 
 def around(mean: float, standard_error: float) -> Interval:
@@ -87,15 +97,15 @@ class Paired:
     difference: float
     ci95: Interval
     mcnemar_p: float
-    """Exact two-sided p of McNemar's test: how likely so lopsided flips are between equals."""
+    """Exact two-sided p of McNemar's test: probability of flips this unequal between equal models."""
     won: int
-    """Samples that the second gets right and the first wrong."""
+    """Samples that only the second model gets right."""
     lost: int
-    """The other way round."""
+    """Samples that only the first model gets right."""
 
 
 def compare_paired(first: Bool[Tensor, "n"], second: Bool[Tensor, "n"]) -> Paired:
-    """first, second: whether each sample is right. The interval is Agresti and Min's (2005): half a sample more per cell."""
+    """first, second: whether each sample is right. The interval: Agresti and Min (2005), half a sample added per cell."""
     won, lost, n = int((second & ~first).sum()), int((first & ~second).sum()), len(first)
     centre, spread = (won - lost) / (n + 2), (won + lost + 1) / (n + 2)
     half = Z95 * math.sqrt(max(0.0, spread - centre**2) / (n + 2))
@@ -104,14 +114,14 @@ def compare_paired(first: Bool[Tensor, "n"], second: Bool[Tensor, "n"]) -> Paire
 
 
 def difference_interval(differences: Float[Tensor, "n"]) -> Interval:
-    """95 % interval of the mean of paired differences in [−1, 1] that are no yes or no."""
+    """95 % interval of the mean of paired differences in [−1, 1] that are not binary."""
     mean, n = differences.double().mean().item(), len(differences)
     half = Z95 * differences.double().std(correction=0).item() / math.sqrt(n)
     return max(-1.0, mean - half), min(1.0, mean + half)
 
 
 def mcnemar_p(won: int, lost: int) -> float:
-    """Exact: twice the smaller tail of a fair coin thrown won + lost times."""
+    """Exact two-sided p: twice the smaller tail of a fair coin thrown won + lost times."""
     thrown = won + lost
     if not thrown:
         return 1.0

@@ -1,4 +1,4 @@
-"""Results in the schemas that others read, and complete or absent: a row is written last, after what belongs to it."""
+"""Result files in the schemas of DataComp and CLIP_benchmark. A row is written last, after its samples."""
 
 import hashlib
 import importlib.metadata
@@ -11,7 +11,7 @@ from typing import Any
 from clipkd import files
 from clipkd.evaluation.embed import Embedder
 from clipkd.evaluation.measure import Measured
-from clipkd.evaluation.tasks import Subject
+from clipkd.evaluation.subjects import Subject
 
 TASK_NAMES = {
     "classification": "zeroshot_classification",
@@ -19,17 +19,17 @@ TASK_NAMES = {
     "retrieval": "zeroshot_retrieval",
     "pairs": "image_caption_selection",
 }
-"""CLIP_benchmark's words."""
+"""Names of the kinds in CLIP_benchmark."""
 
 REQUIRED = {"id", "key", "model", "metrics", "main_metric_name", "ci95", "samples"}
-"""What a row of ours has."""
+"""Fields that tell clipkd's rows from those of other programs."""
 
 RESULT_VERSION = 1
-"""Changes when the same model and data would give another row."""
+"""Raise it when the same model and data would give another row."""
 
 
 def result_row(subject: Subject, embedder: Embedder, measured: Measured, seconds: float) -> dict[str, Any]:
-    """The fields of DataComp's eval_results.jsonl and of CLIP_benchmark's JSON, and what one needs to trust and check them."""
+    """The fields of DataComp's eval_results.jsonl and of CLIP_benchmark's JSON, with intervals, hashes and versions."""
     data = subject.data
     main = measured.metrics.get(subject.metric)
     calibration = None if measured.calibration is None else asdict(measured.calibration)
@@ -64,13 +64,13 @@ def result_row(subject: Subject, embedder: Embedder, measured: Measured, seconds
 
 
 def result_id(subject: Subject, embedder: Embedder) -> str:
-    """Equal for the same model, data (where they lie and unchanged), prompts and metric: then the row need not be made again."""
+    """Identifies a result: equal for the same model, data (same place, unchanged), prompts and metric."""
     about = [RESULT_VERSION, subject.name, subject.metric, embedder.sha256, subject.data.stamps_sha256]
     return hashlib.sha256(json.dumps([*about, subject.prompts_sha256()]).encode()).hexdigest()[:32]
 
 
 def describe_result(row: dict[str, Any]) -> str:
-    """A row in a line, in percent, with the main metric's interval."""
+    """A row as one line, in percent, with the main metric's interval."""
     main, interval = row["metrics"]["main_metric"], row["ci95"]["main_metric"]
     parts = [f"{row['main_metric_name']} {main:.2%}"]
     if interval is not None:
@@ -85,7 +85,7 @@ def describe_result(row: dict[str, Any]) -> str:
 
 
 def label(row: dict[str, Any]) -> str:
-    """What a model is called where several are shown: with its weights, average and precision, if they are not the usual."""
+    """Name of a model among several: with its weights, and with `ema` and the precision if they differ from the defaults."""
     name = str(row["model"])
     if row.get("pretrained") and "@" not in name:
         name += f"@{row['pretrained']}"
@@ -108,17 +108,17 @@ class Results:
         return self.folder / "cache"
 
     def rows(self) -> list[dict[str, Any]]:
-        """One per model, weights, precision and task; rows of other programs in the file are left alone."""
+        """The newest row per model, weights, precision and task; rows of other programs are left out."""
         rows = [row for row in files.read_rows(self.path) if row.keys() >= REQUIRED]
         return list({(label(row), row["key"]): row for row in rows}.values())
 
     def find(self, id: str, model: str) -> dict[str, Any] | None:
-        """A row that was written before, whose samples are still there."""
+        """A row of an earlier call whose samples still exist."""
         rows = [row for row in self.rows() if (row["id"], row["model"]) == (id, model)]
         return rows[-1] if rows and (self.folder / rows[-1]["samples"]).is_file() else None
 
     def add(self, row: dict[str, Any], samples: dict[str, list[Any]]) -> dict[str, Any]:
-        """The samples, CLIP_benchmark's file, then the row, in place of an older one of the same name. Call on one process."""
+        """Write the samples, CLIP_benchmark's file, then the row; replaces an older row of the same name. Call on one process."""
         name = file_name(f"{label(row)}--{row['key']}", row["id"])
         row = {**row, "samples": f"samples/{name}.parquet"}
         write_samples(self.folder / row["samples"], samples)
@@ -143,7 +143,7 @@ class Results:
 
 
 def file_name(text: str, id: str) -> str:
-    """Readable where it can be, and one for each result."""
+    """A safe file name, readable as far as possible and unique per result."""
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', text)[-120:]}-{hashlib.sha256((text + id).encode()).hexdigest()[:12]}"
 
 
@@ -155,10 +155,10 @@ def write_samples(path: Path, samples: dict[str, list[Any]]) -> None:
 
 
 def read_samples(path: Path) -> dict[str, list[Any]]:
-    """Raises: ValueError if it is no table of samples."""
+    """Raises: ValueError if the file is missing or damaged."""
     from pyarrow import ArrowException, parquet
 
     try:
         return parquet.read_table(path).to_pydict()
     except (OSError, ArrowException) as error:
-        raise ValueError(f"{path} is no whole table of samples ({error}); evaluate again") from error
+        raise ValueError(f"{path} is no complete table of samples ({error}); evaluate again") from error

@@ -12,14 +12,14 @@ def best_ranks(
     *,
     chunk: int = 1024,
 ) -> Int[Tensor, "q"]:
-    """For each query, how many keys stand before the first of its positives; among equal cosines the lowest index first.
+    """For each query, the number of keys ranked before its first positive; ties in order of index.
 
-    queries, keys: unit-norm features. positives: (query, key) pairs, at least one per query. chunk: queries at a time.
+    queries, keys: unit-norm features. positives: (query, key) pairs, at least one per query. chunk: queries per matrix product.
     """
     ranks = torch.empty(len(queries), dtype=torch.long)
     order = positives[:, 0].argsort(stable=True)
     query, key = positives[order].T.contiguous()
-    # Equal keys (a caption that comes twice) must get equal cosines to the bit, which a matrix product does not promise.
+    # A matrix product may round the columns of equal keys (duplicate captions) differently; ties must stay ties.
     distinct, copy_of = keys.unique(dim=0, return_inverse=True)
     index = torch.arange(len(keys), device=keys.device)
     for start in range(0, len(queries), chunk):

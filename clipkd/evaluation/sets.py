@@ -1,4 +1,4 @@
-"""What a model is evaluated on: pictures, wherever they lie, and what there is to find in each of them."""
+"""Evaluation sets: where every image is stored, with its label, labels or captions."""
 
 import functools
 import hashlib
@@ -7,40 +7,21 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
 from clipkd.data.images import open_image
+from clipkd.evaluation.tasks import Kind
 
-Kind = Literal["classification", "multilabel", "retrieval", "pairs"]
-Layout = Literal["webdataset", "imagefolder", "huggingface"]
 CLASS_KINDS = ("classification", "multilabel")
-
-
-class Picture(Protocol):
-    """Where one image lies."""
-
-    @property
-    def key(self) -> str: ...
-
-    @property
-    def where(self) -> str:
-        """File that an error names."""
-        ...
-
-    def read(self) -> bytes: ...
-
-    def stamp(self, stat: Callable[[Path], os.stat_result]) -> tuple[int, int | str]:
-        """Length in bytes, and a time or name that changes when the content does."""
-        ...
 
 
 @dataclass(frozen=True)
 class Span:
-    """An image as a file, or as a stretch of a tar."""
+    """An image as a file, or as a range of bytes in a tar."""
 
     key: str
     path: Path
@@ -50,6 +31,7 @@ class Span:
 
     @property
     def where(self) -> str:
+        """The file that an error names."""
         return str(self.path)
 
     def read(self) -> bytes:
@@ -57,21 +39,22 @@ class Span:
             file.seek(self.offset)
             return file.read(self.size)
 
-    def stamp(self, stat: Callable[[Path], os.stat_result]) -> tuple[int, int]:
+    def stamp(self, stat: Callable[[Path], os.stat_result]) -> tuple[int, int | str]:
+        """Length in bytes, and a time that changes when the content does."""
         found = stat(self.path)
         return self.size if self.size >= 0 else found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True)
 class Row:
-    """An image as a row of a Hugging Face data set."""
+    """An image as a row of a Hugging Face data set; the same interface as Span."""
 
     key: str
     where: str
     rows: Any
     number: int
     path: Path | None
-    """Where the rows hold paths."""
+    """The image file, if the rows hold paths instead of bytes."""
     size: int
 
     def read(self) -> bytes:
@@ -86,9 +69,12 @@ class Row:
         return self.size, str(self.rows._fingerprint)
 
 
+Picture = Span | Row
+
+
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Every image exactly once, in a fixed order, with what there is to find in it."""
+    """Every image exactly once, in a fixed order, with its label, labels or captions."""
 
     root: str
     kind: Kind
@@ -101,12 +87,16 @@ class EvaluationSet:
     """retrieval: each image's captions; pairs: the true caption, then the false one."""
     classnames: Sequence[str] | None = None
     templates: Sequence[str] | None = None
-    """With the placeholder {c}. As the data folder gives them; None where the task must."""
+    """With the placeholder {c}. None if the data folder has none and the task must give them."""
     folders: Sequence[str] = ()
     """imagefolder: name of each class's folder."""
 
     def __len__(self) -> int:
         return len(self.pictures)
+
+    @property
+    def keys(self) -> list[str]:
+        return [picture.key for picture in self.pictures]
 
     @property
     def num_classes(self) -> int:
@@ -119,7 +109,7 @@ class EvaluationSet:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of keys, lengths and what there is to find: the same wherever the data lies."""
+        """Of keys, lengths and labels or captions: the same wherever the data is stored."""
         found: Any = self.labels or self.captions
         if self.targets is not None:
             found = self.targets.astype(int).tolist()
@@ -128,12 +118,12 @@ class EvaluationSet:
 
     @functools.cached_property
     def stamps_sha256(self) -> str:
-        """Changes as well when a file is written anew."""
+        """Of the content, its place and the files' times: differs when a file is rewritten."""
         return hashlib.sha256(json.dumps([self.root, self.stamps, self.sha256]).encode()).hexdigest()
 
 
 class Images(Dataset):
-    """(preprocessed image, position) of every picture, RGB before anything else: a palette cannot be interpolated."""
+    """(preprocessed image, position) of every picture; converted to RGB first, as a palette cannot be interpolated."""
 
     def __init__(self, pictures: Sequence[Picture], preprocess: Callable[[Image.Image], Any]) -> None:
         self.pictures, self.preprocess = pictures, preprocess
@@ -170,9 +160,10 @@ def check_captions(kind: Kind, captions: Any, where: str) -> tuple[str, ...]:
     return tuple(captions)
 
 
-def with_found(empty: EvaluationSet, found: list[Any]) -> EvaluationSet:
+def with_labels(data: EvaluationSet, found: list[Any]) -> EvaluationSet:
+    """The set with a label, a vector of zeros and ones, or captions for each image, according to its kind."""
     if not found:
-        raise ValueError(f"{empty.root} holds no samples")
-    if empty.kind == "classification":
-        return replace(empty, labels=found)
-    return replace(empty, targets=np.stack(found)) if empty.kind == "multilabel" else replace(empty, captions=found)
+        raise ValueError(f"{data.root} holds no samples")
+    if data.kind == "classification":
+        return replace(data, labels=found)
+    return replace(data, targets=np.stack(found)) if data.kind == "multilabel" else replace(data, captions=found)

@@ -1,4 +1,4 @@
-"""Zero-shot classification (CLIP, arXiv 2103.00020 §3.1): numbers from functions, whatever the model behind them."""
+"""Zero-shot classifiers from prompts (CLIP, arXiv 2103.00020 §3.1)."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,11 +17,11 @@ def build_classifier(
 ) -> Float[Tensor, "k d"]:
     """One unit vector per class: the normalised mean of its normalised prompts.
 
-    encode_texts: prompts → unit-norm features. A template is a callable or a text with the placeholder {c}.
+    encode_texts: prompts → unit-norm features. Templates: callables, or texts with the placeholder {c}.
     batch_size: prompts per call of encode_texts; classes are not split between calls.
     """
     classes_per_batch = max(1, batch_size // len(templates))
-    # A name that stands twice gets one vector, not two that round differently.
+    # Equal names get one vector: encoded in two batches, they would round differently.
     distinct = list(dict.fromkeys(classnames))
     rows = []
     for start in range(0, len(distinct), classes_per_batch):
@@ -38,5 +38,5 @@ def fill_template(template: str | Callable[[str], str], name: str) -> str:
 
 
 def rank_classes(cosines: Float[Tensor, "b k"], *, num_ranks: int = 5) -> Int[Tensor, "b r"]:
-    """The most similar classes of each image, best first; of equal ones (duplicate names) the lowest index."""
+    """The most similar classes of each image, best first; ties (duplicate names) in order of index."""
     return cosines.sort(dim=-1, descending=True, stable=True).indices[:, :num_ranks]

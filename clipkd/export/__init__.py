@@ -13,7 +13,8 @@ from PIL import Image
 from clipkd import files
 from clipkd.errors import RunStopped, require
 from clipkd.evaluation.sets import Images
-from clipkd.evaluation.tasks import Subject, as_tuple, open_subjects
+from clipkd.evaluation.subjects import Subject, open_subjects
+from clipkd.evaluation.tasks import as_tuple
 from clipkd.export.artefacts import FORMATS, check_formats, file_sizes, keep_formats, write_formats
 from clipkd.export.card import write_card
 from clipkd.export.folder import check_output, replace, unfinished
@@ -36,7 +37,7 @@ class ExportConfig:
     weights: Literal["student", "ema"] = "student"
     """The student's weights or their moving average."""
     verify: tuple[str, ...] | str = ()
-    """Task YAMLs such as eval/imagenet.yaml that every artefact is evaluated on; needs `data`."""
+    """Tasks, by name (imagenet1k) or as YAML files, that every artefact is evaluated on; needs `data`."""
     data: tuple[str, ...] | str = ()
     """Data of these tasks, as in `clipkd eval`; without `verify`, folders in CLIP_benchmark's layout to evaluate on."""
     license: str | None = None

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 from clipkd import files
 from clipkd.export.families import FAMILIES, RESAMPLING, find_family, misfit, rename
 from clipkd.export.tokenizer import CHECKED, END, START, convert_tokenizer, sees_padding, write_tokenizer
+from clipkd.models.create import find_text_tower
 from clipkd.models.encoder import Encoder
-from clipkd.models.load import find_text_tower
 
 __all__ = ["find_family", "write_hugging_face"]
 

@@ -15,8 +15,8 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import BPE
 from tokenizers.normalizers import Lowercase, Normalizer, Replace, Strip
 
-from clipkd.models.encoder import Encoder
-from clipkd.models.load import PROBES, find_text_tower
+from clipkd.models.create import find_text_tower
+from clipkd.models.encoder import PROBES, Encoder
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 """What transformers and others call the two tokens that open_clip calls <start_of_text> and <end_of_text>."""

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-accumulates and measured latency of each tower, and what training keeps."""
+"""Cost of a model: parameters, multiply-accumulates and latency per tower, and the bytes that autograd saves."""
 
 import contextlib
 import statistics
@@ -44,11 +44,11 @@ def measure_cost(encoder: Encoder, device: torch.device) -> dict[str, Any]:
 
 
 def count_macs(module: nn.Module, run: Callable[[], Any]) -> int:
-    """Multiply-accumulates of a run of the module."""
+    """Multiply-accumulates of one call of `run`, which uses the module."""
     before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not look into the fused kernel
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see the fused kernel
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    module.requires_grad_(False)  # the counter stumbles over a parameter that is a module's input (attention pools)
+    module.requires_grad_(False)  # the counter fails on parameters that are inputs of modules (attention pools)
     try:
         with FlopCounterMode(display=False) as counter:
             run()
@@ -72,7 +72,7 @@ def time_median(run: Callable[[], Any], device: torch.device) -> float:
 
 
 class SavedBytes:
-    """What autograd keeps for backward passes, by storage and without the weights: now, and at its peak."""
+    """Bytes that autograd saves for backward passes, without the weights: now and at the peak. A storage counts once."""
 
     def __init__(self) -> None:
         self.storages: Counter[int] = Counter()
@@ -83,10 +83,10 @@ class SavedBytes:
 
 
 class SavedTensor:
-    """Counts for as long as the graph holds it."""
+    """A saved tensor, counted while the graph holds it."""
 
     def __init__(self, tensor: Tensor, counter: SavedBytes | None) -> None:
-        # Detached: the graph must not hold itself.
+        # Detached, as the graph must not refer to itself.
         self.tensor, self.counter, storage = tensor.detach(), counter, tensor.untyped_storage()
         self.address, self.num_bytes = storage.data_ptr(), storage.nbytes()
         self.count(1)

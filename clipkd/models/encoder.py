@@ -1,4 +1,4 @@
-"""One interface to every CLIP: unit-norm features, a logit scale, and the preprocessing of its own."""
+"""Encoder: unit-norm features, logit scale and preprocessing of any CLIP."""
 
 import hashlib
 import re
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from clipkd.models.students import tower_of
 from clipkd.views import Features, View, ViewSpec
 
+PROBES = ("A photo of a DOG, (two cats!) &amp; a naïve  “fish” in 2024; it's über-cool…", "one more word and " * 30)
+"""Texts that tell tokenizers apart: case, punctuation, entities, spaces, numbers, length."""
+
 
 class Encoder(nn.Module):
-    """Any CLIP, seen alike: two towers into one space, a logit scale, and the preprocessing that belongs to its weights."""
+    """Any CLIP behind one interface: two towers into one space, a logit scale, and the preprocessing of its weights."""
 
     def __init__(
         self,
@@ -32,7 +35,7 @@ class Encoder(nn.Module):
         model_config: dict[str, Any] | None = None,
         short_text_tower: Callable[[Any, Tensor], Tensor] | None = None,
     ) -> None:
-        """short_text_tower: a text tower that also takes fewer tokens than its context; tried before it is used."""
+        """short_text_tower: a text tower for fewer tokens than its context; compared with text_tower before it is used."""
         super().__init__()
         self.model, self.name, self.dim = model, name, dim
         self.dtype, self.short_is_tried, self.text_is_frozen = torch.float32, False, False
@@ -54,7 +57,7 @@ class Encoder(nn.Module):
 
     @property
     def logit_bias(self) -> Float[Tensor, ""] | None:
-        """What a sigmoid model (SigLIP) adds to its logits; None for the others."""
+        """Bias that a sigmoid model (SigLIP) adds to its logits; None for others."""
         bias = getattr(self.model, "logit_bias", None)
         return None if bias is None else bias.float().reshape(())
 
@@ -70,10 +73,10 @@ class Encoder(nn.Module):
         return F.normalize(self.text_tower(self.model, texts).float(), dim=-1)
 
     def encode_prompts(self, texts: Int[Tensor, "b t"]) -> Float[Tensor, "b d"]:
-        """encode_text for texts much shorter than the context: the padding behind the longest of them is cut off.
+        """encode_text without the padding behind the longest text, for texts much shorter than the context.
 
-        A causal tower never looks there, so the features are the same to rounding, at a fraction of the work. Whether a
-        tower is one is tried on the first texts; any other gets the whole context.
+        A causal tower never attends to it, so features are equal to rounding at a fraction of the work. The first texts are
+        encoded both ways; if they differ, every text keeps its padding.
         """
         length = longest_text(texts)
         if self.short_text_tower is None or length == texts.shape[1]:
@@ -89,7 +92,7 @@ class Encoder(nn.Module):
         try:
             with torch.autocast(texts.device.type, enabled=False):
                 whole, short = self.encode_text(texts), self.encode_short(texts[:, : longest_text(texts)])
-        except (RuntimeError, TypeError, IndexError):  # a tower that must have its whole context
+        except (RuntimeError, TypeError, IndexError):  # a tower that needs its full context
             return False
         return torch.allclose(whole, short, rtol=0, atol=1e-5 if self.dtype == torch.float32 else 1e-2)
 
@@ -98,7 +101,7 @@ class Encoder(nn.Module):
         return F.normalize(self.short_text_tower(self.model, texts).float(), dim=-1)
 
     def freeze_text(self) -> None:
-        """From now on the text tower gets no gradient and is in eval mode, whatever mode the rest is in."""
+        """Stop the text tower's gradients and keep it in eval mode, also when the rest trains."""
         self.text_is_frozen = True
         for name, parameter in self.model.named_parameters():
             if tower_of(name) == "text":
@@ -115,7 +118,7 @@ class Encoder(nn.Module):
     def hold_in(self, dtype: torch.dtype) -> "Encoder":
         """Weights in another dtype, to save memory; for inference. Features stay float32.
 
-        The logit scale is left alone: bfloat16 would round exp(4.605) = 100 to 98.9.
+        The logit scale keeps float32: bfloat16 would round exp(4.605) = 100 to 98.9.
         """
         self.dtype = dtype
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
@@ -128,7 +131,7 @@ class Encoder(nn.Module):
         return Features(self.encode_image(view.images), text, self.logit_scale, self.logit_bias)
 
     def architecture(self) -> list[Any]:
-        """What equal weights may still differ in: activations, heads, pooling, whatever the configuration says."""
+        """Everything but the weights that features depend on: modules, activations, heads, pooling, configuration."""
         config = getattr(self.model, "config", None)
         configured = dict(self.model_config or (config.to_dict() if config is not None else {}))
         configured.pop("_name_or_path", None)
@@ -142,7 +145,7 @@ class Encoder(nn.Module):
         return [re.sub(r" at 0x[0-9a-f]+", "", repr(self.model)), configured, parts]
 
     def weights_sha256(self) -> str:
-        """What a result says of the weights it was measured with, and a checkpoint of its frozen teacher."""
+        """Hash of all weights and buffers with their names."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
@@ -151,6 +154,6 @@ class Encoder(nn.Module):
 
 
 def longest_text(texts: Int[Tensor, "b t"]) -> int:
-    """Tokens up to the padding, which repeats the last token of a row; one of it is kept, as it may be the text's end."""
+    """Number of tokens of the longest text. Padding repeats a row's last token; one is kept, as it may be the end token."""
     is_padding = (texts == texts[:, -1:]).flip(1).cumprod(dim=1).sum(dim=1)
     return int(texts.shape[1] - is_padding.min() + 1)

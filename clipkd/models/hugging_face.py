@@ -1,7 +1,7 @@
-"""transformers folders (CLIPModel, SiglipModel) → Encoder, with the tokenizer and image processor that lie in them."""
+"""Load transformers folders (CLIPModel, SiglipModel) with their tokenizer and image processor."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +13,16 @@ from torch import Tensor
 
 from clipkd.models.encoder import Encoder
 
-RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as transformers' image processors give them
+RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, used by transformers' image processors
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")
 
 
-@dataclass(frozen=True)
-class Family:
-    """What sets one kind of transformers model apart."""
-
-    model: str
-    processor: str
-
-
-FAMILIES = {
-    "clip": Family("CLIPModel", "CLIPImageProcessor"),
-    "siglip": Family("SiglipModel", "SiglipImageProcessor"),
-}
+FAMILIES = {"clip": ("CLIPModel", "CLIPImageProcessor"), "siglip": ("SiglipModel", "SiglipImageProcessor")}
+"""model_type of config.json → classes of the model and its image processor."""
 
 
 class TransformersTokenize:
-    """A transformers tokenizer called like open_clip's; a class, so that loader processes can be sent it."""
+    """A transformers tokenizer called like open_clip's; a class, so that it can be pickled for loader processes."""
 
     def __init__(self, tokenizer: Any, context_length: int) -> None:
         self.tokenizer, self.context_length = tokenizer, context_length
@@ -45,23 +35,23 @@ class TransformersTokenize:
 def load_transformers(folder: Path) -> Encoder:
     """A CLIPModel or SiglipModel folder with its tokenizer and image processor (save_pretrained of all three).
 
-    Raises: ValueError if it is another model, or lacks weights, tokenizer or a resizing method that we have.
+    Raises: ValueError if it is another model, lacks weights or tokenizer, or resizes by an unknown method.
     """
     import transformers
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     family = FAMILIES.get(config.get("model_type"))
     if family is None:
-        known = " and ".join(f"transformers' {family.model}" for family in FAMILIES.values())
+        known = " and ".join(f"transformers' {model}" for model, _ in FAMILIES.values())
         raise ValueError(f"{folder} holds a {config.get('model_type')!r} model; clipkd reads {known}")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{folder} has no tokenizer (such as tokenizer.json); transformers would invent one")
     transformers.utils.logging.disable_progress_bar()
     try:
-        kind = getattr(transformers, family.model)
+        kind = getattr(transformers, family[0])
         model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        processor = getattr(transformers, family.processor).from_pretrained(folder)
+        processor = getattr(transformers, family[1]).from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ValueError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
     if report["missing_keys"]:

@@ -1,4 +1,4 @@
-"""ONNX files of an exported student → Encoder, so that they are evaluated like any other model."""
+"""Load the ONNX files of an exported student as an Encoder."""
 
 import hashlib
 from pathlib import Path
@@ -13,7 +13,7 @@ from clipkd.models.onnx_student import OnnxStudent
 
 
 class OnnxTowers(nn.Module):
-    """The files behind the interface of a module: what tells their state apart is the content of the files."""
+    """The ONNX files as a module, whose state is the hash of their content."""
 
     def __init__(self, student: OnnxStudent) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class OnnxTowers(nn.Module):
 
     @property
     def stated_cost(self) -> dict[str, Any]:
-        """Parameters and MACs per tower, as they were counted before the export; there is no module to count them in."""
+        """Parameters and MACs per tower, counted before the export."""
         return {name: self.student.about[name] for name in ("parameters", "macs")}
 
     def extra_repr(self) -> str:
@@ -40,7 +40,7 @@ class OnnxTowers(nn.Module):
 
 
 class OnnxTokenize:
-    """The tokenizer file called like open_clip's; a class, so that loader processes can be sent it."""
+    """The tokenizer file called like open_clip's; a class, so that it can be pickled for loader processes."""
 
     def __init__(self, student: OnnxStudent) -> None:
         self.tokenizer = student.tokenizer

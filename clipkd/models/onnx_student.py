@@ -1,4 +1,4 @@
-"""An exported student's ONNX files at work: preprocessing, tokens, features. Needs onnxruntime and tokenizers, not torch."""
+"""Run an exported student's ONNX files: preprocessing, tokens, features. Needs onnxruntime and tokenizers, not torch."""
 
 import hashlib
 import json
@@ -7,29 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from PIL import Image
+
 if TYPE_CHECKING:
-    import numpy as np
     import onnxruntime
     import tokenizers
-    from PIL import Image
 
 SUFFIXES = {"onnx": "", "onnx-fp16": "_fp16", "onnx-int8": "_quantized"}
-"""Format → what follows vision_model and text_model in onnx/, as transformers.js calls them."""
+"""Format → suffix of vision_model and text_model in onnx/, as in transformers.js."""
 
 NEEDED = {
-    *(
-        "clipkd_version",
-        "source_sha256",
-        "embed_dim",
-        "logit_scale",
-        "logit_bias",
-        "context_length",
-        "dynamic_sequence",
-    ),
-    *("image_size", "image_mean", "image_std", "interpolation", "resize_mode", "pad_id", "tokenizer_sha256"),
-    *("parameters", "macs"),
+    *("clipkd_version", "source_sha256", "tokenizer_sha256", "embed_dim", "logit_scale", "logit_bias"),
+    *("context_length", "dynamic_sequence", "pad_id", "parameters", "macs"),
+    *("image_size", "image_mean", "image_std", "interpolation", "resize_mode"),
 }
-"""Metadata of the files without which they cannot be used."""
+"""Metadata that the files must have."""
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -40,13 +33,13 @@ def onnx_file(folder: Path, tower: str, format: str) -> Path:
 
 
 def find_formats(folder: Path) -> list[str]:
-    """Which of its formats lie in a folder with both towers, the most exact first."""
+    """Formats of which a folder has both towers, the most exact first."""
     return [format for format in SUFFIXES if all(onnx_file(folder, t, format).is_file() for t in ("vision", "text"))]
 
 
 @dataclass(frozen=True)
 class OnnxStudent:
-    """Two ONNX Runtime sessions and what belongs to them. Features are unit-norm float32."""
+    """Two ONNX Runtime sessions with their tokenizer and metadata. Features are unit-norm float32."""
 
     folder: Path
     format: str
@@ -58,7 +51,7 @@ class OnnxStudent:
 
     @classmethod
     def load(cls, folder: Path, format: str = "onnx", *, threads: int | None = None) -> "OnnxStudent":
-        """threads: of each session; None takes every core.
+        """threads: per session; None takes every core.
 
         Raises: ValueError if the folder has no such files, they are damaged or not clipkd's, or onnxruntime is not installed.
         """
@@ -78,24 +71,18 @@ class OnnxStudent:
         for tower in ("vision", "text"):
             path = onnx_file(folder, tower, format)
             try:
-                # The CPU's kernels only: what parity.json was measured with.
+                # CPU kernels only, with which parity.json was measured.
                 sessions.append(onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
             except Exception as error:  # onnxruntime's own classes derive from Exception alone
                 raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
         vision, text = sessions
         stored = [session.get_modelmeta().custom_metadata_map for session in sessions]
-        if any("clipkd_version" not in each for each in stored):
-            raise ValueError(
-                f"{folder / 'onnx'} was not written by clipkd: its files lack the metadata that say how to use them"
-            )
-        if stored[0]["source_sha256"] != stored[1]["source_sha256"]:
+        if missing := NEEDED - {key for each in stored for key in each}:
+            lacking = ", ".join(sorted(missing))
+            raise ValueError(f"{folder / 'onnx'} was not written by this clipkd, it lacks {lacking}; export it again")
+        if stored[0].get("source_sha256") != stored[1].get("source_sha256"):
             raise ValueError(f"{folder / 'onnx'} mixes towers of two models; export it again")
         about = {key: json.loads(value) for key, value in {**stored[1], **stored[0]}.items()}
-        if missing := NEEDED - about.keys():
-            raise ValueError(
-                f"{folder / 'onnx'} was exported by clipkd {about['clipkd_version']}, without {', '.join(sorted(missing))}; "
-                "export it again"
-            )
         return cls(folder, format, vision, text, load_tokenizer(folder, about, tokenizers), about)
 
     @property
@@ -103,50 +90,42 @@ class OnnxStudent:
         """Multiplier of the cosines: 1 / temperature."""
         return self.about["logit_scale"]
 
-    def preprocess(self, image: "Image.Image") -> "np.ndarray":
+    def preprocess(self, image: Image.Image) -> np.ndarray:
         """An image → [3, h, w]."""
         return preprocess(image, self.about)
 
-    def tokenize(self, texts: Sequence[str]) -> "np.ndarray":
+    def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """Texts → [n, t] token ids, padded to the longest (or the context, where the text tower looks at padding)."""
-        import numpy as np
-
         return np.array([encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))], np.int64)
 
-    def run(self, tower: str, inputs: "np.ndarray") -> "np.ndarray":
+    def run(self, tower: str, inputs: np.ndarray) -> np.ndarray:
         """vision: [n, 3, h, w] pixels → [n, d]; text: [n, t] ids → [n, d]. One pass, whatever n is."""
         session, name = (self.vision, "pixel_values") if tower == "vision" else (self.text, "input_ids")
         return session.run(None, {name: inputs})[0]  # type: ignore[return-value]
 
-    def encode_pixels(self, pixels: "np.ndarray") -> "np.ndarray":
-        """[n, 3, h, w] → [n, d], which no other image of the batch has a part in."""
-        import numpy as np
-
+    def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """[n, 3, h, w] → [n, d]; a row does not depend on the other images of the batch."""
         if self.format != "onnx-int8":
             return self.run("vision", pixels)
         # int8 activations are scaled by the largest of their batch.
         return np.concatenate([self.run("vision", each[None]) for each in pixels])
 
-    def encode_ids(self, ids: "np.ndarray") -> "np.ndarray":
-        """[n, t] → [n, d], which no other text of the batch has a part in, nor padding that the tower does not look at."""
-        import numpy as np
-
+    def encode_ids(self, ids: np.ndarray) -> np.ndarray:
+        """[n, t] → [n, d]; a row does not depend on the other texts of the batch, nor on padding that the tower ignores."""
         if self.format != "onnx-int8":
             return self.run("text", ids)
         return np.concatenate([self.run("text", self.without_padding(each)[None]) for each in ids])
 
-    def without_padding(self, ids: "np.ndarray") -> "np.ndarray":
+    def without_padding(self, ids: np.ndarray) -> np.ndarray:
         if not self.about["dynamic_sequence"]:
             return ids
         is_text = ids != self.about["pad_id"]
         return ids[: max(2, int(is_text.nonzero()[0].max(initial=0)) + 2)]  # the end token may be the padding token
 
-    def encode_images(self, images: Sequence["Image.Image"]) -> "np.ndarray":
-        import numpy as np
-
+    def encode_images(self, images: Sequence[Image.Image]) -> np.ndarray:
         return self.encode_pixels(np.stack([self.preprocess(image) for image in images]))
 
-    def encode_texts(self, texts: Sequence[str]) -> "np.ndarray":
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         return self.encode_ids(self.tokenize(texts))
 
     def files(self) -> list[Path]:
@@ -156,14 +135,11 @@ class OnnxStudent:
         ]
 
 
-def preprocess(image: "Image.Image", about: Mapping[str, Any]) -> "np.ndarray":
+def preprocess(image: Image.Image, about: Mapping[str, Any]) -> np.ndarray:
     """An image → [3, h, w], as torchvision makes it of an RGB image, to float rounding; others become RGB first.
 
     Resize by Pillow, crop the middle, normalise; about: the metadata of the files.
     """
-    import numpy as np
-    from PIL import Image
-
     height, width = about["image_size"]
     how = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[about["interpolation"]]
     image = image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Run folders and their checkpoints as they lie on disk: found, checked against damage, read."""
+"""Find the checkpoints of a run folder, check them for damage, and read them."""
 
 import json
 import warnings
@@ -17,7 +17,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def whole_checkpoints(run: Path) -> list[Path]:
-    """Checkpoints of a run whose files are all there in their length, oldest first."""
+    """Checkpoints whose files all exist with their full length, oldest first."""
     return [folder for folder in step_folders(run) if find_fault(folder) is None]
 
 
@@ -27,9 +27,9 @@ def step_folders(run: Path) -> list[Path]:
 
 
 def newest(run: Path) -> Path | None:
-    """The newest checkpoint of a run that is byte for byte as it was saved; warns of damaged ones after it.
+    """The newest undamaged checkpoint of a run (by SHA-256); warns of damaged ones after it.
 
-    Raises: ValueError if there are checkpoints, but none that can be read.
+    Raises: ValueError if every checkpoint is damaged.
     """
     faults: list[str] = []
     for folder in reversed(step_folders(run)):
@@ -40,16 +40,16 @@ def newest(run: Path) -> Path | None:
             return folder
         faults.append(f"{folder} is damaged: {fault}")
     if faults:
-        raise ValueError(f"{faults[0]}; no checkpoint of this run is whole: move {run} away to begin anew")
+        raise ValueError(f"{faults[0]}; every checkpoint of this run is damaged: move {run} away to start again")
     return None
 
 
 def find_fault(folder: Path, *, content: bool = False) -> str | None:
-    """The first file that a disk or a copy has cut short or lost, or, if asked for, changed."""
+    """Describe the first missing or shortened file, with `content` also the first changed one; None if all are fine."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if state.get("format_version") != FORMAT_VERSION:
-            return None  # who reads it is told
+            return None  # read_state refuses it
         for name, (size, digest) in state["files"].items():
             if (found := (folder / name).stat().st_size) != size:
                 return f"{name} has {found:,} bytes instead of {size:,}"

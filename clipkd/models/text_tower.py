@@ -1,4 +1,4 @@
-"""A teacher's text tower in a student: its weights under the student's own names, or an error that says what differs."""
+"""Copy a teacher's text tower into a student, or raise an error that lists the differences."""
 
 import dataclasses
 import hashlib
@@ -9,22 +9,21 @@ import open_clip
 import torch
 from torch import Tensor
 
-from clipkd.models.encoder import Encoder
-from clipkd.models.load import PROBES
+from clipkd.models.encoder import PROBES, Encoder
 from clipkd.models.students import tower_of
 
 LAYOUTS = (open_clip.CLIP, open_clip.CustomTextCLIP)
-"""Both hold the same text tower; the second's names begin with `text.`."""
+"""Both have the same text tower; in the second its names begin with `text.`."""
 
 Difference = tuple[str, Any, Any]
-"""What it is, the student's value and the teacher's."""
+"""Name of an option or weight, the student's value and the teacher's."""
 
 
 @torch.no_grad()
 def copy_text_tower(teacher: Encoder, student: Encoder) -> None:
-    """Overwrite the student's text weights with the teacher's: from then on both give the same text features.
+    """Overwrite the student's text weights with the teacher's, so that both give the same text features.
 
-    Raises: ValueError if one is none of open_clip's plain models, or the towers, widths or tokens differ.
+    Raises: ValueError if one is not a plain open_clip model, or towers, widths or tokens differ.
     """
     for option, encoder in (("teacher.models", teacher), ("student.model", student)):
         if not isinstance(encoder.model, LAYOUTS):
@@ -44,13 +43,13 @@ def copy_text_tower(teacher: Encoder, student: Encoder) -> None:
 
 
 def text_weights(encoder: Encoder) -> dict[str, Tensor]:
-    """The model's own tensors, named alike in both layouts."""
+    """The text tower's tensors, with the same names in both layouts."""
     weights = encoder.model.state_dict()
     return {name.removeprefix("text."): tensor for name, tensor in weights.items() if tower_of(name) == "text"}
 
 
 def text_sha256(encoder: Encoder) -> str:
-    """Of all that text features depend on: weights, architecture and tokens. Equal in both layouts."""
+    """Hash of all that text features depend on: weights, architecture and tokens. Equal in both layouts."""
     plain = isinstance(encoder.model, LAYOUTS)
     tokens = encoder.spec.tokenize(list(PROBES)).tolist()
     about = [text_options(encoder) if plain else encoder.architecture(), tokens]
@@ -65,15 +64,15 @@ def configured_differently(student: Encoder, teacher: Encoder) -> list[Differenc
     ours, theirs = text_options(student), text_options(teacher)
     found = [(name, ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]]
     names = student.spec.tokenizer_name, teacher.spec.tokenizer_name
-    # Tokenizers that are not open_clip's own never share a name.
+    # Only open_clip's own tokenizers share names.
     if names[0] != names[1] and not torch.equal(*(each.spec.tokenize(list(PROBES)) for each in (student, teacher))):
         found.append(("tokenizer", *names))
     return found
 
 
 def text_options(encoder: Encoder) -> dict[str, Any]:
-    """What a text tower is made from, defaults included."""
-    # Of a model from the hub no config is kept; it lies in the hub's cache.
+    """The configuration of a text tower, defaults included."""
+    # A model from the hub has no model_config; open_clip reads it from the hub's cache.
     config = encoder.model_config or open_clip.get_model_config(encoder.name)
     assert config is not None, encoder.name
     tower = dataclasses.asdict(open_clip.CLIPTextCfg(**config["text_cfg"]))

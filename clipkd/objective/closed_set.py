@@ -10,7 +10,7 @@ from torch import Tensor
 from clipkd.config.terms import ClosedSetTerm
 from clipkd.evaluation import zeroshot
 from clipkd.models.encoder import Encoder
-from clipkd.models.load import imagenet_prompts
+from clipkd.models.imagenet import imagenet_prompts
 from clipkd.objective.memory import ClassPrior
 
 

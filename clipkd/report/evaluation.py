@@ -12,7 +12,8 @@ from PIL import Image
 from clipkd.data.images import open_image
 from clipkd.evaluation.results import Results, label, read_samples
 from clipkd.evaluation.sets import EvaluationSet
-from clipkd.evaluation.tasks import Task, open_subject
+from clipkd.evaluation.subjects import open_subject
+from clipkd.evaluation.tasks import Task
 from clipkd.report.figures import COLOURS, Rows, escape, show, to_svg
 from clipkd.report.page import section, table
 

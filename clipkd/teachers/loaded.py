@@ -11,10 +11,9 @@ from clipkd import data, distributed, files, progress
 from clipkd.config.objective import require_number_of_teachers
 from clipkd.config.train import TrainConfig
 from clipkd.evaluation.embed import DTYPES
-from clipkd.models.encoder import Encoder
-from clipkd.models.load import PROBES, load_model
+from clipkd.models.encoder import PROBES, Encoder
+from clipkd.models.load import load_model, weight_files
 from clipkd.models.text_tower import copy_text_tower, text_sha256
-from clipkd.models.weight_files import weight_files
 from clipkd.objective.closed_set import closed_set_fingerprint
 from clipkd.teachers.store.reader import StoredTeacher, TeacherCache, open_cache
 

@@ -11,9 +11,10 @@ from accelerate import Accelerator
 
 from clipkd import data, distributed, progress
 from clipkd.config.train import TrainConfig
-from clipkd.evaluation.tasks import METRICS, Subject, as_tuple, open_subjects
+from clipkd.evaluation.subjects import Subject, open_subjects
+from clipkd.evaluation.tasks import METRICS, as_tuple
+from clipkd.models.create import initial_student
 from clipkd.models.encoder import Encoder
-from clipkd.models.load import initial_student
 from clipkd.objective.closed_set import class_vectors, closed_set_fingerprint, open_closed_set
 from clipkd.objective.distiller import Distiller, require_fitting_teachers
 from clipkd.teachers.loaded import (

@@ -16,8 +16,8 @@ from clipkd.config.train import TrainConfig
 from clipkd.errors import RunStopped, collecting
 from clipkd.models import students
 from clipkd.models.cost import count_saved
+from clipkd.models.create import initial_student
 from clipkd.models.encoder import Encoder
-from clipkd.models.load import initial_student
 from clipkd.objective.distiller import require_fitting_teachers
 from clipkd.objective.loss_memory import measure_loss_memory
 from clipkd.progress import mib

@@ -16,7 +16,7 @@ from clipkd.config.train import TrainConfig
 from clipkd.evaluation.embed import Embedder
 from clipkd.evaluation.measure import measure
 from clipkd.evaluation.results import describe_result, result_row
-from clipkd.evaluation.tasks import Subject
+from clipkd.evaluation.subjects import Subject
 from clipkd.files import claim
 from clipkd.models import run_folder
 from clipkd.models.encoder import Encoder

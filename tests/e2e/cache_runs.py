@@ -21,7 +21,7 @@ from PIL import Image
 from clipkd import files
 from clipkd.config.train import StudentConfig
 from clipkd.export.artefacts import write_formats
-from clipkd.models.load import create_student
+from clipkd.models.create import create_student
 from tests.data.samples import encode, write_tar
 from tests.e2e import forked
 from tests.e2e.forked import Command, running

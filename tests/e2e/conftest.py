@@ -12,7 +12,7 @@ import torch
 from clipkd.config.train import StudentConfig
 from clipkd.demo import pairs
 from clipkd.export.artefacts import write_formats
-from clipkd.models.load import create_student
+from clipkd.models.create import create_student
 from tests.e2e.forked import start
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

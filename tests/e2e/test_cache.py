@@ -20,7 +20,8 @@ from clipkd.config.data import DataConfig
 from clipkd.config.train import StudentConfig, TrainConfig
 from clipkd.data import PairSet, open_feed, open_pairs
 from clipkd.data.images import decoding_scale, open_image
-from clipkd.models.load import create_student, load_model
+from clipkd.models.create import create_student
+from clipkd.models.load import load_model
 from clipkd.teachers.store.manifest import read_manifest
 from clipkd.teachers.store.reader import TeacherCache
 from clipkd.views import Views

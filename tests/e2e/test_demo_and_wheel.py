@@ -77,21 +77,15 @@ def test_wheel_holds_the_package_and_runs_elsewhere(data: Path, environment: dic
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    where = subprocess.run(
-        [
-            sys.executable,
-            "-P",
-            "-c",
-            "import clipkd, clipkd.config.parse as a; print(clipkd.__file__, a.recipe('demo'))",
-        ],
-        env={**environment, "PYTHONPATH": str(site)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert where.count(str(site)) == 2
-    assert "steps: 1\n" in run("train", "--steps", 1, "--print_config")
+    shipped = {str(path.relative_to(site / "clipkd")) for path in site.rglob("*.yaml")}
+    recipes, tasks = (sorted((ROOT / folder).rglob("*.yaml")) for folder in ("configs", "eval/tasks"))
+    assert shipped == {f"configs/{path.relative_to(ROOT / 'configs')}" for path in recipes} | {
+        f"tasks/{path.name}" for path in tasks
+    }
+    assert len(run("eval", "ls").splitlines()) == len(tasks) + 3  # frame and headings; webdataset.yaml has no name
+    assert "imagenet1k" in run("eval", "ls", "--task", "imagenet")
+    for path in recipes:
+        assert "steps: 7\n" in run("train", path.stem, "--data.path", "x", "--steps", 7, "--print_config")
     assert "trained 2 steps" in run("train", *SMALL, "--data.path", data / "pairs", "--steps", 2, "--output", "run")
     assert "acc5" in run("eval", "--model", "run", "--data", data / "noto")
     assert "0 of 64 answers changed" in run("export", "run", "--to", "open_clip", "--output", "student")

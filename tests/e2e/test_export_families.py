@@ -18,8 +18,9 @@ from torchvision.transforms import v2
 
 from clipkd.config.train import StudentConfig
 from clipkd.export.artefacts import check_formats, write_formats
+from clipkd.models.create import build_open_clip, create_student
 from clipkd.models.encoder import Encoder
-from clipkd.models.load import build_open_clip, create_student, load_model
+from clipkd.models.load import load_model
 from clipkd.models.onnx import load_onnx
 from clipkd.models.onnx_student import preprocess
 from tests.models.siglip_tower import vit_clipkd_test_siglip

@@ -15,7 +15,8 @@ from clipkd.config.parse import parse
 from clipkd.config.terms import InfoNCETerm
 from clipkd.config.train import StudentConfig, TrainConfig
 from clipkd.data import open_feed, open_pairs
-from clipkd.models.load import create_student, load_model
+from clipkd.models.create import create_student
+from clipkd.models.load import load_model
 from clipkd.objective.closed_set import closed_set_fingerprint
 from clipkd.training.resume import require_same_run
 from clipkd.views import Views

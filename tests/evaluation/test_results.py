@@ -1,6 +1,5 @@
 """Result files: complete or absent, in the schemas of DataComp and CLIP_benchmark."""
 
-import hashlib
 import json
 import math
 import os
@@ -14,7 +13,6 @@ import pytest
 import torch
 
 from clipkd import files
-from clipkd.evaluation.embed import Embedder
 from clipkd.evaluation.measure import (
     ClassScores,
     Measured,
@@ -33,8 +31,9 @@ from clipkd.evaluation.results import (
     result_row,
     write_samples,
 )
-from clipkd.evaluation.sets import EvaluationSet, Kind, Span
-from clipkd.evaluation.tasks import Subject, Task
+from clipkd.evaluation.sets import EvaluationSet, Span
+from clipkd.evaluation.subjects import Subject
+from clipkd.evaluation.tasks import Kind, Task
 
 ROW: dict[str, Any] = {
     "key": "vtab/pets",
@@ -106,18 +105,14 @@ def test_a_row_has_the_names_of_datacomp_and_clip_benchmark(
     found = measured(about)
     row = result_row(about, embedder(), found, 1.234)
     assert sorted(row["metrics"]) == sorted([*names, "main_metric"])
-    assert list(row["metrics"])[-1] == "main_metric"
     assert row["metrics"]["main_metric"] == row["metrics"][metric] is not None
     assert row["ci95"]["main_metric"] == row["ci95"][metric]
     assert row["ci95"].keys() == row["metrics"].keys()
     assert (row["key"], row["dataset"], row["task"], row["main_metric_name"]) == ("x", "X", task, metric)
     assert (row["n"], row["seconds"], row["language"], row["precision"]) == (4, 1.23, "en", "fp32")
     assert (row["weights_sha256"], row["model_sha256"], row["logit_scale"]) == ("w", "m", 100.0)
-    assert ("calibration" in row) == (kind == "classification")
-    assert row.get("num_classes") == (6 if kind in ("classification", "multilabel") else None)
-    assert {"clipkd", "torch", "open_clip_torch"} == row["versions"].keys()
+    assert ("calibration" in row, "num_classes" in row) == (kind == "classification", "class" in task)
     assert json.loads(files.to_json(row))["metrics"] == row["metrics"]
-    assert f"x: {metric} {row['metrics'][metric]:.2%} [" in describe_result(row)
     Results(tmp_path / "results").add({**row, "id": "1"}, found.samples)
 
 
@@ -134,19 +129,9 @@ def test_an_id_stands_for_model_data_prompts_metric_and_name(tmp_path: Path) -> 
         others.append(Subject(about.task, "x", replace(about.data, **change), "acc1"))
     ids = [result_id(about, embedder(sha256="n")), *(result_id(other, embedder()) for other in others)]
     assert result_id(replace(about, data=replace(about.data)), embedder()) == result_id(about, embedder())
-    os.utime(tmp_path / "0.tar", ns=(0, 1))  # written anew
+    os.utime(tmp_path / "0.tar", ns=(0, 1))  # rewritten
     ids.append(result_id(replace(about, data=replace(about.data)), embedder()))
     assert len({*ids, result_id(about, embedder())}) == len(ids) + 1
-
-
-def test_weights_are_read_once_and_stand_for_features_of_one_precision() -> None:
-    read: list[str] = []
-    spec = SimpleNamespace(tokenize=lambda texts: torch.zeros(len(texts), 2))
-    encoder: Any = SimpleNamespace(architecture=dict, preprocess_config={}, spec=spec)
-    encoder.weights_sha256 = lambda: read.append("w") or "w"
-    one, other = (Embedder(encoder, torch.device("cpu"), precision=name) for name in ("fp32", "bf16"))
-    assert (one.weights_sha256, one.sha256, read) == ("w", one.sha256, ["w"])
-    assert other.sha256 != one.sha256 == replace(one, batch_size=1).sha256
 
 
 @pytest.mark.parametrize(
@@ -160,6 +145,8 @@ def test_weights_are_read_once_and_stand_for_features_of_one_precision() -> None
 )
 def test_a_model_is_called_by_its_weights_average_and_precision(change: dict[str, Any], name: str) -> None:
     assert label({**ROW, **change}) == name
+    line = "vtab/pets: mean_per_class_recall 25.00% [20.00, 30.10], acc1 50.00%, n 7"
+    assert describe_result({**ROW, **change, "ci95": {"main_metric": (0.2, 0.301)}, "n": 7}) == line
 
 
 def test_a_row_is_found_again_by_its_id_and_model_while_its_samples_are_there(tmp_path: Path) -> None:
@@ -179,26 +166,17 @@ def test_a_row_is_found_again_by_its_id_and_model_while_its_samples_are_there(tm
 
 def test_a_newer_row_takes_the_place_of_the_older_with_all_its_files(tmp_path: Path) -> None:
     results = Results(tmp_path)
-    changes = [
-        {},
-        {"key": "b"},
-        {"weights": "ema"},
-        {"precision": "bf16"},
-        {"model": "c"},
-        {"id": "new"},
-        {"id": "new"},
-    ]
+    changes = [{}, {"key": "b"}, {"weights": "ema"}, {"precision": "bf16"}, {"model": "c"}, {"id": "new"}]
     for number, change in enumerate(changes):
         results.add({**ROW, **change, "n": number}, SAMPLES)
     rows = results.rows()
-    assert [row["n"] for row in rows] == [1, 2, 3, 4, 6]
-    assert len(results.path.read_text().splitlines()) == 5
+    assert [row["n"] for row in rows] == [1, 2, 3, 4, 5]
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {Path(row["samples"]).name for row in rows}
     benchmark = {path.stem for path in (tmp_path / "clip_benchmark").iterdir()}
     assert benchmark == {Path(row["samples"]).stem for row in rows}
 
 
-def test_rows_of_other_programs_stay_as_they_are(tmp_path: Path) -> None:
+def test_rows_of_other_programs_are_kept(tmp_path: Path) -> None:
     results, other = Results(tmp_path), {"key": ROW["key"], "model": ROW["model"], "metrics": {"acc1": 0.1}}
     files.append_row(results.path, other)  # DataComp's
     for id in ("1", "2"):
@@ -207,41 +185,30 @@ def test_rows_of_other_programs_stay_as_they_are(tmp_path: Path) -> None:
         assert files.read_rows(results.path) == [other, added]
 
 
-def test_a_kill_between_samples_and_row_leaves_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("id", ["0123", "4567"], ids=["first row", "newer row"])
+def test_a_kill_between_samples_and_row_keeps_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, id: str
+) -> None:
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    results = Results(tmp_path)
+    results, newer = Results(tmp_path), {**SAMPLES, "correct": [False, True]}
+    before = [results.add(ROW, SAMPLES)] if id == "4567" else []
     with monkeypatch.context() as patched:
         patched.setattr(files, "append_row", killed)
+        write_text = files.write_text
+        patched.setattr(
+            files, "write_text", lambda path, text: killed() if path == results.path else write_text(path, text)
+        )
         with pytest.raises(KeyboardInterrupt):
-            results.add(ROW, SAMPLES)
-    assert len(list((tmp_path / "samples").iterdir())) == len(list((tmp_path / "clip_benchmark").iterdir())) == 1
-    assert results.find("0123", ROW["model"]) is None
-    assert results.rows() == []
-    results.path.write_text(json.dumps(ROW)[:40])  # cut while the row was written
-    assert results.find("0123", ROW["model"]) is None
-    added = results.add(ROW, SAMPLES)
-    assert results.find("0123", ROW["model"]) == added
-    assert results.rows() == [added]
-
-
-def test_a_kill_before_a_newer_row_keeps_the_older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(source: Path, target: Path, move: Any = os.replace) -> None:
-        if target.name == "eval_results.jsonl":
-            raise KeyboardInterrupt
-        move(source, target)
-
-    results = Results(tmp_path)
-    added, newer = results.add(ROW, SAMPLES), {**SAMPLES, "correct": [False, True]}
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", killed)
-        with pytest.raises(KeyboardInterrupt):
-            results.add({**ROW, "id": "4567"}, newer)
-    assert results.rows() == [added] == [results.find("0123", ROW["model"])]
-    assert read_samples(tmp_path / added["samples"]) == SAMPLES
-    added = results.add({**ROW, "id": "4567"}, newer)
-    assert (results.rows(), results.find("0123", ROW["model"])) == ([added], None)
+            results.add({**ROW, "id": id}, newer)
+    assert results.rows() == before
+    assert all(read_samples(tmp_path / row["samples"]) == SAMPLES for row in before)
+    with results.path.open("a") as file:
+        file.write(json.dumps(ROW)[:40])  # a row cut short by a kill
+    assert results.rows() == before
+    added = results.add({**ROW, "id": id}, newer)
+    assert results.rows() == [added] == [results.find(id, ROW["model"])]
     assert read_samples(tmp_path / added["samples"]) == newer
 
 
@@ -267,33 +234,23 @@ def test_clip_benchmarks_file_has_its_fields_and_no_others(tmp_path: Path) -> No
 
 
 def test_file_names_are_safe_and_never_those_of_another() -> None:
-    texts = ["a/b", "a-b", "a:b", "a b", "a\tb", "a//b", "a--b", "ä", "ö", "", "..", "A/b", "猫", "a\n", "x" * 300]
-    texts += [f"y{'x' * 299}", f"{'x' * 299}/", "a.b", "a_b"]
+    texts = ["a/b", "a-b", "a b", "a//b", "ä", "ö", "", "..", "A/b", "猫", "a\n", "x" * 300, f"y{'x' * 299}", "a.b"]
     names = [file_name(text, id) for text in texts for id in ("0123", "4567")]
     assert len({name.lower() for name in names}) == 2 * len(texts)  # also where case does not count
-    for text, name in zip(texts, names[::2], strict=True):
+    for name in names:
         assert name == Path(name).name
         assert set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
         assert len(name) < 150
-        assert name.endswith(hashlib.sha256(f"{text}0123".encode()).hexdigest()[:12])
-    assert file_name("m--k.1", "0").startswith("m--k.1-")
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_a_half_written_or_missing_table_of_samples_is_named(tmp_path: Path, share: float) -> None:
     path = tmp_path / "samples" / "x.parquet"
     write_samples(path, SAMPLES)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(ValueError, match=r"x\.parquet is no whole table of samples .*; evaluate again"):
+    with pytest.raises(ValueError, match=r"x\.parquet is no complete table of samples .*; evaluate again"):
         read_samples(path)
     path.unlink()
-    with pytest.raises(ValueError, match=r"x\.parquet is no whole table of samples"):
+    with pytest.raises(ValueError, match=r"x\.parquet is no complete table of samples"):
         read_samples(path)
-
-
-def test_a_result_line_shows_what_there_is() -> None:
-    row = {**ROW, "ci95": {"main_metric": (0.2, 0.301)}, "main_metric_name": "mean_per_class_recall", "n": 7}
-    assert describe_result(row) == "vtab/pets: mean_per_class_recall 25.00% [20.00, 30.10], acc1 50.00%, n 7"
-    row["ci95"] = {"main_metric": None}
-    assert describe_result(row) == "vtab/pets: mean_per_class_recall 25.00%, acc1 50.00%, n 7"

@@ -11,8 +11,8 @@ from torch import Tensor
 from clipkd.config.train import StudentConfig
 from clipkd.evaluation.measure import ClassScores
 from clipkd.evaluation.zeroshot import build_classifier, rank_classes
+from clipkd.models.create import create_student
 from clipkd.models.encoder import Encoder
-from clipkd.models.load import create_student
 
 CLASSNAMES = ["tabby cat", "dog", "sailing boat", "apple", "grand piano", "cat", "red {c} kite"]
 TEMPLATES = ["a photo of a {c}.", "{c}", "a drawing of {c}, {c} and nothing else"]
@@ -61,7 +61,7 @@ def test_classifier_of_two_perpendicular_prompts_by_hand() -> None:
     torch.testing.assert_close(classifier, expected)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 6, 8, 9, 20, 21, 22, 1024])
+@pytest.mark.parametrize("batch_size", [1, 4, 9, 20, 1024])
 def test_batches_of_prompts_do_not_show_in_the_classifier(batch_size: int) -> None:
     calls: list[int] = []
 
@@ -75,15 +75,7 @@ def test_batches_of_prompts_do_not_show_in_the_classifier(batch_size: int) -> No
     torch.testing.assert_close(ours, build_classifier(encode_by_letters, CLASSNAMES, TEMPLATES), rtol=0, atol=1e-15)
 
 
-def test_callable_templates_equal_their_text() -> None:
-    callables = [lambda c: f"a photo of a {c}.", lambda c: c, lambda c: f"a drawing of {c}, {c} and nothing else"]
-    assert torch.equal(
-        build_classifier(encode_by_letters, CLASSNAMES, callables),
-        build_classifier(encode_by_letters, CLASSNAMES, TEMPLATES),
-    )
-
-
-@pytest.mark.parametrize("num_templates", [1, 7, 80])
+@pytest.mark.parametrize("num_templates", [1, 80])
 def test_classifier_equals_open_clips(encoder: Encoder, num_templates: int) -> None:
     names, templates = CLASSNAMES[:6], open_clip.OPENAI_IMAGENET_TEMPLATES[:num_templates]
     theirs = open_clip.build_zero_shot_classifier(
@@ -99,15 +91,8 @@ def rank(features: Tensor, classifier: Tensor, *, num_ranks: int = 5) -> Tensor:
     return rank_classes(torch.cat(list(ClassScores(features, classifier, 1.0).cosines())), num_ranks=num_ranks)
 
 
-def test_best_class_comes_first() -> None:
-    features, classifier = torch.tensor([[0.6, 0.8], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.8, 0.6]])
-    # cosines 0.6, 0.8, 0.96 and 1, 0, 0.8
-    assert rank(features, classifier, num_ranks=3).tolist() == [[2, 1, 0], [0, 2, 1]]
-    assert rank(features, classifier, num_ranks=2).tolist() == [[2, 1], [0, 2]]
-
-
-@pytest.mark.parametrize("num_classes", [2, 6, 37, 1000])
-@pytest.mark.parametrize("num_images", [1, 2, 33])
+@pytest.mark.parametrize("num_classes", [2, 37, 1000])
+@pytest.mark.parametrize("num_images", [1, 33])
 def test_of_equal_classes_the_lowest_index_comes_first(num_images: int, num_classes: int) -> None:
     # One image too: the last batch of a data set may hold one, and a product with a vector is summed in another order.
     for seed in range(5):
@@ -120,7 +105,7 @@ def test_of_equal_classes_the_lowest_index_comes_first(num_images: int, num_clas
             assert row == sorted(range(num_classes), key=lambda c: (-image[copy_of[c]], c))[:5]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 1024])
+@pytest.mark.parametrize("batch_size", [1, 1024])
 def test_a_class_named_twice_is_ranked_by_its_lower_index(encoder: Encoder, batch_size: int) -> None:
     names = [*CLASSNAMES, "piano", *CLASSNAMES]
     with torch.no_grad():
@@ -130,7 +115,3 @@ def test_a_class_named_twice_is_ranked_by_its_lower_index(encoder: Encoder, batc
     generator = torch.Generator().manual_seed(1)
     images = F.normalize(classifier[:7] + 0.01 * torch.randn(7, encoder.dim, generator=generator), dim=1)
     assert rank(images, classifier)[:, :2].tolist() == [[c, c + 8] for c in range(7)]
-
-
-def test_with_fewer_than_five_classes_all_are_ranked() -> None:
-    assert rank(torch.tensor([[0.1, 0.9, 0.5]]), torch.eye(3)).tolist() == [[1, 2, 0]]

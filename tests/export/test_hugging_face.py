@@ -18,8 +18,9 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPTextModelW
 
 from clipkd.export.hugging_face import find_family, write_hugging_face
 from clipkd.export.tokenizer import CHECKED
+from clipkd.models.create import build_open_clip, find_architecture
 from clipkd.models.encoder import Encoder
-from clipkd.models.load import build_open_clip, find_architecture, load_model
+from clipkd.models.load import load_model
 from tests.models.siglip_tower import vit_clipkd_test_siglip
 
 CAPTIONS = [

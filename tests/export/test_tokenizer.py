@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, normalizers
 
 from clipkd.config.train import StudentConfig
 from clipkd.export.tokenizer import CHECKED, check_tokenizer, convert_bpe, convert_tokenizer
+from clipkd.models.create import build_open_clip, create_student, find_architecture
 from clipkd.models.encoder import Encoder
-from clipkd.models.load import build_open_clip, create_student, find_architecture
 
 PIECES = {
     "words": "a photo of the DOG isn't it's we'll I'M they've 'S rock'n'roll naïve Über straße ÉCOLE cafe\u0301 ſ ǅ",

@@ -1,14 +1,11 @@
 """Our own architectures, counted by hand from their widths and depths."""
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 from clipkd.config.train import StudentConfig
-from clipkd.models.load import create_student
+from clipkd.models.create import create_student
 from clipkd.models.students import count_parameters, find_student_config, student_names, tower_of
 
 
@@ -24,14 +21,6 @@ def test_vit_t_16_has_as_many_weights_as_its_shape_says() -> None:
     counts = count_parameters(create_student(StudentConfig(model="ViT-T-16")).model)
     assert counts == {"image": image, "text": text}
     assert (round(image / 1e6, 1), round(text / 1e6, 1)) == (5.6, 40.5)
-
-
-def test_scales_are_no_part_of_a_tower() -> None:
-    model = nn.Module()
-    model.visual, model.transformer = nn.Linear(3, 5), nn.Linear(2, 2, bias=False)
-    model.vision_model, model.visual_projection = nn.Linear(1, 7, bias=False), nn.Linear(1, 2, bias=False)
-    model.logit_scale, model.logit_bias = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(1))
-    assert count_parameters(model) == {"image": 20 + 7 + 2, "text": 4}
 
 
 def test_names_tell_the_towers_apart_in_every_layout() -> None:
@@ -53,12 +42,6 @@ def test_the_shipped_architectures_are_listed_and_found() -> None:
     assert find_student_config("ViT-B-16") is None
 
 
-def test_a_json_file_is_an_architecture_of_its_own_name(tmp_path: Path) -> None:
-    config = {"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}}
-    (tmp_path / "mine.json").write_text(json.dumps(config))
-    assert find_student_config(str(tmp_path / "mine.json")) == ("mine", config)
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [(None, "no file"), ("{", "is not JSON"), ('{"embed_dim": 8}', r"lacks \['text_cfg', 'vision_cfg'\]")],
@@ -67,5 +50,5 @@ def test_a_wrong_json_file_is_named(tmp_path: Path, content: str | None, words: 
     path = tmp_path / "mine.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ValueError, match=rf"student\.model: .*{words}"):
+    with pytest.raises(ValueError, match=rf"{words}"):
         find_student_config(str(path))

@@ -12,8 +12,8 @@ import torch
 from clipkd.config.objective import ObjectiveConfig
 from clipkd.config.terms import GKLTerm
 from clipkd.config.train import StudentConfig, TeacherConfig, TrainConfig
+from clipkd.models.create import build_open_clip, initial_student
 from clipkd.models.encoder import Encoder
-from clipkd.models.load import build_open_clip, initial_student
 from clipkd.models.load import load_model as load
 from clipkd.models.students import MODEL_CONFIGS, tower_of
 from clipkd.models.text_tower import copy_text_tower
@@ -75,14 +75,6 @@ def test_freezing_reaches_the_text_tower_alone() -> None:
             assert modes == {"image": {mode}, "text": {False}}
 
 
-def test_a_difference_spelled_out_as_the_default_is_none() -> None:
-    student, teacher = make(0, text={"mlp_ratio": 4.0, "pool_type": "argmax"}), make_teacher()
-    copy_text_tower(teacher, student)
-    tokens = student.spec.tokenize(CAPTIONS)
-    with torch.no_grad():
-        assert torch.equal(student.eval().encode_text(tokens), teacher.encode_text(tokens))
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -118,13 +110,6 @@ def test_other_tokens_are_refused_another_name_for_the_same_is_not() -> None:
         copy_text_tower(teacher, student)
     teacher.spec = dataclasses.replace(teacher.spec, tokenize=lambda texts: theirs(texts)[:, :5])
     with pytest.raises(ValueError, match="tokenizer"):
-        copy_text_tower(teacher, student)
-
-
-def test_weights_that_one_side_lacks_are_named() -> None:
-    student, teacher = make(0), make_teacher()
-    teacher.model.gate = torch.nn.Parameter(torch.zeros(2, 3))
-    with pytest.raises(ValueError, match=rf"student has gate nothing \(teacher \(2, 3\)\); {ADVICE}"):
         copy_text_tower(teacher, student)
 
 

@@ -28,7 +28,8 @@ from clipkd.config.terms import ClosedSetTerm, SoftTargetTerm
 from clipkd.config.train import StudentConfig, TeacherConfig, TrainConfig
 from clipkd.data import BadSample, PairSet, open_pairs
 from clipkd.errors import RunStopped
-from clipkd.models.load import create_student, load_model
+from clipkd.models.create import create_student
+from clipkd.models.load import load_model
 from clipkd.models.text_tower import text_sha256
 from clipkd.teachers.cache import command as cache
 from clipkd.teachers.cache.captions import Captions, survey

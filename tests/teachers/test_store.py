@@ -26,8 +26,9 @@ from clipkd.config.train import StudentConfig, TeacherConfig
 from clipkd.data import Augment, BadSample, Pair, open_pairs
 from clipkd.data.loader import AugmentedPairs, Collate
 from clipkd.errors import RunStopped
+from clipkd.models.create import create_student
 from clipkd.models.encoder import Encoder
-from clipkd.models.load import create_student, load_model
+from clipkd.models.load import load_model
 from clipkd.models.text_tower import text_sha256
 from clipkd.teachers.cache import command as cache
 from clipkd.teachers.cache.command import CacheConfig

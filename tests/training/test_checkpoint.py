@@ -161,7 +161,7 @@ def test_a_changed_byte_is_found_by_its_digest_and_the_one_before_is_taken(tmp_p
     with pytest.raises(ValueError, match=r"step_000002 is damaged: model\.safetensors .*; use an earlier"):
         run_folder.resolve(second)
     (first / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"no checkpoint of this run is whole"):
+    with pytest.raises(ValueError, match=r"every checkpoint of this run is damaged"):
         run_folder.newest(tmp_path)
 
 

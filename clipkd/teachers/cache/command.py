@@ -17,8 +17,8 @@ from clipkd import data, distributed, files, progress
 from clipkd.config import train as configuration
 from clipkd.errors import RunStopped
 from clipkd.files import claim
+from clipkd.models.create import initial_student
 from clipkd.models.encoder import Encoder
-from clipkd.models.load import initial_student
 from clipkd.models.text_tower import text_sha256
 from clipkd.objective.closed_set import class_vectors
 from clipkd.objective.distiller import require_fitting_teachers

@@ -7,8 +7,8 @@ from dataclasses import replace
 from clipkd import files
 from clipkd.data import PairSet
 from clipkd.models.encoder import Encoder
+from clipkd.models.load import weight_files
 from clipkd.models.text_tower import text_sha256
-from clipkd.models.weight_files import weight_files
 from clipkd.objective.closed_set import closed_set_fingerprint, read_classes
 from clipkd.teachers.cache.captions import Captions, survey
 from clipkd.teachers.cache.options import CacheConfig

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clipkd import data, distributed, progress
 from clipkd.config.parse import parse_into
-from clipkd.models.weight_files import weight_files
+from clipkd.models.load import weight_files
 from clipkd.teachers.cache.captions import Captions
 from clipkd.teachers.cache.encode import Job, collate
 from clipkd.teachers.cache.options import VerifyConfig

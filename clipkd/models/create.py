@@ -1,0 +1,174 @@
+"""Create open_clip models from a configuration: students, and the networks that weights are loaded into."""
+
+import difflib
+import json
+import pickle
+import tempfile
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from safetensors import SafetensorError
+from torch import Tensor
+
+from clipkd.config.train import StudentConfig, TrainConfig
+from clipkd.models import students
+from clipkd.models.encoder import PROBES, Encoder
+
+LOADING_ERRORS = (RuntimeError, OSError, TypeError, KeyError, SafetensorError, pickle.UnpicklingError, EOFError)
+"""Exceptions of torch, safetensors and open_clip for damaged weight files and for weights of another architecture."""
+
+
+def initial_student(config: TrainConfig) -> Encoder:
+    """The student at step 0, seeded, in train mode, with the configured logit bias and frozen text tower."""
+    torch.manual_seed(config.seed)
+    bias = config.objective.logit_scale.bias_init if config.objective.needs_bias else None
+    student = create_student(config.student, logit_bias=bias).train()
+    if config.student.text != "trained":
+        student.freeze_text()
+    return student
+
+
+def create_student(config: StudentConfig, *, logit_bias: float | None = None) -> Encoder:
+    """A student by NAME@WEIGHTS; without weights it is initialised from torch's random state.
+
+    logit_bias: initial bias of a student whose architecture has none.
+    Raises: ValueError for an unknown name or tag, or weights trained with another activation.
+    """
+    try:
+        architecture, _, weights = config.model.partition("@")
+        name, model_config = find_architecture(architecture)
+        student = build_open_clip(name, model_config, pretrained=weights or None)
+    except ValueError as error:
+        raise ValueError(f"student.model: {error}") from error
+    if logit_bias is not None and student.logit_bias is None:
+        # Added after the weights are loaded: open_clip would start a bias that they lack at 0, whatever the config says.
+        student.model.logit_bias = torch.nn.Parameter(torch.tensor(logit_bias))
+        student.model_config = {**model_config, "init_logit_bias": logit_bias}
+    return student
+
+
+def find_architecture(model: str) -> tuple[str, dict[str, Any]]:
+    """Name and open_clip config of one of clipkd's students, of a JSON file or of an open_clip model.
+
+    Raises: ValueError with the nearest known names if there is none.
+    """
+    if found := students.find_student_config(model):
+        return found
+    name = model.replace("/", "-")
+    if model_config := open_clip.get_model_config(name):
+        return name, model_config
+    near = difflib.get_close_matches(model, {*open_clip.list_models(), *students.student_names()}, n=3)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see open_clip.list_models()"
+    raise ValueError(f"no model {model!r}, and no such folder; {hint}")
+
+
+def check_weights(name: str, model_config: dict[str, Any], pretrained: str) -> None:
+    """Raises: ValueError for an unknown tag, or a tag whose weights were trained with the other activation."""
+    tag = get_pretrained_cfg(name, pretrained)
+    if not tag:
+        if Path(pretrained).is_file():
+            return
+        tags = list_pretrained_tags_by_model(name)
+        raise ValueError(f"{name} has no weights {pretrained!r}, and no such file exists; tags: {tags}")
+    wanted, configured = tag.get("quick_gelu", False), model_config.get("quick_gelu", False)
+    other = f"{name}-quickgelu" if wanted else name.removesuffix("-quickgelu")
+    if wanted != configured and other != name:
+        raise ValueError(
+            f"{name} with weights {pretrained!r}: they were trained with {'QuickGELU' if wanted else 'GELU'}, the config "
+            f"says {'QuickGELU' if configured else 'GELU'}; use the model {other!r} (4 points of top-1 otherwise)"
+        )
+
+
+def build_open_clip(
+    name: str,
+    model_config: dict[str, Any],
+    *,
+    pretrained: str | None = None,
+    preprocess_config: dict[str, Any] | None = None,
+) -> Encoder:
+    """An open_clip model from its config dictionary, initialised at random or from a tag or file of weights."""
+    if pretrained is not None:
+        check_weights(name, model_config, pretrained)
+    with tempfile.TemporaryDirectory() as folder:
+        # open_clip takes configs by name only, and a student's config must not replace a known one of the same name.
+        registered = name if open_clip.get_model_config(name) == model_config else f"clipkd-{name}"
+        if registered != name:
+            path = Path(folder) / f"{registered}.json"
+            path.write_text(json.dumps(model_config), encoding="utf-8")
+            open_clip.add_model_config(path)
+        try:
+            model = open_clip.create_model(
+                model_name=registered,
+                pretrained=pretrained,
+                force_preprocess_cfg=preprocess_config,
+                pretrained_text=False,
+                require_pretrained=pretrained is not None,
+            )
+            tokenizer = open_clip.get_tokenizer(model_name=registered)
+        except (*LOADING_ERRORS, AssertionError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300] or "the weights are of another architecture"
+            raise ValueError(f"open_clip cannot make {name!r} with weights {pretrained!r}: {reason}") from error
+    return wrap_open_clip(model, tokenizer, name=name, model_config=model_config)
+
+
+def wrap_open_clip(model: Any, tokenizer: Any, *, name: str, model_config: dict[str, Any] | None) -> Encoder:
+    """Raises: ValueError if the towers do not run, or their features differ in width."""
+    preprocess_config = deepcopy(open_clip.get_model_preprocess_cfg(model))
+    size = preprocess_config["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    try:  # a config whose parts do not fit fails here, not after the data has been opened
+        with torch.no_grad():
+            dim = model.eval().encode_text(tokenizer(["a"])).shape[-1]
+            image_dim = model.encode_image(torch.zeros(1, 3, height, width)).shape[-1]
+    except RuntimeError as error:
+        raise ValueError(f"{name}: its towers do not run: {' '.join(str(error).split())[:300]}") from error
+    if image_dim != dim:
+        raise ValueError(f"{name}: its image features have width {image_dim}, its text features {dim}")
+    return Encoder(
+        model,
+        name=name,
+        image_tower=lambda clip, images: clip.encode_image(images),
+        text_tower=lambda clip, texts: clip.encode_text(texts),
+        short_text_tower=encode_short if can_be_shortened(model) else None,
+        preprocess_config=preprocess_config,
+        tokenize=tokenizer,
+        tokenizer_name=tokenizer_name(tokenizer),
+        dim=dim,
+        model_config=deepcopy(model_config),
+    )
+
+
+def can_be_shortened(model: Any) -> bool:
+    """Whether a text tower has the causal mask and the embeddings that encode_short can cut."""
+    tower, _ = find_text_tower(model)
+    causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
+    return causal and type(model) in (open_clip.CLIP, open_clip.CustomTextCLIP)
+
+
+def find_text_tower(model: Any) -> tuple[Any, str]:
+    """The module that holds an open_clip model's positional embedding and mask, and its prefix in parameter names."""
+    return (model, "") if hasattr(model, "positional_embedding") else (getattr(model, "text", model), "text.")
+
+
+def encode_short(model: Any, texts: Tensor) -> Tensor:
+    """open_clip's text tower with its positional embedding and causal mask cut to the texts' length."""
+    (tower, prefix), length = find_text_tower(model), texts.shape[1]
+    cut = {
+        f"{prefix}positional_embedding": tower.positional_embedding[:length],
+        f"{prefix}attn_mask": tower.attn_mask[:length, :length],
+    }
+    found = torch.func.functional_call(model, cut, (), {"text": texts})
+    return found["text_features"] if isinstance(found, dict) else found[1]
+
+
+def tokenizer_name(tokenizer: Any) -> str:
+    """Equal for open_clip's BPE tokenizers of one context length; unique for any other tokenizer."""
+    if isinstance(tokenizer, open_clip.SimpleTokenizer):
+        usual = open_clip.SimpleTokenizer(context_length=tokenizer.context_length)
+        if torch.equal(usual(list(PROBES)), tokenizer(list(PROBES))):  # same vocabulary, cleaning and truncation
+            return f"CLIP BPE, {tokenizer.context_length} tokens"
+    return f"{type(tokenizer).__name__} {id(tokenizer)}"
