@@ -40,15 +40,6 @@ class CompareConfig:
         require(self.max_drop is None or self.max_drop >= 0, f"max_drop is {self.max_drop}; it is 0 or more points")
 
 
-@dataclass(frozen=True)
-class Table:
-    """One model's samples on one task."""
-
-    path: Path
-    metric: str | None = None
-    data_sha256: str | None = None
-
-
 def compare(config: CompareConfig) -> tuple[list[dict[str, Any]], list[str]]:
     """One row per task that both were evaluated on, and the failures if max_drop is set.
 
@@ -71,10 +62,10 @@ def compare(config: CompareConfig) -> tuple[list[dict[str, Any]], list[str]]:
     return rows, problems + [f"{task} was evaluated in {config.first} alone" for task in first if task not in second]
 
 
-def find_tables(path: str, model: str | None, option: str) -> dict[str, Table]:
-    """Task → table of samples."""
+def find_tables(path: str, model: str | None, option: str) -> dict[str, dict[str, Any]]:
+    """Task → path of a model's samples, and the main metric and data hash if the results name them."""
     if Path(path).is_file():
-        return {Path(path).stem: Table(Path(path))}
+        return {Path(path).stem: {"path": Path(path)}}
     results = Results(Path(path))
     rows = results.rows()
     if not rows:
@@ -85,19 +76,15 @@ def find_tables(path: str, model: str | None, option: str) -> dict[str, Table]:
     chosen = model or names[0]
     if chosen not in names:
         raise ValueError(f"{path} has no results of {chosen!r}, only of {names}; see --{option}_model")
-    return {
-        row["key"]: Table(results.folder / row["samples"], row["main_metric_name"], row.get("data_sha256"))
-        for row in rows
-        if label(row) == chosen
-    }
+    return {row["key"]: row | {"path": results.folder / row["samples"]} for row in rows if label(row) == chosen}
 
 
-def compare_tables(task: str, first: Table, second: Table) -> dict[str, Any]:
-    where = f"{first.path} and {second.path}"
-    if first.data_sha256 != second.data_sha256 and None not in (first.data_sha256, second.data_sha256):
+def compare_tables(task: str, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    where = f"{first['path']} and {second['path']}"
+    if len({first.get("data_sha256"), second.get("data_sha256")} - {None}) > 1:
         raise ValueError(f"{where} were measured on other data; evaluate both on the same")
-    samples = read_samples(first.path), read_samples(second.path)
-    return {"task": task, **compare_samples(*samples, metric=first.metric, where=where)}
+    samples = read_samples(first["path"]), read_samples(second["path"])
+    return {"task": task, **compare_samples(*samples, metric=first.get("main_metric_name"), where=where)}
 
 
 def compare_samples(

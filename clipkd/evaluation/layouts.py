@@ -122,10 +122,8 @@ def read_shard(shard: Path, extension: str) -> list[tuple[Span, bytes]]:
         image_offset = np.where(image_size < 0, places, image_offset)
         image_size = np.where(image_size < 0, sizes, image_size)
     offset, size = index.select((extension,))
-    if (incomplete := np.flatnonzero((image_size < 0) | (size < 0))).size:
-        raise ValueError(
-            f"{shard}: sample {keys[incomplete[0]]} has no image or no .{extension} ({incomplete.size} such samples)"
-        )
+    if (bad := np.flatnonzero((image_size < 0) | (size < 0))).size:
+        raise ValueError(f"{shard}: sample {keys[bad[0]]} has no image or no .{extension} ({bad.size} such)")
     samples = []
     with shard.open("rb") as file:
         for row, key in enumerate(keys):

@@ -48,7 +48,7 @@ def open_subjects(tasks: tuple[str, ...], roots: tuple[str, ...], *, skip_missin
     found = [open_subject(task, folder) for task, folder in locate(tasks, roots, skip_missing=skip_missing)]
     names = [subject.name for subject in found]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"two tasks or data folders are called {twice[0]!r}; give each a name: in a task of its own")
+        raise ValueError(f"two tasks or data folders are called {twice[0]!r}; give each a task with another name")
     return found
 
 
@@ -67,14 +67,10 @@ def open_subject(task: Task, root: str | Path) -> Subject:
         ("captions", sum(map(len, data.captions)), task.num_captions),
     ):
         if expected not in (None, found):
-            raise ValueError(
-                f"{root} has {found} {what}; the task expects {expected} (leave num_{what} out to take what there is)"
-            )
+            raise ValueError(f"{root} has {found} {what}; the task expects {expected} (or leave num_{what} out)")
     known = METRICS[data.kind]
     if task.metric not in (None, *known):
-        raise ValueError(
-            f"{root} holds a {data.kind} task, whose metrics are {list(known)}; the task asks for {task.metric!r}"
-        )
+        raise ValueError(f"{root} holds a {data.kind} task; its metrics are {list(known)}, not {task.metric!r}")
     if task.metric == "acc5" and data.num_classes < 5:
         raise ValueError(f"{root} has {data.num_classes} classes, too few for the metric acc5")
     name = task.name or Path(root).resolve().name
@@ -88,9 +84,7 @@ def with_prompts(task: Task, data: EvaluationSet) -> EvaluationSet:
     classnames = task.classnames or data.classnames
     templates = task.templates or data.templates
     if classnames is None:
-        raise ValueError(
-            f"{data.root} names no classes; set prompts: imagenet, or classnames and templates, in the task"
-        )
+        raise ValueError(f"{data.root} names no classes; set prompts: imagenet or classnames in the task")
     if templates is None:
         raise ValueError(f"{data.root} has no templates; set templates in the task, such as ['a photo of a {{c}}.']")
     if data.folders and len(data.folders) != len(classnames):
@@ -114,9 +108,7 @@ def with_imagenet_prompts(data: EvaluationSet) -> EvaluationSet:
             f"{data.root}: the folder {wrong[0]!r} ({len(wrong)} such) is no synset id of ImageNet-1k, such as n01440764"
         )
     if len(set(numbers)) < len(numbers):
-        raise ValueError(
-            f"{data.root}: two class folders stand for the same ImageNet class; name them all by synset id"
-        )
+        raise ValueError(f"{data.root}: two folders stand for the same ImageNet class; name them by synset id")
     order = np.argsort(numbers, kind="stable")
     rank = np.argsort(order)
     return replace(

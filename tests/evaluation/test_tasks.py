@@ -102,7 +102,7 @@ def test_without_a_file_the_data_folder_says_what_it_is(tmp_path: Path) -> None:
         ({"num_classes": 1000}, "3 classes; the task expects 1000"),
         ({"kind": "retrieval", "num_captions": 10}, "4 captions; the task expects 10"),
         ({"metric": "acc5"}, "3 classes, too few for the metric acc5"),
-        ({"metric": "acc"}, "a classification task, whose metrics are"),
+        ({"metric": "acc"}, "a classification task; its metrics are"),
     ],
 )
 def test_data_that_differ_from_their_task_are_refused_with_both_numbers(
@@ -170,7 +170,7 @@ def test_a_folder_that_is_no_class_of_imagenet_or_one_twice_is_refused(tmp_path:
 def test_class_folders_need_names_and_templates_from_somewhere(tmp_path: Path) -> None:
     root = class_folders(tmp_path, ["a", "b"])
     task = {"layout": "imagefolder", "split": "val"}
-    with pytest.raises(ValueError, match="names no classes; set prompts: imagenet, or classnames"):
+    with pytest.raises(ValueError, match="names no classes; set prompts: imagenet or classnames"):
         open_subject(Task(**task), root)
     with pytest.raises(ValueError, match=r"no templates; set templates in the task, such as \['a photo"):
         open_subject(Task(**task, classnames=("a", "b")), root)
