@@ -1,4 +1,4 @@
-"""Zero-shot counts of an open_clip model on a data folder, by open_clip alone: what `clipkd eval` is checked against.
+"""Count zero-shot results of an open_clip model with open_clip alone, as an independent check of `clipkd eval`.
 
     python eval/cross_check.py --model local-dir:runs/demo/student --data runs/demo/data/noto [--expect eval_results.jsonl]
 
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder in the layout")
     parser.add_argument("--split", default="test")
     parser.add_argument("--layout", choices=("webdataset", "imagefolder"), default="webdataset")
-    parser.add_argument("--kind", choices=tuple(FOUND), help="default: what dataset_type.txt says")
+    parser.add_argument("--kind", choices=tuple(FOUND), help="default: the kind in dataset_type.txt")
     parser.add_argument("--classifier", type=Path, help="file for the classifier [classes, width], as safetensors")
     parser.add_argument("--expect", type=Path, help="eval_results.jsonl of clipkd eval to compare with")
     parser.add_argument("--key", help="key of the line to compare with; default: the data folder's name")

@@ -47,7 +47,7 @@ class EvalConfig:
     """Leave out tasks without a folder below `data`, instead of stopping."""
 
     def __post_init__(self) -> None:
-        require(bool(self.models), "model is empty; name what to evaluate")
+        require(bool(self.models), "model is empty; name one or several")
         require(self.batch_size >= 1, f"batch_size is {self.batch_size}; it must be 1 or more")
         require(self.num_workers >= 0, f"num_workers is {self.num_workers}; it must be 0 or more")
 

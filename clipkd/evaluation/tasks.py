@@ -28,11 +28,11 @@ class Task:
     name: str | None = None
     """Key in the results; null takes the data folder's name."""
     title: str | None = None
-    """What people call the data set."""
+    """Common name of the data set."""
     kind: Kind | None = None
     """classification, multilabel, retrieval (captions) or pairs (a true and a false caption); null asks the data folder."""
     layout: Layout | None = None
-    """webdataset: CLIP_benchmark's; imagefolder: SPLIT/CLASS/*.jpg; huggingface: a hub name or a folder of parquet files; null takes one of the first two, by what lies there."""  # noqa: E501
+    """webdataset: CLIP_benchmark's; imagefolder: SPLIT/CLASS/*.jpg; huggingface: a hub name or a folder of parquet files; null takes one of the first two, by the files found."""  # noqa: E501
     split: str | None = None
     """Folder of the split below the data folder, or split of a Hugging Face set; null takes test, or val of class folders."""
     prompts: str = "data"
