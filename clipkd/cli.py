@@ -221,7 +221,7 @@ def eval_compare_command(arguments: list[str]) -> None:
 
 
 def export_command(arguments: list[str]) -> None:
-    from clipkd import export
+    from clipkd.export import command as export
     from clipkd.export import hub
 
     positional = {"checkpoint": "A run folder (its newest checkpoint), one checkpoint of it, or an open_clip folder."}

@@ -46,7 +46,7 @@ from webdataset.writer import TarWriter
 
 from clipkd import files, progress
 from clipkd.config.train import StudentConfig
-from clipkd.export.artefacts import write_formats
+from clipkd.export.open_clip import write_open_clip
 from clipkd.inference import bench
 from clipkd.models.create import create_student
 
@@ -223,7 +223,7 @@ def write_files(setting: Setting, folder: Path) -> None:
     torch.manual_seed(1)
     (folder / "teacher").mkdir()
     teacher = create_student(StudentConfig(model=setting.teacher)).eval()
-    write_formats(teacher, folder / "teacher", ("open_clip",), lambda _: None)
+    write_open_clip(teacher, folder / "teacher")
 
 
 def fit(name: str, setting: Setting, folder: Path, options: argparse.Namespace) -> Setting:

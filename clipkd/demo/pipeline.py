@@ -18,7 +18,7 @@ from clipkd.demo.contact_sheet import draw_contact_sheet
 from clipkd.evaluation.command import EvalConfig
 from clipkd.evaluation.command import run as evaluate_models
 from clipkd.evaluation.results import read_samples
-from clipkd.export import ExportConfig, describe_artefact, export
+from clipkd.export.command import ExportConfig, describe_artefact, export
 from clipkd.progress import console
 from clipkd.report import ReportConfig, write_report
 from clipkd.teachers.cache import command as cache

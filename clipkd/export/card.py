@@ -1,4 +1,4 @@
-"""The model card: what an exported student is, what it was made from, what it scores, and how each runtime uses it."""
+"""The model card: architecture, origin, recipe, scores, parity and example code of an exported student."""
 
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,20 @@ from clipkd.models.students import count_parameters
 def write_card(
     folder: Path, encoder: Encoder, source: Source, rows: list[dict[str, Any]], *, name: str, license: str | None
 ) -> None:
-    """README.md, with the training's config beside it as training.yaml."""
+    """Write README.md and, beside it, the training configuration as training.yaml."""
     parts = [
         front_matter(license, [row["format"] for row in rows if not row["error"]], teacher_name(source.config)),
         f"# {name}\n",
         introduction(encoder, source),
         facts(encoder, source),
-        recipe(folder, encoder, source),
         evaluation(source, rows),
         parity(rows),
         usage(rows, sigmoid=encoder.logit_bias is not None),
         licence(license),
     ]
-    (folder / "README.md").write_text("\n".join(filter(None, parts)), encoding="utf-8")
+    if source.config is not None:
+        parts.insert(4, recipe(folder, source.config, source.step, encoder.model_config or {}))
+    files.write_text(folder / "README.md", "\n".join(filter(None, parts)))
 
 
 def front_matter(license: str | None, proven: list[str], teacher: str | None) -> str:
@@ -59,14 +60,16 @@ def facts(encoder: Encoder, source: Source) -> str:
     counts = count_parameters(encoder.model)
     height, width = encoder.spec.size
     context = encoder.spec.tokenize(["a"]).shape[1]
+    data = (source.config or {}).get("data", {})
+    sources = [each for each in (data, *data.get("mix", [])) if each.get("path")]
     rows = {
         "architecture": source.config["student"]["model"] if source.config else None,
         "parameters, image + text": f"{counts['image']:,} + {counts['text']:,}",
         "input": f"{height} × {width} pixels, {encoder.spec.interpolation}; up to {context} tokens",
         "features": f"{encoder.dim}, unit norm; logit scale {encoder.logit_scale.item():.2f}",
         "teacher": teacher_name(source.config),
-        "teacher's weights": ", ".join(f"sha256 {each[:16]}…" for each in source.teachers) or None,
-        "data": data_name(source.config),
+        "teacher's weights": ", ".join(f"sha256 {each[:16]}…" for each in source.teachers),
+        "data": ", ".join(f"{each['path']} ({each.get('format', 'webdataset')})" for each in sources),
         "weights": f"{source.weights} of {source.checkpoint}" + (f", step {source.step}" if source.step else ""),
         "weights' hash": f"sha256 {encoder.weights_sha256()}",
     }
@@ -75,62 +78,40 @@ def facts(encoder: Encoder, source: Source) -> str:
     return table(("", ""), [(key, value) for key, value in rows.items() if value])
 
 
-def data_name(config: dict[str, Any] | None) -> str | None:
-    if config is None:
-        return None
-    data = config["data"]
-    sources = [data, *data.get("mix", [])]
-    return (
-        ", ".join(f"{each['path']} ({each.get('format', 'webdataset')})" for each in sources if each.get("path"))
-        or None
-    )
-
-
-def recipe(folder: Path, encoder: Encoder, source: Source) -> str | None:
-    if source.config is None:
-        return None
-    own = {key: value for key, value in source.config.items() if key not in ("output", "resume")}
-    if own["student"]["model"].endswith(".json"):  # an architecture that nobody else has
+def recipe(folder: Path, config: dict[str, Any], step: int | None, model_config: dict[str, Any]) -> str:
+    """Write training.yaml (and the student's architecture, if it is a file) and describe the run."""
+    own = {key: value for key, value in config.items() if key not in ("output", "resume")}
+    if own["student"]["model"].endswith(".json"):
         own["student"] = {**own["student"], "model": "student.json"}
-        files.write_json(folder / "student.json", encoder.model_config or {})
-    (folder / "training.yaml").write_text(yaml.safe_dump(own, sort_keys=False), encoding="utf-8")
+        files.write_json(folder / "student.json", model_config)
+    files.write_text(folder / "training.yaml", yaml.safe_dump(own, sort_keys=False))
     terms = [
         f"{name} × {term['weight']:g}" + (f" ({term['keys']} keys)" if "keys" in term else "")
         for name, term in own["objective"].items()
         if isinstance(term, dict) and term.get("weight")
     ]
-    lines = [
-        f"{source.step or own['steps']} of {own['steps']} steps, batch {own['batch_size']} per process, seed {own['seed']}; "
-        f"objective: {', '.join(terms)}. Paths are cut to their last part; [training.yaml](training.yaml) has all options:\n",
-        "    accelerate launch -m clipkd train --config training.yaml --output runs/again\n",
-    ]
-    return "## Recipe\n\n" + "\n".join(lines)
+    return (
+        f"## Recipe\n\n{step or own['steps']} of {own['steps']} steps, batch {own['batch_size']} over all processes, seed "
+        f"{own['seed']}; objective: {', '.join(terms)}. [training.yaml](training.yaml) has all options; paths are cut to "
+        "their last part.\n\n    accelerate launch -m clipkd train --config training.yaml --output runs/again\n"
+    )
 
 
 def evaluation(source: Source, rows: list[dict[str, Any]]) -> str | None:
-    """In training, and of the exported files themselves."""
-    lines: list[tuple[Any, ...]] = [
-        (
-            result["key"],
-            "checkpoint, in training",
-            *scores(result["main_metric_name"], result["metrics"]),
-            result["n"],
-            "",
-        )
-        for result in source.results
-    ]
+    """Scores of the checkpoint during training and of the exported files."""
+    lines: list[tuple[Any, ...]] = []
+    for result in source.results:
+        shown = scores(result["main_metric_name"], result["metrics"])
+        lines.append((result["key"], "checkpoint, in training", *shown, result["n"], ""))
     for row in rows:
         for result in row.get("zero_shot") or []:
-            interval = result["ci95"]
-            paired = f"{100 * result['difference']:+.2f}" + (
-                f" [{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]" if interval else ""
-            )
+            paired = f"{100 * result['difference']:+.2f}"
+            if result["ci95"]:
+                paired += " [{:.2f}, {:.2f}]".format(*(100 * bound for bound in result["ci95"]))
             shown = scores(result["metric"], result["metrics"])
             lines.append((result["task"], FORMATS[row["format"]].title, *shown, result["n"], paired))
-    if not lines:
-        return None
     heading = ("task", "of", "metric", "%", "others, %", "n", "points from the student, paired [95 %]")
-    return "## Evaluation, zero-shot\n\n" + table(heading, lines)
+    return "## Evaluation, zero-shot\n\n" + table(heading, lines) if lines else None
 
 
 def scores(main: str, metrics: dict[str, Any]) -> tuple[str, str, str]:
@@ -141,56 +122,50 @@ def scores(main: str, metrics: dict[str, Any]) -> tuple[str, str, str]:
 def parity(rows: list[dict[str, Any]]) -> str:
     lines: list[tuple[Any, ...]] = []
     for row in rows:
-        size = " + ".join(f"{size / 1e6:.1f}" for size in row["files"].values())
-        with_what = ", ".join(f"{name} {version}" for name, version in row.get("versions", {}).items())
+        title = FORMATS[row["format"]].title
+        versions = ", ".join(f"{name} {version}" for name, version in row.get("versions", {}).items())
         if row["error"]:
-            lines.append((FORMATS[row["format"]].title, "left out: " + row["error"], "", "", "", "", with_what))
+            lines.append((title, "left out: " + row["error"], "", "", "", "", versions))
             continue
+        size = " + ".join(f"{size / 1e6:.1f}" for size in row["files"].values())
         cosine = min(row[tower]["min_cosine"] for tower in ("image", "text"))
         differences = [f"{row[tower]['max_abs_difference']:.1e}" for tower in ("image", "text")]
         flips = f"{row['argmax_flips']} of {row['num_images']}"
-        lines.append((FORMATS[row["format"]].title, *differences, f"{cosine:.6f}", flips, size, with_what))
+        lines.append((title, *differences, f"{cosine:.6f}", flips, size, versions))
     heading = ("format", "images, max abs", "texts, max abs", "min cosine", "best caption changed", "MB", "with")
-    return "## Parity\n\n" + "\n".join(
-        [
-            "Features of real images of odd sizes and of odd captions, by each runtime's own preprocessing and tokens, beside",
-            "the checkpoint's. MB: image tower + text tower where these are two files. [parity.json](parity.json) has more.\n",
-            table(heading, lines),
-        ]
+    return (
+        "## Parity\n\nDifference of each format's features from the checkpoint's, for images of odd sizes and odd captions, "
+        "with the format's own\npreprocessing and tokenizer. MB: image tower + text tower, or both. "
+        "[parity.json](parity.json) has more.\n\n" + table(heading, lines)
     )
 
 
-USE = """## Use
-
-In this folder (from elsewhere, give its path). Put transparent images on a background first: made RGB, theirs turns black.
-
-"""
-
-
 def usage(rows: list[dict[str, Any]], *, sigmoid: bool) -> str | None:
+    """Example code per format with its output; the ONNX formats share one listing."""
     parts: list[str] = []
-    shown: str | None = None  # suffix of the ONNX files whose code stands above: one long listing is enough
+    onnx_shown = False
     for row in rows:
         format, code = row["format"], snippet(row["format"], sigmoid=sigmoid)
         if code is None or row["error"]:
             continue
-        if format in SUFFIXES and shown is not None:
+        if format in SUFFIXES and onnx_shown:
             files = " and ".join(f"`onnx/{tower}_model{SUFFIXES[format]}.onnx`" for tower in ("vision", "text"))
             listing = f"The code above with {files} prints\n"
         else:
             listing = f"```python\n{code}```\n"
-            shown = SUFFIXES.get(format, shown)
+        onnx_shown |= format in SUFFIXES
         parts.append(f"### {FORMATS[format].title}\n\n{listing}\n```text\n{row['snippet_output']}```\n")
         if format == "hf":
             parts.append(transformers_note(row["default_processor"]))
-    return USE + "\n".join(parts) if parts else None
+    about = "Run the code in this folder. Put transparent images on a background first: conversion to RGB makes them black.\n\n"
+    return f"## Use\n\n{about}" + "\n".join(parts) if parts else None
 
 
 def transformers_note(default: dict[str, float]) -> str:
     return (
-        "`exact/` holds a processor of 40 lines that makes an image ready as open_clip does; being code, it must be trusted. "
-        '`AutoProcessor.from_pretrained(".")` and `pipeline("zero-shot-image-classification", model=".")` take transformers\' '
-        "own, which crops up to a pixel elsewhere and rounds otherwise: features then differ by up to "
+        "`exact/` holds a processor of 40 lines that gives open_clip's pixels; as code, it must be trusted. "
+        '`AutoProcessor.from_pretrained(".")` and `pipeline("zero-shot-image-classification", model=".")` use transformers\' '
+        "own, which rounds differently and crops up to a pixel off: features then differ by up to "
         f"{default['max_abs_difference']:.1e} (cosine ≥ {default['min_cosine']:.4f}).\n"
     )
 
@@ -198,7 +173,7 @@ def transformers_note(default: dict[str, float]) -> str:
 def licence(license: str | None) -> str:
     stated = f"The weights: {license}." if license else "No licence was stated for these weights."
     return (
-        f"## Licence\n\n{stated} The terms of the teacher and of the training data may bind them too. `example.png` is from "
+        f"## Licence\n\n{stated} The terms of the teacher and of the training data may apply too. `example.png` is from "
         "Noto Emoji (Apache-2.0).\n"
     )
 

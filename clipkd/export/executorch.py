@@ -1,21 +1,13 @@
-"""The two towers as ExecuTorch programs for phones: one input at a time, on the XNNPACK kernels."""
+"""Write both towers as ExecuTorch programs for phones: one input at a time, on the XNNPACK kernels."""
 
 from pathlib import Path
 
 import torch
 
 from clipkd import files
-from clipkd.export.onnx import TextTower, VisionTower, describe, plain_attention
+from clipkd.export.onnx import Tower, describe, plain_attention
 from clipkd.export.tokenizer import convert_tokenizer, write_tokenizer
 from clipkd.models.encoder import Encoder
-
-
-def require_executorch() -> None:
-    """Raises: ValueError if it is not installed."""
-    try:
-        import executorch.exir  # noqa: F401  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise ValueError(f"--to executorch needs {error.name}: pip install 'clipkd[executorch]'") from error
 
 
 def executorch_file(folder: Path, tower: str) -> Path:
@@ -24,9 +16,9 @@ def executorch_file(folder: Path, tower: str) -> Path:
 
 
 def write_executorch(encoder: Encoder, folder: Path) -> None:
-    """executorch/vision_model.pte ([1, 3, h, w] → [1, d]) and text_model.pte ([1, context] → [1, d]), unit-norm, float32.
+    """Write executorch/vision_model.pte ([1, 3, h, w] → [1, d]) and text_model.pte ([1, context] → [1, d]).
 
-    Beside them about.json, which says how images and texts are made ready, and tokenizer.json one folder above.
+    Features are unit-norm float32. about.json beside them and tokenizer.json one folder above describe the inputs.
     """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import (  # type: ignore[import-not-found]
         XnnpackPartitioner,
@@ -37,13 +29,12 @@ def write_executorch(encoder: Encoder, folder: Path) -> None:
     tokenizer = convert_tokenizer(encoder)
     write_tokenizer(tokenizer, folder)
     files.write_json(folder / "executorch" / "about.json", describe(encoder, tokenizer, dynamic=False))
-    pixels = torch.zeros(1, 3, *encoder.spec.size)
-    texts = encoder.spec.tokenize(["a photo of a cat"])
-    for name, tower, example in (
-        ("vision", VisionTower(encoder), pixels),
-        ("text", TextTower(encoder, dynamic=False), texts),
-    ):
+    towers = {
+        "vision": (encoder.encode_image, torch.zeros(1, 3, *encoder.spec.size)),
+        "text": (encoder.encode_text, encoder.spec.tokenize(["a photo of a cat"])),
+    }
+    for name, (encode, example) in towers.items():
         with plain_attention():
-            program = torch.export.export(tower.eval(), (example,))
+            program = torch.export.export(Tower(encoder, encode).eval(), (example,))
             lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
         executorch_file(folder, name).write_bytes(lowered.buffer)

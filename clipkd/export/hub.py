@@ -1,10 +1,10 @@
-"""Upload of an exported folder to the Hugging Face hub."""
+"""Upload an exported folder to the Hugging Face hub."""
 
 from pathlib import Path
 
 
 def check_repository(repository: str) -> None:
-    """Before anything is written. Raises: ValueError if the name is none, or nobody is signed in."""
+    """Check before anything is written. Raises: ValueError if the name is invalid or no token is set."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -20,11 +20,9 @@ def check_repository(repository: str) -> None:
 
 
 def upload(folder: Path, repository: str, *, private: bool) -> str:
-    """Make the repository if there is none, upload the whole folder as one commit; returns the commit's address.
+    """Upload the folder as one commit and return the commit's address; files of earlier uploads stay.
 
-    Files of an earlier upload that this folder lacks stay. private: of a repository that is made here.
-
-    Raises: ValueError with what the hub says; the folder stays.
+    private: visibility of the repository if it is created here. Raises: ValueError with the hub's reason.
     """
     from huggingface_hub import HfApi
 
@@ -32,7 +30,7 @@ def upload(folder: Path, repository: str, *, private: bool) -> str:
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export by clipkd"))
-    except Exception as error:  # its own errors, its validators' and those of whatever HTTP library it uses
+    except Exception as error:  # errors of the hub, its validators and its HTTP library
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{folder} is written, but the hub did not take it as {repository}: {reason}; "

@@ -1,7 +1,6 @@
-"""Pixels as open_clip makes them of RGB images: PIL's resizing, a centre crop rounded half to even. Lies beside exported weights.
+"""An image processor that gives open_clip's pixels: PIL's resizing, a centre crop rounded half to even.
 
-Other images become RGB first. AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True) uses it, without that
-transformers' own, which differs slightly.
+Images become RGB first. AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True) uses it.
 """
 
 import numpy as np
@@ -25,13 +24,10 @@ class ExactImageProcessor(BaseImageProcessor):
         image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
         image, size, crop = image.convert("RGB"), self.options["size"], self.options.get("crop_size")
         if crop:
-            scale = size["shortest_edge"]
+            scale, width, height = size["shortest_edge"], crop["width"], crop["height"]
             image = image.resize([int(scale * side / min(image.size)) for side in image.size], self.options["resample"])
-            left, upper = (
-                round((side - wanted) / 2)
-                for side, wanted in zip(image.size, (crop["width"], crop["height"]), strict=True)
-            )
-            image = image.crop((left, upper, left + crop["width"], upper + crop["height"]))
+            left, upper = round((image.width - width) / 2), round((image.height - height) / 2)
+            image = image.crop((left, upper, left + width, upper + height))
         else:
             image = image.resize((size["width"], size["height"]), self.options["resample"])
         mean, std = (np.asarray(self.options[name], np.float32) for name in ("image_mean", "image_std"))

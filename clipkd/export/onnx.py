@@ -1,11 +1,11 @@
-"""The two towers as ONNX files, for ONNX Runtime and transformers.js: float32, float16 and int8, self-describing."""
+"""Write both towers as ONNX files for ONNX Runtime, transformers.js and immich: float32, float16 and int8, with metadata."""
 
 import contextlib
 import hashlib
 import importlib.metadata
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,62 +21,39 @@ from clipkd.models.onnx_student import onnx_file
 from clipkd.models.students import count_parameters
 
 OPSET = 18
-LARGEST = 2**31
-"""Bytes of one file: what protobuf can hold."""
 
 
-class VisionTower(nn.Module):
-    """Names of inputs are those of transformers.js, here and below."""
+class Tower(nn.Module):
+    """One encoder method as a module."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, encode: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.encode = encoder, encode
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.encoder.encode_image(pixel_values)
-
-
-class TextTower(nn.Module):
-    """dynamic: takes any number of tokens up to the context; else the whole context."""
-
-    def __init__(self, encoder: Encoder, *, dynamic: bool) -> None:
-        super().__init__()
-        self.encoder, self.dynamic = encoder, dynamic
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.encoder.encode_short(input_ids) if self.dynamic else self.encoder.encode_text(input_ids)
-
-
-def require_onnx() -> None:
-    """Raises: ValueError if what is needed is not installed."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"ONNX needs {error.name}: pip install 'clipkd[onnx]'") from error
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.encode(inputs)
 
 
 def check_preprocessing(encoder: Encoder) -> None:
-    """Raises: ValueError if an image is made ready in a way that the files' metadata cannot tell."""
-    mode, (height, width) = encoder.preprocess_config["resize_mode"], encoder.spec.size
-    if not (mode == "squash" or (mode == "shortest" and height == width)):
+    """Raises: ValueError if the files' metadata cannot describe the student's image preprocessing."""
+    mode, (height, width), interpolation = (
+        encoder.preprocess_config["resize_mode"],
+        encoder.spec.size,
+        encoder.spec.interpolation,
+    )
+    is_known = mode == "squash" or (mode == "shortest" and height == width)
+    if not (is_known and interpolation in ("bicubic", "bilinear")):
         raise ValueError(
-            f"{encoder.name} resizes images by {mode!r} to {height} × {width}; ONNX export knows 'squash', and 'shortest' "
-            "to a square; use --to open_clip"
-        )
-    if encoder.spec.interpolation not in ("bicubic", "bilinear"):
-        raise ValueError(
-            f"{encoder.name} interpolates images by {encoder.spec.interpolation!r}; ONNX export knows bicubic and bilinear; "
-            "use --to open_clip"
+            f"{encoder.name} resizes images by {mode!r} ({interpolation}) to {height} × {width}; ONNX export knows 'squash', "
+            "'shortest' to a square, bicubic and bilinear; use --to open_clip"
         )
 
 
 def write_onnx(encoder: Encoder, folder: Path) -> None:
-    """onnx/vision_model.onnx, onnx/text_model.onnx and tokenizer.json below a folder, in float32.
+    """Write onnx/vision_model.onnx, onnx/text_model.onnx (float32) and tokenizer.json.
 
-    Outputs are unit-norm. Batch is dynamic, and so is the number of tokens where the text tower is causal.
-    Raises: ValueError if a tower cannot be exported.
+    Outputs are unit-norm. The batch size is dynamic; so is the number of tokens if the text tower is causal.
+    Raises: ValueError or an error of torch's exporter if a tower cannot be exported.
     """
     check_preprocessing(encoder)
     tokenizer = convert_tokenizer(encoder)
@@ -85,42 +62,33 @@ def write_onnx(encoder: Encoder, folder: Path) -> None:
     pixels = torch.randn(2, 3, *encoder.spec.size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         dynamic = encoder.short_text_tower is not None and encoder.looks_back_only(texts)
-    about = describe(encoder, tokenizer, dynamic=dynamic)
+    about = {key: json.dumps(value) for key, value in describe(encoder, tokenizer, dynamic=dynamic).items()}
     batch = torch.export.Dim("batch")
     sequence = {1: torch.export.Dim("sequence", min=2, max=texts.shape[1])} if dynamic else {}
+    encode_text = encoder.encode_short if dynamic else encoder.encode_text
     (folder / "onnx").mkdir(exist_ok=True)
-    for name, tower, example, argument, output, shape in (
-        ("vision", VisionTower(encoder), pixels, "pixel_values", "image_embeds", {0: batch}),
-        ("text", TextTower(encoder, dynamic=dynamic), texts, "input_ids", "text_embeds", {0: batch, **sequence}),
+    for name, encode, example, argument, output, shape in (
+        ("vision", encoder.encode_image, pixels, "pixel_values", "image_embeds", {0: batch}),
+        ("text", encode_text, texts, "input_ids", "text_embeds", {0: batch, **sequence}),
     ):
-        if 4 * count_parameters(encoder.model)["image" if name == "vision" else "text"] > LARGEST:
-            raise ValueError(f"{encoder.name}: its {name} tower has more than 2 GB, the limit of one ONNX file")
-        try:
-            with plain_attention():
-                program = torch.onnx.export(
-                    tower.eval(),
-                    (example,),
-                    dynamo=True,
-                    input_names=[argument],
-                    output_names=[output],
-                    dynamic_shapes={argument: shape},
-                    opset_version=OPSET,
-                    external_data=False,
-                    verbose=False,
-                )
-        except (RuntimeError, ValueError, torch.onnx.OnnxExporterError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{encoder.name}: torch cannot export its {name} tower to ONNX: {reason}") from error
+        with plain_attention():
+            program = torch.onnx.export(
+                Tower(encoder, encode).eval(),
+                (example,),
+                dynamo=True,
+                input_names=[argument],  # names as in transformers.js
+                output_names=[output],
+                dynamic_shapes=(shape,),
+                opset_version=OPSET,
+                external_data=False,
+                verbose=False,
+            )
         assert program is not None
-        save(
-            program.model_proto,
-            onnx_file(folder, name, "onnx"),
-            {key: json.dumps(value) for key, value in about.items()},
-        )
+        save(program.model_proto, onnx_file(folder, name, "onnx"), about)
 
 
 def describe(encoder: Encoder, tokenizer: Tokenizer, *, dynamic: bool) -> dict[str, Any]:
-    """What one needs to use the towers; every value is JSON. dynamic: texts may be shorter than the context."""
+    """Metadata needed to run the towers, as JSON values. dynamic: texts may be shorter than the context."""
     pixels = torch.zeros(1, 3, *encoder.spec.size)
     tokens = encoder.spec.tokenize(["a photo of a cat"])
     with torch.inference_mode():
@@ -150,11 +118,11 @@ def describe(encoder: Encoder, tokenizer: Tokenizer, *, dynamic: bool) -> dict[s
     }
 
 
-def write_int8(folder: Path) -> None:
-    """Weights of the float32 files in 8 bits, activations quantized as they come: MatMul, in text also the embedding.
+def write_int8(_: Encoder, folder: Path) -> None:
+    """Write the float32 files with 8-bit weights (MatMul, in text also the embedding) and dynamic activation scales.
 
-    Unsigned weights: products of unsigned with signed bytes overflow 16 bits on x86 CPUs without VNNI, so that a file would
-    give other answers there. Convolutions stay float32: ONNX Runtime's dynamic ones are slower than that on most CPUs.
+    Weights are unsigned: products of unsigned and signed bytes overflow 16 bits on x86 CPUs without VNNI, which changes the
+    features there. Convolutions stay float32: ONNX Runtime's dynamic int8 ones are slower on most CPUs.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -162,11 +130,11 @@ def write_int8(folder: Path) -> None:
     for tower, operators in (("vision", ["MatMul"]), ("text", ["MatMul", "Gather"])):
         source, path = onnx_file(folder, tower, "onnx"), onnx_file(folder, tower, "onnx-int8")
         quantize_dynamic(source, path, op_types_to_quantize=operators, per_channel=True, weight_type=QuantType.QUInt8)
-        save(onnx.load(path), path, metadata(onnx.load(source)))  # without what the quantizer adds, which is not JSON
+        save(onnx.load(path), path, metadata(onnx.load(source)))  # without the quantizer's metadata, which is not JSON
 
 
-def write_fp16(folder: Path) -> None:
-    """The float32 files with weights and arithmetic in float16, inputs and outputs in float32.
+def write_fp16(_: Encoder, folder: Path) -> None:
+    """Write the float32 files with float16 weights and arithmetic, and float32 inputs and outputs.
 
     LayerNormalization stays float32: with it in float16, ONNX Runtime 1.31 and 1.32 crash at their default optimisation.
     """
@@ -175,16 +143,15 @@ def write_fp16(folder: Path) -> None:
 
     for tower in ("vision", "text"):
         model = onnx.load(onnx_file(folder, tower, "onnx"))
+        blocked = [*DEFAULT_OP_BLOCK_LIST, "LayerNormalization"]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of values too small for float16: they become 0, which parity then shows
-            half = convert_float_to_float16(
-                model, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, "LayerNormalization"]
-            )
+            warnings.simplefilter("ignore")  # values that underflow float16 become 0; parity measures the effect
+            half = convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked)
         save(half, onnx_file(folder, tower, "onnx-fp16"), metadata(model))
 
 
 def write_immich(encoder: Encoder, folder: Path) -> None:
-    """visual/ and textual/ below immich/, with the names and types that immich's CLIP models have (immich-app/immich)."""
+    """Write immich/visual/ and immich/textual/ with the names and types of immich's CLIP models (immich-app/immich)."""
     import onnx
 
     target = folder / "immich"
@@ -197,16 +164,15 @@ def write_immich(encoder: Encoder, folder: Path) -> None:
                 if used == entry.name:
                     node.input[place] = f"{argument}_int64" if name == "textual" else argument
         entry.name = argument
-        if name == "textual":  # immich gives tokens as int32
+        if name == "textual":  # immich passes tokens as int32
             entry.type.tensor_type.elem_type = onnx.TensorProto.INT32
             cast = onnx.helper.make_node("Cast", [argument], [f"{argument}_int64"], to=onnx.TensorProto.INT64)
             model.graph.node.insert(0, cast)
         save(model, target / name / "model.onnx", metadata(model))
-    tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    (target / "textual" / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-    pad_id = (json.loads(tokenizer)["padding"] or {}).get("pad_id", 0)
-    vocabulary = {number: token for token, number in json.loads(tokenizer)["model"]["vocab"].items()}
-    files.write_json(target / "textual" / "tokenizer_config.json", {"pad_token": vocabulary[pad_id]})
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    write_tokenizer(tokenizer, target / "textual")
+    pad_token = tokenizer.id_to_token((tokenizer.padding or {}).get("pad_id", 0))
+    files.write_json(target / "textual" / "tokenizer_config.json", {"pad_token": pad_token})
     files.write_json(target / "visual" / "preprocess_cfg.json", encoder.preprocess_config)
     files.write_json(target / "config.json", encoder.model_config or {})
 
@@ -216,7 +182,7 @@ def metadata(model: Any) -> dict[str, str]:
 
 
 def save(model: Any, path: Path, about: Mapping[str, str]) -> None:
-    """Without what the exporter notes of itself: lines of code and their paths. Raises: OSError that names the file."""
+    """Write a model with this metadata, without the exporter's notes, which hold source lines and paths."""
     import onnx
 
     graph = model.graph
@@ -225,20 +191,17 @@ def save(model: Any, path: Path, about: Mapping[str, str]) -> None:
         del part.metadata_props[:]
     onnx.helper.set_model_props(model, dict(about))
     content = model.SerializeToString()
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    files.write_whole(path, lambda file: file.write(content))
 
 
 @contextlib.contextmanager
 def plain_attention() -> Iterator[None]:
-    """The fused kernel of inference has no ONNX operator."""
+    """Disable the fused attention kernel of inference, which has no ONNX operator, gradients and exporter warnings."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # the exporter's own, about its internals
+            warnings.simplefilter("ignore")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)

@@ -1,6 +1,6 @@
-"""Proof of an export: each artefact, as its own software loads it, beside the student.
+"""Parity checks: load each artefact with its own software in a subprocess and compare its features with the student's.
 
-A process of its own: a runtime that crashes becomes a row of parity.json, and the formats after it get another process.
+A runtime that crashes becomes a row of parity.json, and the remaining formats run in a new subprocess.
 """
 
 import contextlib
@@ -9,8 +9,6 @@ import io
 import json
 import logging
 import os
-import signal
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,40 +22,42 @@ import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers.utils import logging as quiet
+from transformers.utils import logging as transformers_logging
 
 from clipkd import files
 from clipkd.export.artefacts import FORMATS
 from clipkd.export.executorch import executorch_file
-from clipkd.export.hugging_face import TOLERANCE
-from clipkd.export.probes import Probes
+from clipkd.export.probes import Probes, read_probes
 from clipkd.export.snippets import snippet
-from clipkd.inference import isolated as apart
+from clipkd.inference.isolated import describe_exit, run_module
 from clipkd.models.onnx_student import OnnxStudent, preprocess
 from clipkd.progress import console
+
+TOLERANCE = 1e-5
+"""Largest difference of a float32 artefact's unit-norm features from the student's."""
 
 PACKAGES = {
     "open_clip": ("open_clip_torch", "torch"),
     "hf": ("transformers", "torch"),
     "executorch": ("executorch", "torch"),
-    "onnx": ("onnxruntime", "tokenizers"),
 }
+ONNX_PACKAGES = ("onnxruntime", "tokenizers")
 
 Towers = tuple[Callable[[list[Image.Image]], Tensor], Callable[[list[str]], Tensor]]
-"""Images → features, captions → features, by an artefact's own preprocessing and tokenizer."""
+"""Images → features and captions → features, with the artefact's own preprocessing and tokenizer."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is told."""
+    """Paths and settings for the subprocess."""
 
     folder: str
     """The export, under its temporary name."""
     probes: str
     rows: str
-    """Where rows go, one line each, as they are finished."""
+    """JSON lines file for the finished rows."""
     student: str
-    """An open_clip folder of the student, that scores are paired with."""
+    """An open_clip folder of the student, the reference for paired scores."""
     sigmoid: bool = False
     """Whether the student has a logit bias."""
     tasks: Sequence[str] = ()
@@ -65,40 +65,36 @@ class Job:
     results: str = ""
 
 
-def prove(job: Job, formats: list[str]) -> list[dict[str, Any]]:
-    """A row of each format; `error` says why where there is nothing to show."""
-    path = Path(job.rows).with_name("job.json")
-    path.write_text(json.dumps(asdict(job)), encoding="utf-8")
+def check_parity(job: Job, formats: list[str]) -> list[dict[str, Any]]:
+    """One row per format; `error` is the reason if its parity could not be shown."""
+    rows, path = Path(job.rows), Path(job.rows).with_name("job.json")
+    files.write_json(path, asdict(job))
     environment = {
         name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }
-    environment["HF_MODULES_CACHE"] = str(path.parent / "modules")  # where transformers copies a folder's code to
+    environment["HF_MODULES_CACHE"] = str(path.parent / "modules")  # transformers copies a folder's code there
     remaining = list(formats)
     while remaining:
-        command = apart.command("clipkd.export.parity", str(path), *remaining)
-        code = subprocess.run(command, env=environment, check=False).returncode
-        finished = [row["format"] for row in files.read_rows(Path(job.rows))]
+        code = run_module("clipkd.export.parity", str(path), *remaining, environment=environment).returncode
+        finished = [row["format"] for row in files.read_rows(rows)]
         remaining = [format for format in remaining if format not in finished]
-        if code in (-signal.SIGINT, 128 + signal.SIGINT):
-            raise KeyboardInterrupt
-        if remaining:  # it has ended before its time
-            files.append_row(Path(job.rows), {"format": remaining.pop(0), "error": apart.describe_end(code)})
-    rows = {row["format"]: row for row in files.read_rows(Path(job.rows))}
-    return [rows[format] for format in formats]
+        if remaining:  # it crashed on the first of them
+            files.append_row(rows, {"format": remaining.pop(0), "error": describe_exit(code)})
+    by_format = {row["format"]: row for row in files.read_rows(rows)}
+    return [by_format[format] for format in formats]
 
 
-def prove_one(job: Job, format: str) -> dict[str, Any]:
-    folder, probes = Path(job.folder), Probes(Path(job.probes))
-    family = "onnx" if format.startswith("onnx") or format == "immich" else format
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES[family]}
+def check_format(job: Job, format: str) -> dict[str, Any]:
+    folder, probes = Path(job.folder), read_probes(Path(job.probes))
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES.get(format, ONNX_PACKAGES)}
     row: dict[str, Any] = {"format": format, "error": None, "versions": versions}
     try:
-        row |= differences(open_artefact(job, format), probes)
+        row |= differences(open_artefact(folder, format), probes)
         if format == "hf":
             row["default_processor"] = differences(open_transformers(folder, exact=False), probes)["image"]
         row["snippet_output"] = run_snippet(folder, snippet(format, sigmoid=job.sigmoid))
         row["zero_shot"] = score(job, format)
-    except Exception as error:  # whatever a runtime throws is what there is to say of this artefact
+    except Exception as error:  # runtimes raise anything
         return {**row, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
     worst = max(row["image"]["max_abs_difference"], row["text"]["max_abs_difference"])
     if FORMATS[format].exact and not worst <= TOLERANCE:
@@ -107,36 +103,30 @@ def prove_one(job: Job, format: str) -> dict[str, Any]:
 
 
 def differences(towers: Towers, probes: Probes) -> dict[str, Any]:
-    """Between an artefact's features and the student's; flips: images whose most similar caption is another."""
+    """Compare an artefact's features with the student's; argmax_flips: images whose most similar caption differs."""
     encode_images, encode_texts = towers
-    images = [Image.open(path).convert("RGB") for path in probes.images]
     with torch.inference_mode():
-        found = {"image": encode_images(images), "text": encode_texts(probes.captions)}
-    expected = probes.features()
+        found = {"image": encode_images(probes.images), "text": encode_texts(probes.captions)}
     row: dict[str, Any] = {}
     for name, features in found.items():
         if not features.isfinite().all():
             raise ValueError(f"{name} features are not finite")
         row[name] = {
-            "max_abs_difference": (features - expected[name]).abs().max().item(),
-            "min_cosine": F.cosine_similarity(features, expected[name], dim=1).min().item(),
+            "max_abs_difference": (features - probes.features[name]).abs().max().item(),
+            "min_cosine": F.cosine_similarity(features, probes.features[name], dim=1).min().item(),
         }
-    answers = [(each["image"] @ each["text"].T).argmax(dim=1) for each in (found, expected)]
+    answers = [(each["image"] @ each["text"].T).argmax(dim=1) for each in (found, probes.features)]
     flips = int((answers[0] != answers[1]).sum())
-    return row | {"argmax_flips": flips, "num_images": len(images), "num_captions": len(probes.captions)}
+    return row | {"argmax_flips": flips, "num_images": len(probes.images), "num_captions": len(probes.captions)}
 
 
-def open_artefact(job: Job, format: str) -> Towers:
-    """As a user of that software would, without clipkd's own loaders (ONNX has none but ours)."""
-    folder = Path(job.folder)
-    if format == "open_clip":
-        return open_stock_open_clip(folder)
+def open_artefact(folder: Path, format: str) -> Towers:
+    """Load an artefact as a user of its software would, not through `load_model`."""
+    openers = {"open_clip": open_stock_open_clip, "executorch": open_executorch, "immich": open_immich}
+    if format in openers:
+        return openers[format](folder)
     if format == "hf":
         return open_transformers(folder, exact=True)
-    if format == "executorch":
-        return open_executorch(folder)
-    if format == "immich":
-        return open_immich(folder)
     student = OnnxStudent.load(folder, format)
     return (
         lambda images: torch.from_numpy(student.encode_images(images)),
@@ -147,10 +137,9 @@ def open_artefact(job: Job, format: str) -> Towers:
 def open_stock_open_clip(folder: Path) -> Towers:
     import open_clip
 
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    found: tuple[Any, ...] = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tokenize = open_clip.get_tokenizer(f"local-dir:{folder}")
-    clip: Any = model.eval()
-    transform: Any = preprocess
+    clip, transform = found[0].eval(), found[2]
     return (
         lambda images: clip.encode_image(torch.stack([transform(each) for each in images]), normalize=True),
         lambda texts: clip.encode_text(tokenize(texts), normalize=True),
@@ -158,7 +147,7 @@ def open_stock_open_clip(folder: Path) -> Towers:
 
 
 def open_transformers(folder: Path, *, exact: bool) -> Towers:
-    """exact: with the folder's own image processor, which crops as torchvision does."""
+    """exact: with the image processor in exact/ in place of transformers' own."""
     from transformers import AutoModel, AutoProcessor
 
     model = AutoModel.from_pretrained(folder).eval()
@@ -166,9 +155,8 @@ def open_transformers(folder: Path, *, exact: bool) -> Towers:
     length = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
 
     def encode_images(images: list[Image.Image]) -> Tensor:
-        return F.normalize(
-            model.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output, dim=-1
-        )
+        pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+        return F.normalize(model.get_image_features(pixels).pooler_output, dim=-1)
 
     def encode_texts(texts: list[str]) -> Tensor:
         ids = processor(text=texts, **length)["input_ids"]
@@ -186,19 +174,19 @@ def open_executorch(folder: Path) -> Towers:
     about = json.loads((folder / "executorch" / "about.json").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_padding(length=about["context_length"], pad_id=about["pad_id"])
-    # Copied, as the next run writes into the same memory.
+
+    def run(method: Any, inputs: list[Tensor]) -> Tensor:
+        # Cloned, because the next run reuses the output's memory.
+        return torch.cat([method.execute([each])[0].clone() for each in inputs])
+
     return (
-        lambda images: torch.cat(
-            [vision.execute([torch.from_numpy(preprocess(each, about))[None]])[0].clone() for each in images]  # type: ignore[union-attr]
-        ),
-        lambda texts: torch.cat(
-            [text.execute([torch.tensor([tokenizer.encode(each).ids])])[0].clone() for each in texts]  # type: ignore[union-attr]
-        ),
+        lambda images: run(vision, [torch.from_numpy(preprocess(each, about))[None] for each in images]),
+        lambda texts: run(text, [torch.tensor([tokenizer.encode(each).ids]) for each in texts]),
     )
 
 
 def open_immich(folder: Path) -> Towers:
-    """As immich does: one at a time, its names, tokens as int32 padded to the context."""
+    """Run the files as immich does: one input at a time, tokens as int32 padded to the context."""
     import onnxruntime
 
     student, own = OnnxStudent.load(folder), folder / "immich"
@@ -221,7 +209,7 @@ def open_immich(folder: Path) -> Towers:
 
 
 def run_snippet(folder: Path, code: str | None) -> str | None:
-    """What the card's snippet prints, run in the folder; None without one."""
+    """The output of the card's snippet, run in the folder; None without a snippet."""
     if code is None:
         return None
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out:
@@ -230,37 +218,31 @@ def run_snippet(folder: Path, code: str | None) -> str | None:
 
 
 def score(job: Job, format: str) -> list[dict[str, Any]] | None:
-    """The artefact's zero-shot results by `clipkd eval`, paired with the student's; None without tasks or for other software."""
+    """The artefact's zero-shot results from `clipkd eval`, paired with the student's; None without data or for other software."""
     if not job.data or format in ("executorch", "immich"):
         return None
     from clipkd.evaluation.command import EvalConfig, run
 
     name = f"{'local-dir' if format == 'open_clip' else format}:{job.folder}"
-    config = EvalConfig(
-        model=name,
-        teacher=f"local-dir:{job.student}",
-        task=tuple(job.tasks),
-        data=tuple(job.data),
-        output=job.results,
-        num_workers=0,
-    )
+    tasks, data, teacher = tuple(job.tasks), tuple(job.data), f"local-dir:{job.student}"
+    config = EvalConfig(model=name, teacher=teacher, task=tasks, data=data, output=job.results, num_workers=0)
     with contextlib.redirect_stdout(io.StringIO()):
         rows = run(config)
-    return [summary(row, rows) for row in rows if row["model"] == name]
+    return [summarise(row, rows) for row in rows if row["model"] == name]
 
 
-def summary(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The fields that a card shows: the artefact's score, the student's, and the paired difference."""
+def summarise(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The artefact's score, the student's, and the paired difference, for the card."""
     (student,) = [each for each in rows if each["key"] == row["key"] and each["model"] != row["model"]]
-    beside = row["teacher"]["paired"]
+    paired = row["teacher"]["paired"]
     return {
         "task": row["key"],
         "n": row["n"],
         "metric": row["main_metric_name"],
         "metrics": row["metrics"],
         "student_metrics": student["metrics"],
-        "difference": beside["difference"],
-        "ci95": beside["ci95"],
+        "difference": paired["difference"],
+        "ci95": paired["ci95"],
         "same_answer": row["teacher"].get("agreement"),
     }
 
@@ -268,9 +250,9 @@ def summary(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     logging.getLogger().setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    quiet.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     job_path, *formats = sys.argv[1:]
     job = Job(**json.loads(Path(job_path).read_text(encoding="utf-8")))
     for format in formats:
         console.print(f"export: verifying {format}")
-        files.append_row(Path(job.rows), prove_one(job, format))
+        files.append_row(Path(job.rows), check_format(job, format))

@@ -1,4 +1,4 @@
-"""Code for the users of an exported student, one listing per runtime. Each is run when a student is exported."""
+"""Example code for the model card, one listing per runtime; each export runs it and shows its output."""
 
 import json
 
@@ -23,7 +23,7 @@ with torch.inference_mode():
     image = model.eval().encode_image(preprocess(image)[None], normalize=True)
     text = model.encode_text(tokenizer(labels), normalize=True)
     logits = model.logit_scale.exp() * image @ text.T
-probabilities = logits.softmax(dim=-1)[0].tolist()
+probabilities = %PROBABILITIES%[0].tolist()
 {SHOW}"""
 
 TRANSFORMERS = f"""\
@@ -39,7 +39,7 @@ image = Image.open("example.png").convert("RGB")
 inputs = processor(images=image, text=labels, return_tensors="pt", **length)
 with torch.inference_mode():
     logits = model(**inputs).logits_per_image
-probabilities = logits.softmax(dim=-1)[0].tolist()
+probabilities = %PROBABILITIES%[0].tolist()
 {SHOW}"""
 
 PIXELS = """\
@@ -57,7 +57,7 @@ pixels = pixels.transpose(2, 0, 1)[None].astype(np.float32)
 """
 LOGITS = f"""\
 logits = about["logit_scale"] * image_embeds @ text_embeds.T
-probabilities = (np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())[0]
+probabilities = %PROBABILITIES%[0]
 {SHOW}"""
 
 ONNX = f"""\
@@ -98,23 +98,24 @@ text_embeds = np.concatenate([text.execute([each])[0].numpy() for each in ids])
 {LOGITS}"""
 
 
-SIGMOID = {
-    OPEN_CLIP: ("logits.softmax(dim=-1)", "(logits + model.logit_bias).sigmoid()"),
-    TRANSFORMERS: ("logits.softmax(dim=-1)", "(logits + getattr(model.config, 'logit_bias', 0)).sigmoid()"),
-    LOGITS: (
-        "(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())[0]",
-        '(1 / (1 + np.exp(-logits - about["logit_bias"])))[0]',
-    ),
+TORCH_SOFTMAX = "logits.softmax(dim=-1)"
+NUMPY = (
+    "(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())",
+    '(1 / (1 + np.exp(-logits - about["logit_bias"])))',
+)
+SNIPPETS = {
+    "open_clip": (OPEN_CLIP, TORCH_SOFTMAX, "(logits + model.logit_bias).sigmoid()"),
+    # SiglipModel adds its bias itself; CLIPModel has none, so config.json keeps it.
+    "hf": (TRANSFORMERS, TORCH_SOFTMAX, "(logits + getattr(model.config, 'logit_bias', 0)).sigmoid()"),
+    **{format: (ONNX.replace("%SUFFIX%", suffix), *NUMPY) for format, suffix in SUFFIXES.items()},
+    "executorch": (EXECUTORCH, *NUMPY),
 }
-"""What a model with a logit bias does in place of a softmax: every label is judged on its own."""
+"""Format → code, probabilities of a softmax model, probabilities of a model with a logit bias."""
 
 
 def snippet(format: str, *, sigmoid: bool = False) -> str | None:
-    """Code that a user of that runtime can paste, in the folder; None where there is none to show."""
-    code = {"open_clip": OPEN_CLIP, "hf": TRANSFORMERS, "executorch": EXECUTORCH}.get(format)
-    if format in SUFFIXES:
-        code = ONNX.replace("%SUFFIX%", SUFFIXES[format])
-    if code is not None and sigmoid:
-        for softmax, instead in SIGMOID.values():
-            code = code.replace(softmax, instead)
-    return code
+    """Code that runs in the exported folder; None for formats without an example."""
+    if format not in SNIPPETS:
+        return None
+    code, softmax, with_bias = SNIPPETS[format]
+    return code.replace("%PROBABILITIES%", with_bias if sigmoid else softmax)

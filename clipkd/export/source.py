@@ -1,4 +1,4 @@
-"""The student to be exported, and what is known of how it was made."""
+"""Load the student to export and collect where it comes from."""
 
 import re
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from clipkd.models.load import load_model
 
 @dataclass(frozen=True)
 class Source:
-    """Where a student comes from; of a folder of weights, only its name. Fit to be published: no path of this machine."""
+    """Origin of a student, without paths of this machine; of a bare model folder only its name is known."""
 
     checkpoint: str
     weights: str
     config: dict[str, Any] | None = None
-    """The training run's, resolved."""
+    """Resolved configuration of the training run."""
     step: int | None = None
     teachers: tuple[str, ...] = ()
-    """SHA-256 of the teachers' weights."""
+    """SHA-256 of each teacher's weights."""
     results: tuple[dict[str, Any], ...] = ()
-    """Evaluations of these weights while they were trained."""
+    """Evaluations of these weights during training."""
 
 
 def open_student(name: str, *, ema: bool) -> tuple[Encoder, Source]:
@@ -33,8 +33,7 @@ def open_student(name: str, *, ema: bool) -> tuple[Encoder, Source]:
     if not path.is_dir():
         raise ValueError(f"no checkpoint {name}; name a run folder, a checkpoint or a model folder")
     if not run_folder.is_run(path):
-        encoder = load_model(name, ema=ema)
-        return encoder, Source(path.resolve().name, "weights")
+        return load_model(name, ema=ema), Source(path.resolve().name, "weights")
     folder = run_folder.resolve(path).resolve()
     encoder = load_model(str(folder), ema=ema)
     state = run_folder.read_state(folder)
@@ -52,7 +51,7 @@ def open_student(name: str, *, ema: bool) -> tuple[Encoder, Source]:
 
 
 def publishable(value: Any) -> Any:
-    """Options without what is nobody's business: folders above a file, commands, and passwords and queries of addresses."""
+    """Remove private parts from options: parent folders of paths, commands, credentials and queries of URLs."""
     if isinstance(value, dict):
         return {key: publishable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

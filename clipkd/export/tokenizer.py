@@ -1,4 +1,4 @@
-"""The tokenizer that a model was trained with → a `tokenizers` file, which needs neither open_clip nor ftfy to run."""
+"""Convert a model's tokenizer to a tokenizer.json, which runs without open_clip and ftfy."""
 
 import json
 import re
@@ -19,15 +19,15 @@ from clipkd.models.create import find_text_tower
 from clipkd.models.encoder import PROBES, Encoder
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-"""What transformers and others call the two tokens that open_clip calls <start_of_text> and <end_of_text>."""
+"""transformers' names of open_clip's <start_of_text> and <end_of_text>."""
 
 WORDS = r"(?i:'[sſ]|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-"""The pieces that CLIP's BPE works on."""
+"""The words that CLIP's BPE splits further."""
 
 FINAL_SIGMA = (
     r"(?<=\p{Cased}|\p{Cased}\p{Case_Ignorable}|\p{Cased}\p{Case_Ignorable}{2})Σ(?!\p{Case_Ignorable}*\p{Cased})"
 )
-"""Python lowers a Σ that ends a word to ς, `tokenizers` every Σ to σ."""
+"""A Σ that ends a word: Python lowers it to ς, `tokenizers` to σ."""
 
 CHECKED = (
     *PROBES,
@@ -38,22 +38,22 @@ CHECKED = (
     *("it&#39;s &#x27;y&#x27;&nbsp;z &rsquo; &#8220;q&#x201D;", "I &hearts; it &apos;s &EACUTE;"),
     *("x <|endoftext|> y<|startoftext|>!", "supercalifragilisticexpialidocious" * 9),
 )  # fmt: skip
-"""Texts of which a converted tokenizer must make the same ids."""
+"""Texts for which a converted tokenizer must give the same ids."""
 
 
 def convert_tokenizer(encoder: Encoder) -> Tokenizer:
-    """A tokenizer with the ids of encoder.spec.tokenize, start, end, cutting and padding included.
+    """Convert encoder.spec.tokenize, with its start and end tokens, truncation and padding.
 
-    A causal tower that pools at the end token gets texts padded to the longest of a batch; any other sees its padding, and
-    gets the whole context padded as in training. CLIP's BPE is written from open_clip's, under transformers' names of
-    the special tokens. These stay ordinary text in captions, as they were in training.
+    A causal tower that pools at the end token gets texts padded to the longest of the batch; any other sees its padding and
+    gets it to the full context, as in training. CLIP's BPE uses transformers' names of the special tokens; spelled out in a
+    caption, these stay ordinary text, as in training.
 
-    What stays different, since `tokenizers` has no rule for it: mojibake that ftfy repairs ("Ã©"); entities other than
-    numbers of, and names for, HTML 4's characters; entities of curly quotes in a text that also has a "<", or without their
-    semicolon; a caption that spells out open_clip's own <start_of_text> or <end_of_text>; for a transformers tokenizer, one
-    that spells out its special tokens; letters younger than the Unicode tables of either side.
+    Known differences, for which `tokenizers` has no rule: mojibake that ftfy repairs ("Ã©"); entities other than numbers and
+    names of HTML 4's characters; entities of curly quotes in a text with a "<" or without their semicolon; captions with
+    open_clip's own <start_of_text> or <end_of_text> (for a transformers tokenizer, its special tokens); letters newer than
+    the Unicode tables of either side.
 
-    Raises: ValueError if the tokenizer cannot be written so that the ids of CHECKED are equal.
+    Raises: ValueError if the ids of CHECKED cannot be reproduced.
     """
     tokenize: Any = encoder.spec.tokenize
     if isinstance(tokenize, open_clip.SimpleTokenizer):
@@ -69,35 +69,33 @@ def convert_tokenizer(encoder: Encoder) -> Tokenizer:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """tokenizer.json, the same for every format."""
+    """Write tokenizer.json, the same for every format."""
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
 def sees_padding(encoder: Encoder) -> bool:
-    """Whether a text's features depend on what stands behind its end token."""
+    """Whether a text's features depend on the tokens after its end token."""
     tower, _ = find_text_tower(encoder.model)
     pool_type = getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", None)
     return encoder.short_text_tower is None or pool_type not in ("argmax", "eos")
 
 
 def convert_bpe(bpe: open_clip.SimpleTokenizer) -> Tokenizer:
-    """CLIP's byte-pair encoding, with open_clip's vocabulary, cleaning and cutting; no padding yet.
+    """Convert open_clip's byte-pair encoding, with cleaning and truncation but without padding.
 
     Raises: ValueError for additional special tokens and for texts shortened at random.
     """
     if bpe.reduction_fn is not None:
-        raise ValueError(
-            "a tokenizer with a reduction_mask drops tokens at random: no file can say so; train without it"
-        )
+        raise ValueError("a tokenizer with a reduction_mask drops tokens at random, which no file can express")
     if len(bpe.all_special_ids) != 2:
         raise ValueError(
-            f"the tokenizer has {len(bpe.all_special_ids)} special tokens; only those of start and end can be written"
+            f"the tokenizer has {len(bpe.all_special_ids)} special tokens; only start and end can be written"
         )
     names = {bpe.sot_token_id: START, bpe.eot_token_id: END}
     vocabulary = {names.get(number, token): number for token, number in bpe.encoder.items()}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[(a, b) for a, b in bpe.bpe_ranks], end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence(cleaning(bpe.clean_fn))
-    # Not ByteLevel's own regex behind ours: it would cut runs of punctuation once more.
+    # Without ByteLevel's own regex, which would split runs of punctuation again.
     words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -111,16 +109,16 @@ def convert_bpe(bpe: open_clip.SimpleTokenizer) -> Tokenizer:
 
 
 def copy_fast(tokenize: Any, name: str) -> Tokenizer:
-    """The Rust half of a transformers tokenizer, cleaning, cutting and padding as open_clip's HFTokenizer does.
+    """Copy the `tokenizers` part of a transformers tokenizer, with the cleaning, truncation and padding of open_clip.
 
-    Raises: ValueError if there is none, or for what open_clip does to its ids afterwards.
+    Raises: ValueError if it has no such part, or open_clip changes its ids afterwards.
     """
     fast = getattr(getattr(tokenize, "tokenizer", None), "backend_tokenizer", None)
     if fast is None:
         raise ValueError(f"{name}: a {type(tokenize).__name__} has no tokenizer.json; use --to open_clip")
     for option in ("tokenizer_mode", "strip_sep_token"):
         if found := getattr(tokenize, option, None):
-            raise ValueError(f"{name}: tokenizer.json cannot say {option}={found!r}; use --to open_clip")
+            raise ValueError(f"{name}: tokenizer.json cannot express {option}={found!r}; use --to open_clip")
     outer = tokenize.tokenizer
     tokenizer = Tokenizer.from_str(fast.to_str())
     if clean := getattr(tokenize, "clean_fn", None):
@@ -137,10 +135,10 @@ def copy_fast(tokenize: Any, name: str) -> Tokenizer:
 
 
 def cleaning(clean: Any) -> list[Normalizer]:
-    """open_clip's cleaning of a caption: ftfy's repairs, entities, then spaces and case as `clean` has it."""
+    """open_clip's cleaning of a caption: ftfy's repairs, entities, then spaces and case according to `clean`."""
     known = {get_clean_fn(name): name for name in ("lower", "whitespace", "canonicalize")}
     if clean not in known:
-        raise ValueError(f"the tokenizer cleans texts by {clean}; tokenizer.json can say {sorted(known.values())}")
+        raise ValueError(f"the tokenizer cleans texts by {clean}; tokenizer.json can express {sorted(known.values())}")
     last: list[Normalizer] = [Replace(Regex(r"\s+"), " "), Strip()]
     if known[clean] == "canonicalize":
         last = [Replace("_", " "), Replace(Regex(f"[{re.escape(string.punctuation)}]"), ""), *last]
@@ -150,7 +148,7 @@ def cleaning(clean: Any) -> list[Normalizer]:
 
 
 def repairs() -> Iterable[Normalizer]:
-    """ftfy.fix_text and html.unescape, in an order that needs no second pass; a rule that finds nothing costs 0.3 µs."""
+    """ftfy.fix_text and html.unescape as rules, in an order that needs no second pass."""
     for wide, usual in chardata.WIDTH_MAP.items():
         yield Replace(chr(wide), usual)
     yield Replace(Regex("&(?:amp;|AMP;|#0*38;|#[xX]26;)+"), "&")
@@ -163,13 +161,13 @@ def repairs() -> Iterable[Normalizer]:
     yield Replace(Regex(chardata.DOUBLE_QUOTE_RE.pattern), '"')
     yield Replace(Regex(chardata.SINGLE_QUOTE_RE.pattern), "'")
     yield Replace(Regex(r"\x1b\[[\d;]*[a-zA-Z]"), "")
-    # \t, \n, \f and \r are left, as ftfy leaves them; they become spaces.
+    # ftfy leaves \t, \n, \f and \r; they become spaces.
     yield Replace(Regex(r"[\x00-\x08\x0b\x0e-\x1f\x7f\x{206a}-\x{206f}\x{feff}\x{fff9}-\x{fffc}]"), "")
     yield normalizers.NFC()
 
 
 def references() -> dict[str, str]:
-    """Regular expressions of the names and numbers of HTML 4's characters and of Windows-1252's."""
+    """Character → regular expression of its entities, for the characters of HTML 4 and Windows-1252."""
     named: dict[str, list[str]] = {c: [] for c in (*map(chr, entities.codepoint2name), *string.punctuation)}
     numbered = {character: [ord(character)] for character in named}
     for number in range(0x80, 0xA0):
@@ -178,7 +176,7 @@ def references() -> dict[str, str]:
         if character in named:
             named[character].append(entity[1:])
     for name, character in entities.html5.items():
-        if not name.endswith(";"):  # an old one, also understood where its semicolon was forgotten
+        if not name.endswith(";"):  # an old name, valid without its semicolon
             named[character].append(f"{name}(?![0-9A-Za-z]*;)")
     numbers = {
         character: [f"#(?:{'|'.join(f'0*{n}(?![0-9])|[xX]0*(?i:{n:x})(?![0-9a-fA-F])' for n in found)});?"]
@@ -188,7 +186,7 @@ def references() -> dict[str, str]:
 
 
 def check_tokenizer(encoder: Encoder, tokenizer: Tokenizer) -> None:
-    """Raises: ValueError if a text of CHECKED gets other ids, or other padding where the text tower sees it."""
+    """Raises: ValueError if a text of CHECKED gets other ids, or other padding for a tower that sees it."""
     expected = encoder.spec.tokenize(list(CHECKED)).tolist()
     fixed = json.loads(tokenizer.to_str())["padding"]["strategy"] != "BatchLongest"
     for text, row, found in zip(CHECKED, expected, tokenizer.encode_batch(list(CHECKED)), strict=True):

@@ -1,9 +1,8 @@
-"""`clipkd bench`: what a student costs in each of its formats, every runtime in a process of its own."""
+"""`clipkd bench`: latency, throughput, memory and size of a student in each of its formats, each in a subprocess."""
 
 import json
 import os
 import platform
-import subprocess
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,11 @@ from rich.table import Table
 
 from clipkd import files, progress
 from clipkd.errors import require
-from clipkd.inference import isolated as apart
+from clipkd.inference.isolated import describe_exit, run_module
 from clipkd.models.onnx_student import find_formats
 
-BUSY = 0.25
-"""Load per core before the measurement from which on its times are doubtful."""
+MAX_LOAD = 0.25
+"""Load per core before the measurement above which its times are doubtful."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +26,9 @@ class BenchConfig:
     format: tuple[Literal["torch", "onnx", "onnx-fp16", "onnx-int8"], ...] = ()
     """Formats to measure, in this order; none means all that the folder has."""
     batch: tuple[int, ...] = (1, 32)
-    """Images, or texts, of a run; every size is measured."""
+    """Batch sizes to measure, in images or texts."""
     seconds: float = 2.0
-    """Of each measurement, after the warm-up; there are at least 5 runs."""
+    """Seconds per measurement after the warm-up; at least 5 runs are timed."""
     threads: int | None = None
     """Threads of a runtime; null takes one per core."""
     output: str | None = None
@@ -42,9 +41,9 @@ class BenchConfig:
 
 
 def run(config: BenchConfig) -> tuple[Path, dict[str, Any]]:
-    """Measures, writes the JSON file, returns both. A runtime that fails has its reason in `errors`, and a row that says so.
+    """Measure every format and write the record as JSON. A runtime that fails has its reason in `errors` and in its row.
 
-    Raises: ValueError if there is no such folder, or it holds no model or not the formats asked for.
+    Raises: ValueError if there is no such folder, or it holds no model or lacks a requested format.
     """
     folder = Path(config.model.removeprefix("local-dir:"))
     if not folder.is_dir():
@@ -52,33 +51,32 @@ def run(config: BenchConfig) -> tuple[Path, dict[str, Any]]:
     output = folder / "bench.json" if config.output is None else Path(config.output)
     if output.is_dir():
         raise ValueError(f"{output} is a folder; name a JSON file with --output")
-    found = find_runtimes(folder)
-    if missing := [name for name in config.format if name not in found]:
-        raise ValueError(f"{folder} has no {' and no '.join(missing)}; format may be {', '.join(found)}")
-    order = list(config.format or found)
+    available = find_runtimes(folder)
+    if missing := [name for name in config.format if name not in available]:
+        raise ValueError(f"{folder} has no {' and no '.join(missing)}; format may be {', '.join(available)}")
+    order = list(config.format or available)
     task = {"batch": config.batch, "seconds": config.seconds, "threads": config.threads or count_cores()}
     load = round(os.getloadavg()[0], 2)
-    if load > BUSY * count_cores():
+    if load > MAX_LOAD * count_cores():
         warnings.warn(
-            f"other work is running (load {load}): times are too long; --threads 1 suffers least", stacklevel=2
+            f"other work is running (load {load}), so times are too long; --threads 1 suffers least", stacklevel=2
         )
     record: dict[str, Any] = {"model": str(folder), "cpu": cpu_name(), "load": load, **task, "order": order}
     record |= {"versions": {}, "errors": {}, "rows": []}
     for runtime in progress.track(order, "runtimes", len(order)):
-        measured = measure_apart({"runtime": runtime, "folder": str(folder), **task})
+        measured = measure_isolated({"runtime": runtime, "folder": str(folder), **task})
         if isinstance(measured, str):
             record["errors"][runtime] = measured
             record["rows"].append({"runtime": runtime, "error": measured})
         else:
             record["versions"] |= measured["versions"]
             record["rows"] += measured["rows"]
-    output.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(output, record)
     return output, record
 
 
 def find_runtimes(folder: Path) -> list[str]:
-    """Raises: ValueError if a folder holds no model."""
+    """List the runtimes that can load a folder. Raises: ValueError if it holds no model."""
     formats: list[str] = find_formats(folder)
     if any((folder / name).is_file() for name in ("open_clip_config.json", "config.json")):
         return ["torch", *formats]
@@ -90,20 +88,19 @@ def find_runtimes(folder: Path) -> list[str]:
     return formats or ["torch"]
 
 
-def measure_apart(task: dict[str, Any]) -> dict[str, Any] | str:
-    """What clipkd.inference.measure finds, in a new process; or why that one ended without."""
-    command = apart.command("clipkd.inference.measure", json.dumps(task))
+def measure_isolated(task: dict[str, Any]) -> dict[str, Any] | str:
+    """Run clipkd.inference.measure in a subprocess; the reason if it failed."""
     # Threads that wait actively slow torch down a hundred times where other work wants the same cores.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+    done = run_module("clipkd.inference.measure", json.dumps(task), environment=environment, capture=True)
     if done.returncode:
-        said = done.stderr.strip().splitlines() if done.returncode > 0 else []
-        return said[-1] if said else apart.describe_end(done.returncode)
+        lines = done.stderr.strip().splitlines() if done.returncode > 0 else []
+        return lines[-1] if lines else describe_exit(done.returncode)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def count_cores() -> int:
-    """Cores that this process may use; two threads of one core count once, as ONNX Runtime and torch have it."""
+    """Physical cores that this process may use: the default number of threads of ONNX Runtime and torch."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     numbers = os.sched_getaffinity(0)
@@ -118,17 +115,18 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+CAPTION = (
+    "Inputs are prepared: decoding, resizing and tokenizing are not timed. Per second: at the median time. Each runtime runs "
+    "in its own subprocess, which holds both towers. Peak MB: its largest resident memory up to that row; base MB: before it "
+    "loaded the model. int8 batches run in one pass, where eval and predict encode one item at a time. Texts are captions of "
+    "about ten tokens; torch pads them to the context, ONNX to the longest if the text tower is causal."
+)
+
+
 def table(record: dict[str, Any]) -> Table:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    caption = (
-        f"{record['cpu']}, load {record['load']} before; threads {record['threads']}; {versions}. Inputs are ready: decoding, "
-        "resizing and tokenizing are not counted. Per second: at the median time. Each runtime has a process of its own, one "
-        "after the other as the rows are, which holds both towers; peak MB: its most resident memory up to that row, base MB: "
-        "before it loaded the model. int8 batches are one pass, where eval and predict take one item at a time. Texts are "
-        "captions of about ten tokens; torch runs them padded to the whole context, as open_clip's users do, ONNX to the "
-        "longest if the text tower is causal (tokens). torch keeps both towers in one file: file MB is of their weights."
-    )
-    grid = Table(title=f"clipkd bench {record['model']}", caption=caption)
+    about = f"{record['cpu']}, load {record['load']} before; threads {record['threads']}; {versions}."
+    grid = Table(title=f"clipkd bench {record['model']}", caption=f"{about} {CAPTION}")
     headings = ("runtime", "tower", "batch", "tokens", "p50 ms", "p95 ms", "per second", "peak MB", "base MB")
     for place, heading in enumerate((*headings, "M params", "M MACs", "file MB")):
         grid.add_column(heading, justify="left" if place < 2 else "right")

@@ -1,4 +1,4 @@
-"""Features of image files, kept in one file: what has not changed since is not encoded again."""
+"""An index file of image features, so that unchanged images are not encoded again."""
 
 import json
 import os
@@ -12,25 +12,26 @@ import numpy as np
 from clipkd import files
 
 VERSION = 1
-"""Changes when the same model and file would give other features."""
+"""Increases when the same model and file would give other features."""
 
 
 class Entry(NamedTuple):
-    """An image that was encoded."""
+    """An encoded image."""
 
     stamp: tuple[int, int]
+    """Of its file, see `read_stamp`."""
     feature: np.ndarray
 
 
 def read_stamp(path: str) -> tuple[int, int]:
-    """Bytes, and nanoseconds of the last change. Raises: OSError if the file is gone."""
+    """Size in bytes and modification time in ns. Raises: OSError if the file is gone."""
     stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns
 
 
 @dataclass(frozen=True)
 class Index:
-    """Entries by absolute path, all of one model. Without a file it holds nothing and keeps nothing."""
+    """Entries by absolute path, all of one model. Without a path it is empty and is not written."""
 
     path: Path | None = None
     model_sha256: str = ""
@@ -38,9 +39,9 @@ class Index:
 
     @classmethod
     def read(cls, path: Path, model_sha256: str) -> "Index":
-        """A file that does not exist yet is an empty index.
+        """Read an index; a missing file is an empty one.
 
-        Raises: ValueError if the file is something else, damaged, or of another model: none of these is overwritten.
+        Raises: ValueError if the file is no index, is damaged or belongs to another model; it is then not overwritten.
         """
         if not path.exists():
             return cls(path, model_sha256)
@@ -51,7 +52,7 @@ class Index:
             stamps = {name: (size, time) for name, size, time in about["files"]}
             entries = {name: Entry(stamp, row) for (name, stamp), row in zip(stamps.items(), features, strict=True)}
             found = (about["version"], about["model_sha256"])
-        except Exception as error:  # numpy, zipfile and json raise anything on a file that is not theirs
+        except Exception as error:  # numpy, zipfile and json raise anything on a foreign file
             raise ValueError(f"{path} is no index of clipkd predict, or a damaged one; name another --index") from error
         if found != (VERSION, model_sha256):
             raise ValueError(
@@ -60,12 +61,12 @@ class Index:
         return cls(path, model_sha256, entries)
 
     def find(self, path: str) -> Entry | None:
-        """The entry of a file that is as it was when it was encoded."""
+        """The entry of a file that is unchanged since it was encoded."""
         entry = self.entries.get(os.path.abspath(path))
         return entry if entry and is_unchanged(path, entry) else None
 
     def write(self, found: Mapping[str, Entry]) -> None:
-        """Old entries whose files are as they were, and these: whole or not at all."""
+        """Write the old entries of unchanged files and these; skip the write if nothing differs."""
         if self.path is None:
             return
         old = {path: entry for path, entry in self.entries.items() if is_unchanged(path, entry)}

@@ -1,13 +1,20 @@
-"""Parts of clipkd in processes of their own, so that what crashes there is told here."""
+"""Run a clipkd module in a subprocess and describe how it ended."""
 
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 
-def command(module: str, *arguments: str) -> list[str]:
-    """Runs `main` of a module of this very package. Nothing is imported from the folder that one stands in (-P)."""
-    root = str(Path(__file__).parents[1])
+def run_module(
+    module: str, *arguments: str, environment: dict[str, str] | None = None, capture: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run `main` of a module of this package; -P keeps it from importing anything from the current folder.
+
+    environment: in place of this process's. capture: return stdout and stderr instead of passing them on.
+    Raises: KeyboardInterrupt if SIGINT ended the subprocess.
+    """
+    root = str(Path(__file__).parents[2])
     code = f"""
 import sys
 sys.path.append({root!r})
@@ -17,12 +24,16 @@ try:
 except KeyboardInterrupt:
     sys.exit(130)
 """
-    return [sys.executable, "-P", "-c", code, *arguments]
+    command = [sys.executable, "-P", "-c", code, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=capture, text=True, errors="replace")
+    if done.returncode in (-signal.SIGINT, 128 + signal.SIGINT):
+        raise KeyboardInterrupt
+    return done
 
 
-def describe_end(code: int) -> str:
-    """How a process ended that should have ended otherwise."""
+def describe_exit(code: int) -> str:
+    """The exit status or the signal that ended a subprocess."""
     if code >= 0:
         return f"its process ended with status {code}"
     name = signal.Signals(-code).name
-    return f"its process died of {name}" + (" (out of memory, most often)" if name == "SIGKILL" else "")
+    return f"its process died of {name}" + (" (usually out of memory)" if name == "SIGKILL" else "")

@@ -1,4 +1,4 @@
-"""One runtime, measured in a process of its own, which prints what it finds as JSON.
+"""Measure one runtime in this process and print the result as JSON.
 
 Only what the runtime needs is imported, so that the memory of the process is the runtime's own.
 """
@@ -8,8 +8,8 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,107 +25,87 @@ CAPTIONS = (
     "a round wooden table with four green chairs",
     "the skyline of a large city at night",
 )
-WARM_UP_RUNS, LEAST_RUNS = 2, 5
+"""Ten tokens each."""
 
-Run = Callable[[], Any]
+NUM_WARM_UP, MIN_RUNS = 2, 5
 
-
-@dataclass(frozen=True)
-class Subject:
-    """A loaded model."""
-
-    towers: dict[str, Callable[[int], tuple[Run, dict[str, Any]]]]
-    """image and text: batch size → a run on inputs that are ready, and what a row says of them."""
-    about: dict[str, dict[str, Any]]
-    """Per tower what its rows say of the model."""
-    baseline: float
-    """MB of the process before it loaded the model."""
-    packages: tuple[str, ...]
+Run = tuple[str, int, dict[str, Any], Callable[[], Any]]
+"""Tower, batch size, the row's fields about model and inputs, the work to time."""
 
 
 def measure(*, runtime: str, folder: str, batch: list[int], seconds: float, threads: int) -> dict[str, Any]:
-    """A row per batch size and tower, and versions."""
-    subject = open_torch(folder, threads) if runtime == "torch" else open_onnx(Path(folder), runtime, threads)
+    """Time both towers at every batch size; returns rows and versions."""
+    if runtime == "torch":
+        packages, runs = ("torch", "open_clip_torch"), torch_runs(folder, batch, threads)
+    else:
+        packages, runs = ("onnxruntime", "numpy"), onnx_runs(Path(folder), runtime, batch, threads)
     rows = []
-    for size in batch:
-        for tower, prepare in subject.towers.items():
-            work, inputs = prepare(size)
-            row = {"runtime": runtime, "tower": tower, "batch": size, **inputs, **time_runs(work, size, seconds)}
-            row |= {"peak_rss_mb": peak_rss_mb(), "baseline_rss_mb": subject.baseline}
-            rows.append({**row, **subject.about[tower], "threads": threads})
-    versions = {name: importlib.metadata.version(name) for name in subject.packages}
+    for tower, size, about, work in runs:
+        row = {"runtime": runtime, "tower": tower, "batch": size, "threads": threads, **about}
+        rows.append(row | time_runs(work, size, seconds) | {"peak_rss_mb": peak_rss_mb()})
+    versions = {name: importlib.metadata.version(name) for name in packages}
     return {"rows": rows, "versions": {"python": platform.python_version(), **versions}}
 
 
-def open_onnx(folder: Path, runtime: str, threads: int) -> Subject:
+def onnx_runs(folder: Path, runtime: str, batch: list[int], threads: int) -> Iterator[Run]:
     import numpy as np
     import onnxruntime  # noqa: F401
     import tokenizers  # noqa: F401
 
     baseline = peak_rss_mb()
     student = OnnxStudent.load(folder, runtime, threads=threads)
-
-    def images(size: int) -> tuple[Run, dict[str, Any]]:
-        shape = (size, 3, *student.about["image_size"])
-        pixels = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-        return lambda: student.run("vision", pixels), {}
-
-    def texts(size: int) -> tuple[Run, dict[str, Any]]:
-        ids = student.tokenize(captions(size))
-        return lambda: student.run("text", ids), {"tokens": ids.shape[1]}
-
     about = {
-        tower: {
-            "parameters": student.about["parameters"][tower],
-            "macs": student.about["macs"][tower],
-            "file_mb": megabytes(onnx_file(folder, file, runtime).stat().st_size),
-        }
+        tower: {name: student.about[name][tower] for name in ("parameters", "macs")}
+        | {"file_mb": megabytes(onnx_file(folder, file, runtime).stat().st_size), "baseline_rss_mb": baseline}
         for tower, file in (("image", "vision"), ("text", "text"))
     }
-    return Subject({"image": images, "text": texts}, about, baseline, ("onnxruntime", "numpy"))
+    for size in batch:
+        shape = (size, 3, *student.about["image_size"])
+        pixels = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+        ids = student.tokenize(captions(size))
+        yield "image", size, about["image"], partial(student.run, "vision", pixels)
+        yield "text", size, about["text"] | {"tokens": ids.shape[1]}, partial(student.run, "text", ids)
 
 
-def open_torch(folder: str, threads: int) -> Subject:
+def torch_runs(folder: str, batch: list[int], threads: int) -> Iterator[Run]:
     import torch
 
-    from clipkd.models import students
     from clipkd.models.cost import count_macs
     from clipkd.models.load import load_model
+    from clipkd.models.students import count_parameters
 
     torch.set_num_threads(threads)
     baseline = peak_rss_mb()
     encoder = load_model(folder)
 
-    def images(size: int) -> tuple[Run, dict[str, Any]]:
+    def works(size: int) -> dict[str, Callable[[], Any]]:
         pixels = torch.randn(size, 3, *encoder.spec.size, generator=torch.Generator().manual_seed(0))
-        return torch.inference_mode()(lambda: encoder.encode_image(pixels)), {}
-
-    def texts(size: int) -> tuple[Run, dict[str, Any]]:
         ids = encoder.spec.tokenize(captions(size))
-        return torch.inference_mode()(lambda: encoder.encode_text(ids)), {"tokens": ids.shape[1]}
+        runs = {"image": partial(encoder.encode_image, pixels), "text": partial(encoder.encode_text, ids)}
+        return {tower: torch.inference_mode()(run) for tower, run in runs.items()}
 
-    towers = {"image": images, "text": texts}
-    about = {
-        tower: {
-            "parameters": number,
-            "macs": count_macs(encoder, towers[tower](1)[0]),
-            "file_mb": megabytes(4 * number),
-        }
-        for tower, number in students.count_parameters(encoder.model).items()
+    parameters = count_parameters(encoder.model)
+    about: dict[str, dict[str, Any]] = {
+        tower: {"parameters": parameters[tower], "macs": count_macs(encoder, work), "baseline_rss_mb": baseline}
+        | {"file_mb": megabytes(4 * parameters[tower])}
+        for tower, work in works(1).items()
     }
-    return Subject(towers, about, baseline, ("torch", "open_clip_torch"))
+    about["text"]["tokens"] = encoder.spec.tokenize(["a"]).shape[1]
+    for size in batch:
+        for tower, work in works(size).items():
+            yield tower, size, about[tower], work
 
 
 def captions(number: int) -> list[str]:
     return [CAPTIONS[place % len(CAPTIONS)] for place in range(number)]
 
 
-def time_runs(work: Run, size: int, seconds: float) -> dict[str, float]:
-    """Percentiles are of runs that took place: the least time that this share of them kept to."""
-    for _ in range(WARM_UP_RUNS):
+def time_runs(work: Callable[[], Any], size: int, seconds: float) -> dict[str, float]:
+    """Time repeated runs. Percentiles are nearest-rank: times of runs that took place, without interpolation."""
+    for _ in range(NUM_WARM_UP):
         work()
     times: list[float] = []
-    while len(times) < LEAST_RUNS or sum(times) < seconds:
+    while len(times) < MIN_RUNS or sum(times) < seconds:
         started = time.perf_counter()
         work()
         times.append(time.perf_counter() - started)
@@ -136,14 +116,14 @@ def time_runs(work: Run, size: int, seconds: float) -> dict[str, float]:
 
 
 def peak_rss_mb() -> float:
-    """The most memory that this process has held so far."""
+    """Largest resident memory of this process so far, in MB."""
     status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would count the process that started this one, too
+    if status.is_file():  # getrusage would include the parent process from before the exec
         (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
         return megabytes(1024 * int(line.split()[1]))
     import resource
 
-    return megabytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # macOS says it in bytes
+    return megabytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
 
 
 def megabytes(number: int) -> float:

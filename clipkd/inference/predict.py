@@ -1,4 +1,4 @@
-"""`clipkd predict`: which label fits an image, and which images fit a text. Where a folder has ONNX files, without torch."""
+"""`clipkd predict`: label images, or rank images by a text query; runs ONNX files without torch."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -17,23 +17,23 @@ class PredictConfig:
     model: str
     """An exported folder, or anything that clipkd eval --model takes."""
     images: tuple[str, ...]
-    """Image files, and folders that are searched for them with all that is below. No image is turned as its EXIF says."""
+    """Image files, and folders to search for them recursively. EXIF orientation is ignored, as in training."""
     labels: tuple[str, ...] = ()
-    """What an image may show: prints the likeliest. Either these or a query."""
+    """Labels to choose from: prints the likeliest of each image. Give either labels or a query."""
     query: str | None = None
-    """What to look for: prints the images nearest to it. Either this or labels."""
+    """Text to search for: prints the nearest images. Give either a query or labels."""
     format: Literal["auto", "onnx", "onnx-fp16", "onnx-int8", "torch"] = "auto"
-    """Weights to take from the folder; auto takes the most exact ONNX files that are there, else torch."""
+    """Weights to load from the folder; auto takes the most exact ONNX files, or torch if there are none."""
     template: str = "{c}"
     """Text around every label or the query, such as 'a photo of a {c}'."""
     top: int = 5
     """Labels per image, or images per query, to print."""
     batch_size: int = 32
-    """Images, or texts, that are encoded at a time."""
+    """Images or texts per batch."""
     index: str | None = None
-    """File (.npz) that keeps the images' features: the next time only new and changed images are encoded."""
+    """File (.npz) of image features: later calls encode only new and changed images."""
     json: bool = False
-    """Prints a line of JSON per image instead of text."""
+    """Print one line of JSON per image instead of text."""
 
     def __post_init__(self) -> None:
         require(
@@ -53,9 +53,9 @@ class PredictConfig:
 
 
 def predict(config: PredictConfig) -> Iterator[str]:
-    """Lines to print: an image each, below a headline unless config.json. Images that are left out are named on stderr.
+    """Lines to print: a headline unless config.json, then one per image. Images that are left out are named on stderr.
 
-    Raises: ValueError if the model, the index, or an image or folder that was named cannot be used, or no image at all.
+    Raises: ValueError if the model, the index, a named image or folder, or every image cannot be used.
     """
     named = images.find_images(config.images)
     student = load_student(config.model, config.format)
@@ -99,7 +99,7 @@ def rank_images(config: PredictConfig, student: Student, paths: Sequence[str], c
 
 
 def probabilities(cosines: np.ndarray, logit_scale: float, logit_bias: float | None) -> np.ndarray:
-    """[n, k] cosines → [n, k], in float64: the softmax of each row, or the sigmoid of each where there is a bias."""
+    """[n, k] cosines → [n, k] float64: softmax per row, or sigmoid per label for a model with a logit bias."""
     logits = logit_scale * cosines.astype(np.float64)
     if logit_bias is not None:
         return 1 / (1 + np.exp(-(logits + logit_bias)))

@@ -1,6 +1,5 @@
-"""A student to predict with, from its ONNX files or by torch, behind one interface of arrays."""
+"""Load a student for prediction, from ONNX files or with torch, behind one interface of arrays."""
 
-import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,30 +8,33 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from clipkd import files
 from clipkd.models.onnx_student import SUFFIXES, OnnxStudent, find_formats, onnx_file
-
-TORCH_CONFIGS = ("open_clip_config.json", "config.json")
-"""Beside weights of open_clip and transformers."""
 
 
 @dataclass(frozen=True)
 class Student:
-    """Features are unit-norm float32."""
+    """Encoders to unit-norm float32 features."""
 
     runtime: str
     preprocess: Callable[[Image.Image], np.ndarray]
     """An RGB image → [3, h, w]."""
     encode_pixels: Callable[[np.ndarray], np.ndarray]
+    """[n, 3, h, w] → [n, d]."""
     encode_texts: Callable[[Sequence[str]], np.ndarray]
+    """n texts → [n, d]."""
     logit_scale: float
     logit_bias: float | None
-    """What a sigmoid model adds to its logits; None for the others."""
+    """Added to the logits of a sigmoid model; None for softmax models."""
     image_sha256: Callable[[], str]
-    """Of all that the features of an image depend on."""
+    """Hash of everything that determines an image's features."""
 
 
 def load_student(model: str, format: str) -> Student:
-    """Raises: ValueError if there is no such model or format, or what it needs is not installed."""
+    """Load a model folder by format, or as FORMAT:FOLDER; "auto" prefers ONNX.
+
+    Raises: ValueError if there is no such model or format, or its software is not installed.
+    """
     named, _, rest = model.partition(":")
     if named in SUFFIXES:  # onnx-int8:FOLDER, as clipkd eval takes it
         if format not in ("auto", named):
@@ -40,7 +42,8 @@ def load_student(model: str, format: str) -> Student:
         return load_onnx(Path(rest), named)
     folder = Path(model.removeprefix("local-dir:"))
     formats = find_formats(folder)
-    if format == "torch" and formats and not any((folder / name).is_file() for name in TORCH_CONFIGS):
+    has_weights = any((folder / name).is_file() for name in ("open_clip_config.json", "config.json"))
+    if format == "torch" and formats and not has_weights:
         raise ValueError(
             f"{folder} has no weights for torch, only {', '.join(formats)}; name one of these with --format"
         )
@@ -66,7 +69,7 @@ def load_onnx(folder: Path, format: str) -> Student:
         encode_texts=encode_texts,
         logit_scale=student.logit_scale,
         logit_bias=student.about["logit_bias"],
-        image_sha256=lambda: hashlib.sha256(onnx_file(folder, "vision", format).read_bytes()).hexdigest(),
+        image_sha256=lambda: files.sha256(onnx_file(folder, "vision", format)),
     )
 
 
@@ -77,9 +80,7 @@ def load_torch(model: str) -> Student:
         from clipkd.evaluation.embed import Embedder
         from clipkd.models.load import load_model
     except ImportError as error:
-        raise ValueError(
-            f"{model} has no ONNX files, and without these it needs {error.name}, which is missing"
-        ) from error
+        raise ValueError(f"{model} has no ONNX files, and torch needs {error.name}, which is not installed") from error
 
     encoder = load_model(model)
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from clipkd import files
 from clipkd.config.train import StudentConfig
-from clipkd.export.artefacts import write_formats
+from clipkd.export.open_clip import write_open_clip
 from clipkd.models.create import create_student
 from tests.data.samples import encode, write_tar
 from tests.e2e import forked
@@ -163,5 +163,5 @@ def write_teacher(folder: Path, *, seed: int) -> Path:
     """An untrained model of the demo teacher's architecture."""
     torch.manual_seed(seed)
     folder.mkdir(parents=True)
-    write_formats(create_student(StudentConfig(model="demo-teacher")).eval(), folder, ("open_clip",), lambda _: None)
+    write_open_clip(create_student(StudentConfig(model="demo-teacher")).eval(), folder)
     return folder

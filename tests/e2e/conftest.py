@@ -93,5 +93,5 @@ def exported(clipkd: Run, data: Path, teacher: Path, tmp_path_factory: pytest.Te
     torch.manual_seed(0)
     encoder = create_student(StudentConfig(model="demo-student"), logit_bias=-5.0).eval()
     paths["sigmoid"].mkdir()
-    write_formats(encoder, paths["sigmoid"], ("open_clip", "onnx", "onnx-fp16"), lambda _: None)
+    write_formats(encoder, paths["sigmoid"], ("open_clip", "onnx", "onnx-fp16"))
     return paths

@@ -20,7 +20,7 @@ from tests import nccl_rules
 PRELOAD = [
     "clipkd.cli",
     "clipkd.training.loop",
-    "clipkd.export",
+    "clipkd.export.command",
     "clipkd.evaluation.command",
     "transformers",
     "datasets",

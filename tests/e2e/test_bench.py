@@ -109,7 +109,7 @@ def test_a_run_is_measured_by_torch_alone(clipkd: Run, exported: dict[str, Path]
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        ("kill -KILL $$", "its process died of SIGKILL (out of memory, most often)"),
+        ("kill -KILL $$", "its process died of SIGKILL (usually out of memory)"),
         ("kill -SEGV $$", "its process died of SIGSEGV"),
         ("exit 3", "its process ended with status 3"),
         ("echo one >&2; echo ValueError: two >&2; exit 1", "ValueError: two"),
@@ -120,7 +120,7 @@ def test_how_a_process_ended_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     interpreter.write_text(f"#!/bin/sh\n{script}\n")
     interpreter.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(interpreter))
-    assert bench.measure_apart({}) == reason
+    assert bench.measure_isolated({}) == reason
 
 
 def test_percentiles_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_percentiles_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     found = measure.time_runs(lambda: calls.append(1), size=40, seconds=210)
     assert found == {"runs": 20, "p50_ms": 10_000.0, "p95_ms": 19_000.0, "per_second": 4.0}
-    assert len(calls) == measure.WARM_UP_RUNS + 20
+    assert len(calls) == measure.NUM_WARM_UP + 20
 
 
 def test_captions_are_about_ten_tokens_long_and_cores_are_counted() -> None:
@@ -174,7 +174,7 @@ def test_wrong_input_is_one_line(
 def test_a_busy_machine_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: float, warned: bool) -> None:
     (tmp_path / "config.json").touch()
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
-    monkeypatch.setattr(bench, "measure_apart", lambda task: "not now")
+    monkeypatch.setattr(bench, "measure_isolated", lambda task: "not now")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         _, record = bench.run(bench.BenchConfig(model=str(tmp_path)))

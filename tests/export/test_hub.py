@@ -1,4 +1,4 @@
-"""Upload of an exported folder, to a stand-in for the hub on this machine."""
+"""Upload of an exported folder to a local stand-in for the hub."""
 
 import base64
 import json
@@ -58,21 +58,19 @@ def server_url(handler: BaseHTTPRequestHandler) -> str:
 
 
 @pytest.fixture
-def hub() -> Iterator[tuple[type[Hub], str]]:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[type[Hub], str]]:
+    """A signed-in user's hub and its address."""
     kind = type("OneHub", (Hub,), {"calls": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    address = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield kind, f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture(autouse=True)
-def signed_in(hub: tuple[type[Hub], str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub[1])
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    yield kind, address
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture
@@ -99,17 +97,11 @@ def test_the_whole_folder_is_one_commit(hub: tuple[type[Hub], str], folder: Path
     assert files == {"README.md": b"# student\n", "onnx/vision_model.onnx": b"\x08\x0a"}
 
 
-def test_a_refusal_is_told_and_the_folder_stays(hub: tuple[type[Hub], str], folder: Path) -> None:
+def test_a_refusal_and_a_wrong_name_are_errors_and_the_folder_stays(hub: tuple[type[Hub], str], folder: Path) -> None:
     hub[0].refuse = True
-    with pytest.raises(
-        ValueError, match=r"is written, but the hub did not take it as me/student: .*rights.*hf upload me/student"
-    ):
+    words = r"is written, but the hub did not take it as me/student: .*rights.*hf upload me/student"
+    with pytest.raises(ValueError, match=words):
         upload(folder, "me/student", private=True)
+    with pytest.raises(ValueError, match="is written, but the hub did not take it as no/such/name"):
+        upload(folder, "no/such/name", private=True)
     assert (folder / "README.md").is_file()
-
-
-@pytest.mark.parametrize("repository", ["me/student", "no/such/name"])
-def test_no_connection_and_no_name_are_told(repository: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match="is written, but the hub did not take it"):
-        upload(folder, repository, private=True)

@@ -1,0 +1,159 @@
+"""`clipkd export`: write a student in several formats, prove their parity, and describe the result in a model card."""
+
+import importlib.metadata
+import os
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from clipkd import files
+from clipkd.errors import RunStopped, require
+from clipkd.evaluation.sets import Images
+from clipkd.evaluation.subjects import Subject, open_subjects
+from clipkd.evaluation.tasks import as_tuple
+from clipkd.export.artefacts import FORMATS, check_formats, file_sizes, keep_formats, write_formats
+from clipkd.export.card import write_card
+from clipkd.export.folder import check_output, replace, unfinished
+from clipkd.export.open_clip import write_open_clip
+from clipkd.export.parity import Job, check_parity
+from clipkd.export.probes import NUM_IMAGES, cut_drawings, drawing_names, write_example, write_probes
+from clipkd.export.source import Source, open_student
+from clipkd.models.encoder import Encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    checkpoint: str
+    """A run folder (its newest checkpoint), one checkpoint of it, or an open_clip folder."""
+    to: tuple[str, ...] | str = "open_clip"
+    """Formats, as a list or with commas: open_clip, hf (transformers), onnx, onnx-fp16, onnx-int8, immich, executorch."""
+    output: str
+    """Folder to write; must not exist yet, unless `force` is given."""
+    weights: Literal["student", "ema"] = "student"
+    """The student's weights or their moving average."""
+    verify: tuple[str, ...] | str = ()
+    """Task YAMLs such as eval/imagenet.yaml to evaluate every artefact on; needs `data`."""
+    data: tuple[str, ...] | str = ()
+    """Data of these tasks, as in `clipkd eval`; without `verify`, folders in CLIP_benchmark's layout to evaluate on."""
+    license: str | None = None
+    """Licence of the weights for the model card, such as apache-2.0; null means not stated."""
+    force: bool = False
+    """Replace an earlier export in `output`."""
+    push_to_hub: str | None = None
+    """Repository USER/NAME on the Hugging Face hub to upload the folder to, if every artefact was proven."""
+    private: bool = True
+    """Whether a repository created for `push_to_hub` is private."""
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.formats if name not in FORMATS]
+        require(not unknown, f"to has {', '.join(map(repr, unknown))}; choose from {', '.join(FORMATS)}")
+        require(bool(self.formats), f"to is empty; choose from {', '.join(FORMATS)}")
+        valid = self.license is None or re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license) is not None
+        require(valid, f"license is {self.license!r}; the hub knows licences by identifiers such as apache-2.0 or mit")
+        require(not self.verify or bool(as_tuple(self.data)), "verify needs data: the folder of the task's data")
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Each once, in the order of FORMATS."""
+        named = {name.strip() for each in as_tuple(self.to) for name in each.split(",")} - {""}
+        return tuple(sorted(named, key=lambda name: (*FORMATS, name).index(name)))
+
+
+def export(config: ExportConfig) -> list[dict[str, Any]]:
+    """Write config.output, complete or not at all; returns the rows of its parity.json.
+
+    Every artefact is loaded by its own software before the folder gets its name. One whose parity cannot be shown is left
+    out; the `error` of its row is the reason.
+
+    Raises: ValueError if the output exists, the student does not fit a format, or a format's software is missing;
+        RunStopped if no artefact remains.
+    """
+    require(int(os.environ.get("WORLD_SIZE", "1")) == 1, "export runs on one process; start it without a launcher")
+    output = Path(config.output)
+    check_output(output, Path(config.checkpoint.removeprefix("local-dir:")), force=config.force)
+    encoder, source = open_student(config.checkpoint, ema=config.weights == "ema")
+    check_formats(encoder, config.formats)
+    subjects = open_subjects(as_tuple(config.verify), as_tuple(config.data)) if config.data else []
+    with unfinished(output) as place:
+        folder = place / "student"
+        folder.mkdir()
+        errors = write_formats(encoder, folder, config.formats)
+        write_example(folder / "example.png")
+        written = [format for format in config.formats if format not in errors]
+        proven = verify(config, encoder, folder, place / "work", subjects, written)
+        rows = [proven.get(format) or {"format": format, "error": errors[format]} for format in config.formats]
+        kept = [row["format"] for row in rows if not row["error"]]
+        if not kept:
+            reasons = "; ".join(f"{row['format']}: {row['error']}" for row in rows)
+            raise RunStopped(f"no artefact could be proven: {reasons}")
+        keep_formats(folder, kept, own_tokenizer="hf_tokenizer_name" in (encoder.model_config or {})["text_cfg"])
+        for row in rows:
+            row["files"] = {} if row["error"] else file_sizes(folder, row["format"])
+        write_card(folder, encoder, source, rows, name=output.resolve().name, license=config.license)
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        files.write_json(folder / "parity.json", describe_parity(encoder, source, rows) | {"files": names})
+        replace(folder, output)
+    return rows
+
+
+def verify(
+    config: ExportConfig, encoder: Encoder, folder: Path, work: Path, subjects: list[Subject], formats: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Format → its row of parity.json. work: a folder for temporary files."""
+    (work / "student").mkdir(parents=True)
+    images, captions = cut_drawings(), drawing_names()
+    if subjects:
+        own_images, captions = task_samples(subjects[0])
+        images = [*own_images, *images[: NUM_IMAGES - len(own_images)]]
+    write_probes(encoder, work / "probes", images, captions)
+    write_open_clip(encoder, work / "student")
+    job = Job(
+        folder=str(folder.resolve()),
+        probes=str(work / "probes"),
+        rows=str(work / "rows.jsonl"),
+        student=str(work / "student"),
+        sigmoid=encoder.logit_bias is not None,
+        tasks=as_tuple(config.verify),
+        data=as_tuple(config.data),
+        results=str(work / "results"),
+    )
+    return {row["format"]: row for row in check_parity(job, formats)}
+
+
+def task_samples(subject: Subject) -> tuple[list[Image.Image], list[str]]:
+    """Images evenly spaced through a task's data, with its class names or captions."""
+    pictures = Images(subject.data.pictures, preprocess=lambda image: image)
+    number = min(NUM_IMAGES // 2, len(pictures))
+    images = [pictures[place * len(pictures) // number][0] for place in range(number)]
+    texts = subject.data.classnames or [text for captions in subject.data.captions for text in captions]
+    return images, list(texts[:: -(-len(texts) // (4 * NUM_IMAGES))])
+
+
+def describe_parity(encoder: Encoder, source: Source, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of parity.json, without the list of files."""
+    packages = ("clipkd", "torch", "open_clip_torch")
+    return {
+        "source": {"checkpoint": source.checkpoint, "weights": source.weights, "step": source.step},
+        "source_sha256": encoder.weights_sha256(),
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "artefacts": [{key: value for key, value in row.items() if key != "snippet_output"} for row in rows],
+    }
+
+
+def describe_artefact(row: dict[str, Any]) -> str:
+    """A row of parity.json as one line."""
+    if row["error"]:
+        return f"{row['format']}: left out, {row['error']}"
+    differences = ", ".join(f"{tower}s within {row[tower]['max_abs_difference']:.1e}" for tower in ("image", "text"))
+    cosine = min(row[tower]["min_cosine"] for tower in ("image", "text"))
+    size = sum(row["files"].values()) / 1e6
+    line = f"{row['format']}: {differences}, cosine ≥ {cosine:.5f}, {row['argmax_flips']} of {row['num_images']} answers changed"
+    for result in row["zero_shot"] or []:
+        own, student = (result[name]["main_metric"] for name in ("metrics", "student_metrics"))
+        line += f"; {result['task']} {result['metric']} {own:.2%} (student {student:.2%})"
+    return f"{line}; {size:.1f} MB"
