@@ -1,4 +1,4 @@
-"""The embedded default: real pairs from pip packages, a teacher, students, evaluation and export, without hub or GPU."""
+"""The demo: real pairs from pip packages, a teacher, students, evaluation and export, without hub or GPU."""
 
 from clipkd.demo.pipeline import DemoConfig, run
 

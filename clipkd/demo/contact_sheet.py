@@ -1,4 +1,4 @@
-"""samples.png of the demo: what the models were trained on and what they make of drawings they never saw."""
+"""Draw the demo's samples.png: training pairs, and guesses for drawings in unseen styles."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ FONT, BOLD = ImageFont.load_default(12), ImageFont.load_default(15)
 
 
 def draw_contact_sheet(path: Path, pairs: Path, held_out: Path, guesses: Mapping[str, Sequence[int]]) -> None:
-    """Two rows of training pairs, then four of held-out drawings, evenly spaced through the set, with each model's guess.
+    """Draw two rows of training pairs, then four rows of held-out drawings with each model's guess.
 
     guesses: model name → predicted class of every held-out image, in the set's order.
     """

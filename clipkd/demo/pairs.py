@@ -28,7 +28,7 @@ HELD_OUT_STYLES = ("noto", "fluent")
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing that all four styles draw. Names and tags: Unicode CLDR by way of emojibase."""
+    """One thing that all four styles draw. Names and tags are from Unicode CLDR via emojibase."""
 
     hexcode: str
     name: str
@@ -49,7 +49,7 @@ def read_concepts() -> list[Concept]:
 
 @functools.cache
 def package_folder(package: str) -> Path:
-    """Where a data package lies; it is not imported."""
+    """Folder of a data package, which is not imported."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"the demo needs the package {package.replace('_', '-')!r}: pip install 'clipkd[demo]'")
@@ -75,14 +75,14 @@ TRAINING_STYLES: dict[str, Callable[[str], Path | None]] = {"openmoji": openmoji
 
 
 def captions(concept: Concept, rng: random.Random) -> list[str]:
-    """Every caption names the thing; one of them also says what it is about."""
+    """Captions that name the thing; the last one adds two of its tags."""
     tags = rng.sample(concept.tags, min(2, len(concept.tags)))
     named = [concept.name, f"a drawing of {concept.name}", f"an emoji of {concept.name}"]
     return [*named, ", ".join([concept.name, *tags])]
 
 
 def draw(svg: Path) -> bytes:
-    """A drawing as a square PNG with transparency, its empty margins cut off: styles differ in how much they leave."""
+    """Render a drawing as a square PNG with transparency, without its margins, whose size differs between styles."""
     import resvg_py
 
     side = 2 * TRAINING_PIXELS
@@ -99,7 +99,7 @@ def draw(svg: Path) -> bytes:
 
 
 def write_pairs(folder: Path, *, num_concepts: int | None = None, num_shards: int = 4, seed: int = 0) -> int:
-    """Training shards in the img2dataset layout: KEY.png and KEY.json with captions and label; returns their number."""
+    """Write shards in the img2dataset layout (KEY.png, KEY.json with captions and label); returns the number of pairs."""
     from webdataset.writer import TarWriter
 
     concepts = read_concepts()[:num_concepts]
@@ -122,7 +122,7 @@ def write_pairs(folder: Path, *, num_concepts: int | None = None, num_shards: in
 
 
 def write_held_out(folder: Path, style: str, *, num_concepts: int | None = None) -> int:
-    """One held-out style in CLIP_benchmark's webdataset layout, drawn on white; returns the number of images."""
+    """Write a held-out style in CLIP_benchmark's webdataset layout, on white; returns the number of images."""
     from webdataset.writer import TarWriter
 
     concepts = read_concepts()[:num_concepts]
@@ -146,7 +146,7 @@ def write_held_out(folder: Path, style: str, *, num_concepts: int | None = None)
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder under a temporary name that gets its own only when everything in it is written."""
+    """A folder that gets its name when everything in it is written."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

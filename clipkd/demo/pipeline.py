@@ -1,4 +1,4 @@
-"""`clipkd demo`: the commands a user would give, one after another, on data made on the spot."""
+"""`clipkd demo`: run the commands of a complete distillation on generated data."""
 
 import json
 import os
@@ -31,7 +31,7 @@ STUDENTS: dict[str, tuple[str, ...]] = {
     "task + KL": ("--objective.kl.weight", "1"),
     "task + GKL": ("--config", str(recipe("losses/gkl"))),
 }
-"""What each student's command adds to configs/demo.yaml. Logit terms on teacher keys; 1280 = 10 · the width of 128."""
+"""Options that each student adds to configs/demo.yaml; 1280 = 10 · the feature width of 128."""
 
 QUICK_CONCEPTS = 200
 QUICK_BATCH = ("--batch_size", "64", "--optim.warmup_steps", "10")
@@ -40,26 +40,26 @@ QUICK = {
     "student": (*QUICK_BATCH, "--steps", "40"),
 }
 AS_LONG = "alone, as long"
-TITLE_AS_LONG = "alone once more, for as long as the best took (the cache's seconds not counted)"
+TITLE_AS_LONG = "alone again, for as long as the best took (without the seconds of the cache)"
 NUM_VIEWS = 8
-"""Of the teacher cache: a student passes over the pairs 19 times."""
+"""Augmented views per pair in the teacher cache; a student sees each pair 19 times."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     output: str = "runs/demo"
-    """Folder for everything the demo makes. An interrupted demo goes on where it was."""
+    """Folder for all results. An interrupted demo continues where it stopped."""
     seed: int = 0
     """Seed of captions, weights and order."""
     quick: bool = False
-    """A minute instead of some: 200 things, few steps. Shows that it works, not what it gives."""
+    """Run in about a minute: 200 things, few steps. A test of the installation, not of accuracy."""
 
 
 def run(config: DemoConfig) -> Path:
     """Build data, train a teacher and students, evaluate, export the best student; returns config.output.
 
-    The teacher's features are computed once, for all its students. So that equal steps are not all that is compared, the
-    student alone is trained a second time, for as many seconds as the best distilled student took.
+    The teacher's features are computed once for all students. The student without a teacher is trained a second time, for
+    as many seconds as the best distilled student took: a comparison at equal time beside the one at equal steps.
     """
     output = Path(config.output)
     require_same_demo(config, output)
@@ -84,7 +84,7 @@ def run(config: DemoConfig) -> Path:
     exported = [row for row in beside if row["model"] == student]
     require_equal_counts(exported, rows, best)
     (output / "results.jsonl").unlink(missing_ok=True)
-    for row in (*rows, *exported):  # what the README's table is made from
+    for row in (*rows, *exported):  # the README's table is made from this file
         files.append_row(output / "results.jsonl", row)
     draw_samples(output, rows, ("teacher", "alone", best))
     for folder in (*runs.values(), output / "results"):
@@ -105,7 +105,7 @@ def eval_config(output: Path, models: tuple[str, ...], teacher: str) -> EvalConf
 
 
 def evaluate_runs(output: Path, runs: dict[str, Path], teacher: Path) -> list[dict[str, Any]]:
-    """`clipkd eval` of every run beside the teacher's; each row with what the table shows of its run."""
+    """`clipkd eval` of every run against the teacher's; adds step, parameters and training time to each row."""
     names = {str(folder): name for name, folder in runs.items()}
     rows = evaluate_models(eval_config(output, tuple(names), str(teacher)))
     last = {name: files.read_rows(folder / "metrics.jsonl")[-1] for name, folder in runs.items()}
@@ -124,9 +124,7 @@ def require_same_demo(config: DemoConfig, output: Path) -> None:
     settings = {"seed": config.seed, "quick": config.quick}
     stamp = output / "demo.json"
     if stamp.is_file() and (found := json.loads(stamp.read_text())) != settings:
-        raise ValueError(
-            f"{output} holds a demo with {found}, now it is {settings}; choose another --output or remove it"
-        )
+        raise ValueError(f"{output} holds a demo with {found}, not {settings}; choose another --output or remove it")
     output.mkdir(parents=True, exist_ok=True)
     stamp.write_text(json.dumps(settings))
 
@@ -142,16 +140,11 @@ def write_data(config: DemoConfig, folder: Path) -> None:
 
 
 def make_cache(config: DemoConfig) -> None:
-    """`clipkd cache` of the teacher; one that was interrupted goes on."""
+    """`clipkd cache` of the teacher; continues an interrupted one."""
     output = Path(config.output)
     arguments = (
-        *(
-            "--config",
-            str(recipe("demo")),
-            "--config",
-            str(recipe("losses/gkl")),
-            *(QUICK_BATCH if config.quick else ()),
-        ),
+        *("--config", str(recipe("demo")), "--config", str(recipe("losses/gkl"))),
+        *(QUICK_BATCH if config.quick else ()),
         *("--data.path", str(output / "data" / "pairs"), "--seed", str(config.seed), "--views", str(NUM_VIEWS)),
         *("--teacher.models", f"local-dir:{output / 'teacher'}", "--output", str(output / "cache")),
     )
@@ -159,7 +152,7 @@ def make_cache(config: DemoConfig) -> None:
 
 
 def train_model(config: DemoConfig, name: str, recipe_name: str, quick: tuple[str, ...], *options: str) -> Path:
-    """`clipkd train` with a recipe of configs/, resumed where an earlier demo was interrupted."""
+    """`clipkd train` with a recipe of configs/; resumes an interrupted run."""
     folder = Path(config.output) / "runs" / name.replace(" + ", "_").replace(", ", "_").replace(" ", "_").lower()
     data = ",".join(held_out(Path(config.output)))
     arguments = (
@@ -171,13 +164,13 @@ def train_model(config: DemoConfig, name: str, recipe_name: str, quick: tuple[st
 
 
 def steps_in_equal_time(run: Path, other: Path) -> int:
-    """How many steps of one run take as long as all of the other."""
+    """Steps of one run that take as long as all steps of the other."""
     own, others = (files.read_rows(folder / "metrics.jsonl")[-1] for folder in (run, other))
     return max(1, round(own["step"] * others["seconds"] / own["seconds"]))
 
 
 def export_again(run_folder: Path, output: Path, to: str, data: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """`clipkd export`; a demo has no use for a folder that misses an artefact."""
+    """`clipkd export`. Raises: RuntimeError if an artefact was left out."""
     shutil.rmtree(output, ignore_errors=True)
     rows = export(ExportConfig(checkpoint=str(run_folder), output=str(output), to=to, data=data))
     if wrong := [describe_artefact(row) for row in rows if row["error"]]:
@@ -194,7 +187,7 @@ def require_equal_counts(exported: list[dict[str, Any]], rows: list[dict[str, An
 
 
 def draw_samples(output: Path, rows: list[dict[str, Any]], models: tuple[str, ...]) -> None:
-    """samples.png: training pairs, then held-out drawings with what each model takes them for."""
+    """Draw samples.png: training pairs, then held-out drawings with each model's guess."""
     tables = {row["model"]: output / "results" / row["samples"] for row in rows if row["dataset"] == REPORT}
     guesses = {model: [best for best, *_ in read_samples(tables[model])["top5"]] for model in models}
     draw_contact_sheet(output / "samples.png", output / "data" / "pairs", output / "data" / REPORT, guesses)
@@ -204,14 +197,7 @@ def print_tables(rows: list[dict[str, Any]], best: str, config: DemoConfig) -> N
     styles = f"% (seed {config.seed}; {CHOOSE} chooses the student, {REPORT} reports)"
     console_out = Console(width=max(100, Console().width))
     console_out.print(make_table(rows, ("teacher", *STUDENTS), f"zero-shot in two unseen styles, {styles}", best))
-    console_out.print(
-        make_table(
-            rows,
-            (AS_LONG, best),
-            TITLE_AS_LONG,
-            best,
-        )
-    )
+    console_out.print(make_table(rows, (AS_LONG, best), TITLE_AS_LONG, best))
 
 
 def make_table(rows: list[dict[str, Any]], models: tuple[str, ...], title: str, best: str) -> Table:

@@ -1,4 +1,4 @@
-"""A run, and what `clipkd eval` found → one HTML page. The page loads nothing."""
+"""`clipkd report`: draw a run and results of `clipkd eval` as one HTML page that loads nothing."""
 
 import itertools
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ class ReportConfig:
     run: str
     """A run folder of clipkd train, finished or not, or a results folder of clipkd eval."""
     results: str | None = None
-    """Results folder of clipkd eval to show beside the run: cost, calibration, what a student lost of its teacher."""
+    """Results folder of clipkd eval to show beside the run: cost, calibration, comparison with the teacher."""
     output: str | None = None
     """HTML file to write; null writes report.html into the folder."""
 
 
 def write_report(config: ReportConfig) -> Path:
-    """config.run → one HTML file, whole or not at all; the same files give the same bytes.
+    """Write the HTML file, complete or not at all; the same input gives the same bytes.
 
     Raises: ValueError if there is no such run, nothing is logged yet, or matplotlib is missing.
     """
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("clipkd report needs matplotlib, which is missing: pip install 'clipkd[report]'") from None
+        raise ValueError("clipkd report needs matplotlib: pip install 'clipkd[report]'") from None
     folder, number = Path(config.run), itertools.count(1)
     found = evaluation.read_results(folder if config.results is None else Path(config.results))
     if config.results is not None and not found:
@@ -37,7 +37,7 @@ def write_report(config: ReportConfig) -> Path:
         raise ValueError(f"{output} is a folder; name an HTML file with --output")
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # not the user's style
-        # Text stays text, in the page's font; with a salt, ids depend on the drawing only.
+        # SVG text in the page's font; the salt makes ids depend on the drawing only.
         matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "clipkd", "font.size": 9})
         body = "" if run is None else training.render_run(run, number)
         body += evaluation.render_results(found, number) if found else ""

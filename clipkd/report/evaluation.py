@@ -1,4 +1,4 @@
-"""What `clipkd eval` found as sections of a page: scores, cost, calibration, and what a student lost of its teacher."""
+"""Results of `clipkd eval` as sections of a page: scores, cost, calibration, comparison with the teacher."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ from clipkd.evaluation.results import Results, label, read_samples
 from clipkd.evaluation.sets import EvaluationSet
 from clipkd.evaluation.subjects import open_subject
 from clipkd.evaluation.tasks import Task
-from clipkd.report.figures import COLOURS, Rows, escape, show, to_svg
+from clipkd.report.figures import COLOURS, Rows, escape, new_figure, show, to_svg
 from clipkd.report.page import section, table
 
 COSTS = {
@@ -48,7 +48,7 @@ def read_results(folder: Path) -> Found | None:
 
 
 def render_results(found: Found, number: Iterator[int]) -> str:
-    """number: of the next figure."""
+    """number: counts the figures of the page."""
     body = section("Zero-shot evaluation", score_table(found))
     body += section("Accuracy against cost", pareto_text(found), "".join(pareto_figures(found, number)))
     if calibrated := [row for row in found.rows if row.get("calibration")]:
@@ -61,7 +61,7 @@ def render_results(found: Found, number: Iterator[int]) -> str:
     if students:
         body += section("Classes that lost most", lost_table(students))
         body += section(
-            "What the teacher gets right and the student wrong", "".join(pictures(found, row) for row in students)
+            "Mistakes of the student that the teacher does not make", "".join(pictures(found, row) for row in students)
         )
     return body
 
@@ -91,7 +91,7 @@ def score_table(found: Found) -> str:
         )
     header = ("task", "model", "metric", "score", "95 % interval", "chance", "n", "share kept", "same answer")
     header += ("KL from teacher", "ECE", "precision")
-    note = '<p class="quiet">Share kept, same answer and KL are beside the teacher; ECE is the expected calibration error.</p>'
+    note = '<p class="quiet">Share kept, same answer and KL: against the teacher. ECE: expected calibration error.</p>'
     return table(header, rows, "numbers") + note
 
 
@@ -100,7 +100,7 @@ def percent(value: Any) -> str:
 
 
 def mean_scores(found: Found) -> tuple[list[str], dict[str, float]]:
-    """The tasks that every model was evaluated on, and each model's mean main metric over them."""
+    """Tasks that every model was evaluated on; model → mean main metric over them."""
     scores = {(label(row), row["key"]): row["metrics"]["main_metric"] for row in found.rows}
     models = found.models()
     common = [task for task in found.tasks() if all(scores.get((model, task)) is not None for model in models)]
@@ -114,7 +114,7 @@ def pareto_text(found: Found) -> str:
     named = escape(common[0]) if len(common) == 1 else f"the mean over {len(common)} tasks"
     devices = sorted({str(row["cost"]["device"]) for row in found.rows if row.get("cost")})
     return (
-        f"<p>Score: main metric, {named}. The line joins the models that none beats at less cost. "
+        f"<p>Score: main metric, {named}. The line joins the Pareto front. "
         f"Latency was measured on {escape('; '.join(devices))}, batch 1.</p>"
     )
 
@@ -149,10 +149,8 @@ def figure(title: str, svg: str, items: str, note: str = "") -> str:
 
 def draw_pareto(found: Found, points: list[tuple[float, float, str]], unit: str, number: int) -> str:
     from matplotlib import ticker
-    from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(5.6, 3.0))
-    axes = drawing.add_axes((0.12, 0.18, 0.85, 0.78))
+    drawing, axes = new_figure(3.0)
     front: list[tuple[float, float]] = []
     for x, y, _ in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or y > front[-1][1]:
@@ -167,19 +165,14 @@ def draw_pareto(found: Found, points: list[tuple[float, float, str]], unit: str,
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7) if high < 10 * low else (1, 3)))
     axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    axes.grid(color="#e6e6e0", linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
     return to_svg(drawing, number)
 
 
 def reliability_figure(found: Found, task: str, rows: Rows, number: Iterator[int]) -> str:
-    from matplotlib.figure import Figure
-
     own = [row for row in rows if row["key"] == task]
     if not own:
         return ""
-    drawing = Figure(figsize=(5.6, 3.0))
-    axes = drawing.add_axes((0.12, 0.18, 0.85, 0.78))
+    drawing, axes = new_figure(3.0)
     axes.plot([0, 100], [0, 100], color="#c4c7cb", linewidth=1)
     items = ""
     for row in own:
@@ -189,8 +182,6 @@ def reliability_figure(found: Found, task: str, rows: Rows, number: Iterator[int
         line = f"border-top: 3px solid {found.colour(row)}"
         items += f'<li><i style="{line}"></i>{escape(label(row))} <b>ECE {percent(row["calibration"]["ece"])}</b></li>'
     axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence, %", ylabel="accuracy, %")
-    axes.grid(color="#e6e6e0", linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure(task, to_svg(drawing, next(number)), items)
 
 
@@ -205,16 +196,10 @@ def lost_table(students: Rows) -> str:
 
 
 def pictures(found: Found, student: dict[str, Any]) -> str:
-    """Images of the student's mistakes that the teacher was surest about."""
+    """Images that only the student gets wrong, ordered by the teacher's margin."""
     title = f"<h3>{escape(student['key'])}: {escape(label(student))}</h3>"
-    teacher = next(
-        (
-            r
-            for r in found.rows
-            if (r["key"], r["model_sha256"]) == (student["key"], student["teacher"]["model_sha256"])
-        ),
-        None,
-    )
+    own = (student["key"], student["teacher"]["model_sha256"])
+    teacher = next((row for row in found.rows if (row["key"], row["model_sha256"]) == own), None)
     if teacher is None:
         return f"{title}<p>The teacher's own results are not in {escape(found.folder)}.</p>"
     try:
@@ -223,13 +208,13 @@ def pictures(found: Found, student: dict[str, Any]) -> str:
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
         data = open_subject(Task(**options), student["data"]).data
         if data.sha256 != student["data_sha256"]:
-            raise ValueError(f"{student['data']} holds other data now")
+            raise ValueError(f"{student['data']} has changed since the evaluation")
         lost = [place for place in range(len(data)) if theirs["correct"][place] and not ours["correct"][place]]
         lost.sort(key=lambda place: -theirs["margin"][place])
         shown = "".join(picture(data, place, ours["top5"][place][0]) for place in lost[:MOST_PICTURES])
     except (ValueError, OSError, KeyError, TypeError) as error:
         return f"{title}<p>No pictures: {escape(error)}.</p>"
-    count = f"{len(lost):,} of {len(data):,} images; those that the teacher was surest about."
+    count = f"{len(lost):,} of {len(data):,} images; the teacher's largest margins first."
     return f'{title}<p class="quiet">{count}</p><div class="thumbs">{shown}</div>'
 
 

@@ -1,4 +1,4 @@
-"""Series of a run's log → panels, each an inline SVG with its title and legend around it in HTML."""
+"""Draw series of a run's log as panels: inline SVG with title and legend in HTML."""
 
 import html
 import io
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 COLOURS = ("#1f5a9e", "#d07a1e", "#3d8f63", "#9b4f96", "#b5433d", "#5f6b7a", "#8a6d1f", "#2596a8")
-NOT_TERMS = {"step", "epoch", "world_size", "seconds", "skipped", "loss"}  # and those with a panel of their own
+NOT_TERMS = {"step", "epoch", "world_size", "seconds", "skipped", "loss"}  # and the series of other panels:
 NOT_TERMS |= {"lr", "grad_norm", "logit_bias", "images_per_second", "data_wait"}
 PARTS = ("kl", "soft_ce", "teacher_entropy", "target_entropy", "wmse", "info_nce")
 IN_NATS = re.compile(r"(.+_)?(kl|soft_ce|teacher_entropy|target_entropy|info_nce)|itc|icl|affinity")
@@ -41,12 +41,12 @@ class Panel:
     scale: Literal["auto", "log", "from zero"] = "auto"
     """auto is logarithmic where positive values span a decade."""
     noisy: bool = False
-    """A running mean is drawn over many values, and the first curve is the strongest."""
+    """Draw a running mean over the values and emphasise the first curve."""
     note: str = ""
 
 
 def read_curves(rows: Rows) -> dict[str, Curve]:
-    """Every numeric series, in order of appearance; null, NaN and infinities are NaN."""
+    """All numeric series, in order of appearance; null and infinities become NaN."""
     curves = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         points = [(row["step"], row[name]) for row in rows if name in row]
@@ -58,13 +58,13 @@ def read_curves(rows: Rows) -> dict[str, Curve]:
 
 
 def pick(curves: dict[str, Curve], *names: str) -> list[Curve]:
-    """The curves that there are, each in a colour of its own."""
+    """The existing curves of these names, each in another colour."""
     found = [curves[name] for name in names if name in curves]
     return [replace(curve, colour=COLOURS[i % len(COLOURS)]) for i, curve in enumerate(found)]
 
 
 def group_terms(names: Iterable[str], active: Iterable[str]) -> dict[str, list[str]]:
-    """Series by loss term: the longest active one that the name starts with, else what stands before the part's name."""
+    """Loss term → its series: the longest active term that the name starts with, or the name without its part."""
     groups: dict[str, list[str]] = {}
     for name in names:
         owners = [term for term in active if name == term or name.startswith(f"{term}_")]
@@ -74,20 +74,21 @@ def group_terms(names: Iterable[str], active: Iterable[str]) -> dict[str, list[s
 
 
 def loss_panels(curves: dict[str, Curve], options: dict[str, Any]) -> list[Panel]:
-    """The total and every term; a numeric series of any other name is shown like a term."""
+    """Panels of the total and of every term; unknown numeric series are shown like terms."""
     active = [name[10:-7] for name, value in options.items() if re.fullmatch(r"objective\.\w+\.weight", name) and value]
     terms = [name for name in curves if name not in NOT_TERMS and not name.endswith("logit_scale")]
     panels = [Panel("loss", pick(curves, "loss"), "weighted sum", noisy=True)]
     for term, names in group_terms(terms, active).items():
-        squared = bool(options.get(f"objective.{term}.scale_by_temperature_squared"))
+        has_temperature = f"objective.{term}.temperature" in options
+        squared = has_temperature and bool(options.get("objective.scale_by_temperature_squared"))
         panels += term_panels(term, names, curves, squared=squared)
     return panels
 
 
 def term_panels(term: str, names: list[str], curves: dict[str, Curve], *, squared: bool) -> list[Panel]:
-    """The divergence first, with the cross-entropy and the entropy that hide it; a term of many parts gets two panels.
+    """The divergence with its cross-entropy and entropies, then the other parts; one panel if they are few.
 
-    squared: the term's own series is multiplied by the squared temperature, its parts are not.
+    squared: the term's own series is multiplied by the squared temperature; its parts are not.
     """
     kl, ce, *entropies = (f"{term}_{part}" for part in PARTS[:4])
     kl, ce = (name if name in names else term for name in (kl, ce))
@@ -107,7 +108,7 @@ def term_panels(term: str, names: list[str], curves: dict[str, Curve], *, square
 
 
 def evaluation_panels(results: dict[tuple[str, str], Rows]) -> list[Panel]:
-    """Top-1 and top-5 over time; one point in time says nothing that the table does not."""
+    """Top-1 and top-5 over steps; none for a single evaluation, which the table shows."""
     names, panels = list(dict.fromkeys(name for name, _ in results)), []
     every = [row for rows in results.values() for row in rows if "main_metric_name" in row]
     others = {str(row["main_metric_name"]) for row in every if "acc1" not in row["metrics"]}
@@ -123,7 +124,7 @@ def evaluation_panels(results: dict[tuple[str, str], Rows]) -> list[Panel]:
 
 
 def percentage(row: dict[str, Any], metric: str) -> float | None:
-    """A metric in percent; in place of the top-1 accuracy the main metric, where a task has another."""
+    """A metric in percent; for acc1 the main metric, if the task has no accuracy."""
     metrics = row.get("metrics")
     value = metrics.get(metric) if isinstance(metrics, dict) else None
     if metric == "acc1" and isinstance(metrics, dict) and "acc1" not in metrics:
@@ -136,14 +137,14 @@ def smoothing_window(num_values: int) -> int:
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean of the finite values within the window, which the ends cut short; NaN stays NaN."""
+    """Centred mean of the finite values in the window, which is shorter at the ends; NaN stays NaN."""
     finite, ones = np.isfinite(values), np.ones(window)
     sums = np.convolve(np.where(finite, values, 0.0), ones, "same")
     return np.where(finite, sums / np.maximum(np.convolve(finite, ones, "same"), 1), math.nan)
 
 
 def thin(values: np.ndarray) -> np.ndarray:
-    """Positions to draw: all, or of many the smallest and largest of every stretch, so that no spike is lost."""
+    """Positions to draw: all, or the minimum and maximum of every interval, so that no spike is lost."""
     if len(values) <= MOST_POINTS:
         return np.arange(len(values))
     kept = set()
@@ -154,12 +155,10 @@ def thin(values: np.ndarray) -> np.ndarray:
 
 
 def draw(panel: Panel, number: int) -> str:
-    """Inline SVG; no other figure of the page has its ids, and no word of the files stands in it."""
+    """Inline SVG with ids unique to this number and without text from the log files."""
     from matplotlib import ticker
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, 2.6))
-    axes = figure.add_axes((0.15, 0.2, 0.82, 0.75))
+    figure, axes = new_figure(2.6)
     for position, curve in enumerate(panel.curves):
         values, dash = curve.values, "--" if curve.dashed else "-"
         style: dict[str, Any] = {"color": curve.colour, "zorder": 3 - position / 100}
@@ -169,7 +168,7 @@ def draw(panel: Panel, number: int) -> str:
             kept = thin(shown)
             axes.plot(curve.steps[kept], shown[kept], dash, alpha=alpha, linewidth=w, **style)
         gap = ~np.isfinite(np.concatenate(([math.nan], values, [math.nan])))
-        dots = ~gap[1:-1] & ((gap[:-2] & gap[2:]) | (len(values) <= 25))  # a point between gaps is no line
+        dots = ~gap[1:-1] & ((gap[:-2] & gap[2:]) | (len(values) <= 25))  # a point between gaps has no line
         axes.plot(curve.steps[dots], values[dots], "o", markersize=3.5, **style)
     every = [value for curve in panel.curves for value in curve.finite()]
     low, high = min(every), max(every)
@@ -190,9 +189,18 @@ def draw(panel: Panel, number: int) -> str:
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.set(xlim=(0, 1.02 * max(1, *(curve.steps[-1] for curve in panel.curves))), xlabel="step")
     axes.set_ylabel(panel.unit + (", log scale" if logarithmic else ""))
+    return to_svg(figure, number)
+
+
+def new_figure(height: float) -> tuple[Any, Any]:
+    """A figure of this height in inches and its axes, with the page's style."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, height))
+    axes = figure.add_axes((0.15, 0.2, 0.82, 0.75))
     axes.grid(color="#e6e6e0", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
-    return to_svg(figure, number)
+    return figure, axes
 
 
 def to_svg(figure: Any, number: int) -> str:
@@ -217,7 +225,7 @@ def render_figure(panel: Panel, number: int) -> str:
 
 
 def escape(value: Any) -> str:
-    """Text for HTML: no markup, and no character that UTF-8 or XML cannot hold."""
+    """Text for HTML, without markup and characters that UTF-8 or XML cannot hold."""
     return html.escape(re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", str(value)))
 
 

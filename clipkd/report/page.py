@@ -1,4 +1,4 @@
-"""The page around the figures: one HTML file that loads nothing."""
+"""The HTML page around the figures, with its style; it loads nothing."""
 
 import json
 from collections.abc import Iterable, Sequence

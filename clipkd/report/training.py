@@ -33,7 +33,7 @@ from clipkd.report.page import plain, section, table
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run folder holds. Only `metrics` is never empty."""
+    """The logs of a run folder. Only `metrics` is never empty."""
 
     folder: Path
     config_text: str
@@ -41,12 +41,12 @@ class Run:
     """The configuration by dotted names."""
     metrics: Rows
     results: dict[tuple[str, str], Rows]
-    """By data set and weights, in the order of the steps."""
+    """(data set, weights) → rows, ordered by step."""
     skipped: Rows
 
 
 def read_run(folder: Path) -> Run:
-    """Raises: ValueError if there is no such folder or no whole line of metrics.jsonl."""
+    """Raises: ValueError if there is no such folder or no complete line in metrics.jsonl."""
     if not folder.is_dir():
         raise ValueError(f"no run folder {folder}; name the output of a clipkd train")
     metrics, results, skipped = (
@@ -54,14 +54,14 @@ def read_run(folder: Path) -> Run:
         for name in ("metrics.jsonl", "results.jsonl", "skipped.jsonl")
     )
     if not metrics:
-        raise ValueError(f"{folder / 'metrics.jsonl'} has no whole line yet; a run writes one after its first step")
+        raise ValueError(f"{folder / 'metrics.jsonl'} has no complete line yet; a run writes one after its first step")
     path, options = folder / "config.yaml", None
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    with contextlib.suppress(yaml.YAMLError):  # cut short by a kill, like the lines of the logs
+    with contextlib.suppress(yaml.YAMLError):  # truncated by a kill, as log lines can be
         options = yaml.safe_load(text)
     options = flatten(options) if isinstance(options, dict) else {}
     groups: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-    for row in results:  # of a step that was evaluated twice, the later row
+    for row in results:  # the later row of a step that was evaluated twice
         name = (str(row.get("key") or row.get("dataset")), str(row.get("weights") or "student"))
         groups.setdefault(name, {})[row["step"]] = row
     grouped = {name: [rows[step] for step in sorted(rows)] for name, rows in groups.items()}
@@ -69,7 +69,7 @@ def read_run(folder: Path) -> Run:
 
 
 def render_run(run: Run, number: Iterator[int]) -> str:
-    """number: of the next figure."""
+    """number: counts the figures of the page."""
     curves = read_curves(run.metrics)
     if "data_wait" in curves:
         curves["data_wait"] = replace(curves["data_wait"], values=100 * curves["data_wait"].values)
@@ -103,14 +103,14 @@ def render_run(run: Run, number: Iterator[int]) -> str:
 
 
 def stop_banner(path: Path, last_step: int) -> str:
-    """A non-finite stop; the file may be cut short, its name is whole."""
+    """A stop on a non-finite loss; the file may be truncated, its name holds the step."""
     stop: dict[str, Any] = {}
     with contextlib.suppress(ValueError, TypeError):
         stop |= json.loads(path.read_text(encoding="utf-8"))
     step, keys = int("0" + re.sub(r"\D", "", path.stem)), stop.get("keys") or []
     text = f"(loss {plain(stop.get('loss'))}, gradient norm {plain(stop.get('grad_norm'))})."
     if last_step > step:
-        text += f" The run went on since, to step {last_step:,}."
+        text += f" The run was continued to step {last_step:,}."
     if keys:
         text += (
             f" Samples of that batch: {', '.join(map(str, keys[:8]))}{f' and {len(keys) - 8} more' * (len(keys) > 8)}."
@@ -119,7 +119,7 @@ def stop_banner(path: Path, last_step: int) -> str:
 
 
 def facts(run: Run, curves: dict[str, Curve]) -> str:
-    """What one asks first, a dash where the files do not say."""
+    """The run at a glance; a dash where the files lack a value."""
     options, last = run.options, run.metrics[-1]
     medians = {name: statistics.median(curve.finite()) for name, curve in curves.items() if curve.finite()}
     teachers = options.get("teacher.models") or []
@@ -162,7 +162,7 @@ def evaluation_table(results: dict[tuple[str, str], Rows]) -> str:
 
 
 def count_skipped(skipped: Rows) -> dict[str, tuple[int, int]]:
-    """Cause → samples that were replaced while training, and those left out when the data was indexed (step 0)."""
+    """Cause → samples replaced during training, and samples left out when the data was indexed (step 0)."""
     causes: dict[str, tuple[int, int]] = {}
     for row in skipped:
         for cause, count in (row.get("counts") or {}).items():
@@ -181,13 +181,13 @@ def skipped_table(skipped: Rows) -> str:
 
 
 def configuration(run: Run) -> str:
-    """The options that are not at their default, then the whole file."""
+    """The options that differ from their defaults, then the complete file."""
     if not run.options:
         return "<p>No readable config.yaml.</p>"
     changed = ""
-    with contextlib.suppress(ValueError):  # defaults that do not stand on their own
+    with contextlib.suppress(ValueError):  # defaults that are invalid without other options
         defaults = {name: plain(value) for name, value in flatten(to_dict(TrainConfig())).items()}
         rows = [(name, plain(value), defaults.get(name, "no such option")) for name, value in run.options.items()]
         differing = [row for row in rows if row[1] != row[2]]
         changed = "<p>Options that differ from the defaults:</p>" + table(("option", "this run", "default"), differing)
-    return f"{changed}<details><summary>The whole configuration</summary><pre>{escape(run.config_text)}</pre></details>"
+    return f"{changed}<details><summary>Complete configuration</summary><pre>{escape(run.config_text)}</pre></details>"

@@ -1,8 +1,7 @@
-"""What `clipkd predict` is made of: probabilities, the images of a folder, the index, options that take several words."""
+"""Parts of `clipkd predict`: probabilities, images of a folder, the index, options that take several words."""
 
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,25 +31,14 @@ def test_large_scales_do_not_overflow() -> None:
     assert 0 < found[0, 1] < 1e-49
 
 
-def test_images_are_found_once_in_order_and_not_where_they_are_hidden(tmp_path: Path) -> None:
-    for name in (
-        "b/2.PNG",
-        "b/1.jpeg",
-        "a/x.tiff",
-        "c.webp",
-        ".hidden/y.png",
-        "b/.z.png",
-        "b/notes.txt",
-        "b/c.jpg.bak",
-    ):
+def test_images_are_found_once_in_order_without_hidden_ones(tmp_path: Path) -> None:
+    images_here = ("b/2.PNG", "b/1.jpeg", "a/x.tiff", "c.webp")
+    for name in (*images_here, ".hidden/y.png", "b/.z.png", "b/notes.txt", "b/c.jpg.bak"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     named = tmp_path / "b" / "notes.txt"
     found = images.find_images([str(named), str(tmp_path), str(tmp_path / "c.webp")])
-    assert list(found) == [
-        str(named),
-        *(str(tmp_path / name) for name in ("c.webp", "a/x.tiff", "b/1.jpeg", "b/2.PNG")),
-    ]
+    assert list(found) == [str(named), *(str(tmp_path / name) for name in reversed(images_here))]
     assert [path for path, itself in found.items() if itself] == [str(named), str(tmp_path / "c.webp")]
 
 
@@ -89,31 +77,22 @@ def test_an_index_gives_back_what_is_unchanged_and_forgets_what_is_gone(tmp_path
         Index.read(tmp_path / "new" / "index.npz", "other")
 
 
-def test_an_index_that_would_not_change_is_not_written(tmp_path: Path) -> None:
-    (tmp_path / "a.png").touch()
-    path = str(tmp_path / "a.png")
-    Index(tmp_path / "index.npz", "model").write({path: Entry(read_stamp(path), np.ones(2, np.float32))})
-    before = (tmp_path / "index.npz").stat()
-    index = Index.read(tmp_path / "index.npz", "model")
-    index.write({path: index.entries[path]})
-    after = (tmp_path / "index.npz").stat()
-    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
-
-
-def test_an_index_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.png").touch()
-    path = str(tmp_path / "a.png")
-    index = Index(tmp_path / "index.npz", "model")
-    index.write({path: Entry(read_stamp(path), np.ones(2, np.float32))})
-    before = (tmp_path / "index.npz").read_bytes()
+def test_an_unchanged_index_is_not_written_and_a_failed_write_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, file = str(tmp_path / "a.png"), tmp_path / "index.npz"
+    Path(path).touch()
+    Index(file, "model").write({path: Entry(read_stamp(path), np.ones(2, np.float32))})
+    content, index = file.read_bytes(), Index.read(file, "model")
 
     def fail(file: object, **arrays: np.ndarray) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(np, "savez", fail)
+    index.write({path: index.entries[path]})
     with pytest.raises(OSError, match="disk full"):
         index.write({path: Entry(read_stamp(path), np.zeros(2, np.float32))})
-    assert (tmp_path / "index.npz").read_bytes() == before
+    assert file.read_bytes() == content
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.png", "index.npz"]
 
 
@@ -133,18 +112,8 @@ def test_positional_images_and_labels_take_one_or_several_words() -> None:
 
 
 @pytest.mark.parametrize("arguments", [[], ["DIR"], ["DIR", "--query", "x"], ["DIR", "a", "--labels"]])
-def test_what_is_missing_is_an_error_of_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_arguments_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         read(*arguments)
     assert stop.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_one_word_stays_a_word_where_a_field_takes_either() -> None:
-    @dataclass(frozen=True, kw_only=True)
-    class Either:
-        task: tuple[str, ...] | str = ()
-        """Tasks."""
-
-    assert parse_into(Either, ["--task", "a"], "either", "").task == "a"
-    assert parse_into(Either, ["--task", "a", "b"], "either", "").task == ("a", "b")

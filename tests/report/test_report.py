@@ -1,8 +1,7 @@
-"""The HTML page about a run: what it says, that it is whole, and that it loads nothing."""
+"""The HTML page about a run: its content, that it is well-formed, and that it loads nothing."""
 
 import json
 import math
-import os
 import re
 import sys
 from pathlib import Path
@@ -24,14 +23,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def metrics(step: int, **values: Any) -> dict[str, Any]:
     base = {"step": step, "epoch": None, "world_size": 2, "loss": 4.0 / step, "logit_scale": 14.0, "grad_norm": 2.5}
-    return {
-        **base,
-        "lr": 1e-3,
-        "images_per_second": 100.0 * step,
-        "data_wait": 0.25,
-        "seconds": 3700.0 + step,
-        **values,
-    }
+    rates = {"lr": 1e-3, "images_per_second": 100.0 * step, "data_wait": 0.25, "seconds": 3700.0 + step}
+    return base | rates | values
 
 
 def result(step: int, top1: float, *, weights: str = "student", key: str = "birds") -> dict[str, Any]:
@@ -80,22 +73,18 @@ def table(page: str, corner: str) -> list[list[str]]:
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three logged steps with every file there is."""
     folder = tmp_path_factory.mktemp("runs") / "full"
-    rows = [metrics(step, **TERMS, skipped=step) for step in (1, 2)] + [
-        metrics(4, **TERMS | {"gkl_kl": 0.5}, skipped=5)
-    ]
+    rows = [metrics(step, **TERMS, skipped=step) for step in (1, 2)]
+    rows.append(metrics(4, **TERMS | {"gkl_kl": 0.5}, skipped=5))
     evaluations = [result(2, 0.5), result(4, 0.25), result(2, 0.125, weights="ema"), result(4, 0.75, weights="ema")]
     image, caption = "image cannot be decoded", "empty caption"
+    cut = {"key": "0001.tar/12", "cause": image, "message": "cut"}
     found = [
         {"step": 0, "counts": {image: 7}, "examples": []},
-        {
-            "step": 2,
-            "counts": {image: 2, caption: 1},
-            "examples": [{"key": "0001.tar/12", "cause": image, "message": "cut"}],
-        },
+        {"step": 2, "counts": {image: 2, caption: 1}, "examples": [cut]},
         {
             "step": 4,
             "counts": {caption: 2},
-            "examples": [{"key": f"k{i}", "cause": caption, "message": ""} for i in range(5)],
+            "examples": [cut | {"key": f"k{i}", "cause": caption, "message": ""} for i in range(5)],
         },
     ]
     write_run(folder, rows, results=evaluations, skipped=found)
@@ -159,19 +148,18 @@ def test_every_figure_is_drawn_with_axis_labels_and_ids_of_its_own(page: str) ->
     assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', page)) <= set(ids)
 
 
-def test_the_page_loads_nothing(page: str) -> None:
+def test_the_page_loads_nothing_and_depends_on_the_files_only(full: Path, page: str, tmp_path: Path) -> None:
     assert not re.findall(r"<(?:script|img|link|iframe|object|embed|image)\b|\bsrc=|@import", page)
-    assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)', page))
-    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", page))
+    assert all(
+        target.startswith("#")
+        for target in re.findall(r'href="([^"]*)|url\(([^)]*)', page)
+        for target in target
+        if target
+    )
     assert set(re.findall(r"https?://[^/]+", page)) == {"http://www.w3.org"}  # names of name spaces
-
-
-def test_the_same_files_give_the_same_bytes_in_another_place(full: Path, tmp_path: Path) -> None:
-    pages = [
-        write_report(ReportConfig(run=str(full), output=str(tmp_path / name))) for name in ("a.html", "deep/b.html")
-    ]
-    assert pages == [tmp_path / "a.html", tmp_path / "deep/b.html"]
-    assert pages[0].read_bytes() == pages[1].read_bytes()
+    again = write_report(ReportConfig(run=str(full), output=str(tmp_path / "deep/b.html")))
+    assert again == tmp_path / "deep/b.html"
+    assert again.read_text(encoding="utf-8") == page
 
 
 def test_markup_in_any_file_is_shown_and_not_obeyed(tmp_path: Path) -> None:
@@ -217,11 +205,11 @@ def test_nulls_are_gaps_that_are_counted(tmp_path: Path) -> None:
     assert page.count("<svg") == len(panels(page)) - 1
 
 
-@pytest.mark.parametrize("value", [0.0, -3.0, 5e-324, 1e300])
-def test_a_series_of_any_name_and_size_has_a_panel(tmp_path: Path, value: float) -> None:
-    rows = [metrics(step, novelty=value, note="words are no curve") for step in (1, 2)]
+def test_a_series_of_any_name_and_size_has_a_panel(tmp_path: Path) -> None:
+    values = {"zero": 0.0, "negative": -3.0, "tiny": 5e-324, "huge": 1e300}
+    rows = [metrics(step, **values, note="words are no curve") for step in (1, 2)]
     found = panels(report(write_run(tmp_path, rows)))
-    assert len(found["novelty"]) == 1
+    assert all(len(found[name]) == 1 for name in values)
     assert "note" not in found
 
 
@@ -235,7 +223,7 @@ def test_a_stop_on_a_non_finite_loss_stands_on_top(tmp_path: Path, last: int, co
     assert len(banners) == 2
     banner = next(banner for banner in banners if banner.startswith("Stopped at step 8: the loss was not finite"))
     assert "a.tar/1" in banner
-    assert ("The run went on since, to step 9" in banner) == ("went on" in banner) == continued
+    assert ("The run was continued to step 9" in banner) == continued
     assert any(banner.startswith("Stopped at step 3,000") for banner in banners)
 
 
@@ -262,28 +250,13 @@ def test_a_long_curve_is_thinned_without_losing_a_spike() -> None:
     assert np.all(np.diff(kept) > 0)
 
 
-def test_a_failure_on_the_way_leaves_the_earlier_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = write_run(tmp_path, [metrics(1)])
-    earlier = report(run)
-    files.append_row(run / "metrics.jsonl", metrics(2))
-
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        report(run)
-    assert (run / "report.html").read_text(encoding="utf-8") == earlier
-    assert sorted(path.name for path in run.iterdir()) == ["metrics.jsonl", "report.html"]
-
-
-def test_what_cannot_be_reported_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_input_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"no run folder .*absent; name the output of a clipkd train"):
         report(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"metrics.jsonl has no whole line yet"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl has no complete line yet"):
         report(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss"')
-    with pytest.raises(ValueError, match=r"no whole line yet"):
+    with pytest.raises(ValueError, match=r"no complete line yet"):
         report(tmp_path)
     with pytest.raises(ValueError, match=r"is a folder; name an HTML file with --output"):
         write_report(ReportConfig(run=str(write_run(tmp_path / "run", [metrics(1)])), output=str(tmp_path)))
@@ -311,11 +284,8 @@ def test_results_of_eval_are_shown_alone_or_beside_a_run(full: Path, tmp_path: P
         "kl": 1.5,
         "lost_classes": lost,
     }
-    rows = [
-        evaluated("big", "birds", 0.5),
-        evaluated("small", "birds", 0.25, teacher=beside, task_options={}, data="gone"),
-    ]
-    for row in rows:
+    small = evaluated("small", "birds", 0.25, teacher=beside, task_options={}, data="gone")
+    for row in (evaluated("big", "birds", 0.5), small):
         files.append_row(tmp_path / "results" / "eval_results.jsonl", row)
     page = report(tmp_path / "results")
     scores = {row[1]: row for row in table(page, "task")}
