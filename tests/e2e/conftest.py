@@ -79,19 +79,26 @@ def teacher(clipkd: Run, data: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def exported(clipkd: Run, data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """softmax: a distilled student (softmax_run) in every format but ExecuTorch's, each evaluated; log: what was printed.
-
-    sigmoid: an untrained one with a logit bias, float32 and float16, without the proof that an export brings.
-    """
+    """softmax: a distilled student (softmax_run) in every format but ExecuTorch's, each evaluated; log: the output."""
     folder = tmp_path_factory.mktemp("exported")
-    paths = {name: folder / name for name in ("softmax_run", "softmax", "sigmoid", "log")}
+    paths = {name: folder / name for name in ("softmax_run", "softmax", "log")}
     distilled = ("--teacher.models", f"local-dir:{teacher}", "--objective.gkl.weight", 1, "--optim.ema_momentum", 0.5)
     arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 4, *distilled)
     clipkd("train", *arguments, "--output", paths["softmax_run"])
     formats = ("--to", "open_clip,hf,onnx,onnx-fp16,onnx-int8,immich", "--data", data / "noto")
     paths["log"].write_text(clipkd("export", paths["softmax_run"], *formats, "--output", paths["softmax"]).stdout)
-    torch.manual_seed(0)
-    encoder = create_student(StudentConfig(model="demo-student"), logit_bias=-5.0).eval()
-    paths["sigmoid"].mkdir()
-    write_formats(encoder, paths["sigmoid"], ("open_clip", "onnx", "onnx-fp16"))
+    return paths
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """softmax and sigmoid: untrained students, without and with a logit bias, in open_clip's and the ONNX formats."""
+    folder = tmp_path_factory.mktemp("written")
+    paths = {"softmax": folder / "softmax", "sigmoid": folder / "sigmoid"}
+    for name, bias in (("softmax", None), ("sigmoid", -5.0)):
+        torch.manual_seed(0)
+        encoder = create_student(StudentConfig(model="demo-student"), logit_bias=bias).eval()
+        paths[name].mkdir()
+        formats = ("open_clip", "onnx", "onnx-fp16", "onnx-int8")
+        assert write_formats(encoder, paths[name], formats[: 4 if bias is None else 3]) == {}
     return paths

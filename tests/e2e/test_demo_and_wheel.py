@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from tests.e2e.conftest import SMALL, Run
@@ -13,6 +14,7 @@ from tests.e2e.conftest import SMALL, Run
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_quick_demo_trains_evaluates_and_exports(clipkd: Run, tmp_path: Path) -> None:
     output = tmp_path / "demo"
     done = clipkd("demo", "--quick", "--output", output)
@@ -52,31 +54,25 @@ def test_wheel_holds_the_package_and_runs_elsewhere(data: Path, environment: dic
     subprocess.run(build, check=True, capture_output=True, timeout=200)
     (wheel,) = (tmp_path / "dist").glob("clipkd-*.whl")
     site = tmp_path / "site"
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-        "--target",
-        str(site),
-        str(wheel),
-    ]
-    subprocess.run(install, check=True, capture_output=True, timeout=200)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target"]
+    subprocess.run([*install, str(site), str(wheel)], check=True, capture_output=True, timeout=200)
     assert {path.name for path in site.iterdir()} - {"bin"} == {"clipkd", f"{wheel.name.rsplit('-', 3)[0]}.dist-info"}
 
-    def run(*arguments: object) -> str:
-        command = [sys.executable, "-P", "-m", "clipkd", *map(str, arguments)]
-        elsewhere = {
-            **environment,
-            "PYTHONPATH": os.pathsep.join([str(site), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-        }
+    path = os.pathsep.join([str(site), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+
+    def python(*arguments: object) -> str:
+        command, elsewhere = [sys.executable, "-P", *map(str, arguments)], environment | {"PYTHONPATH": path}
         done = subprocess.run(command, env=elsewhere, cwd=tmp_path, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    def run(*arguments: object) -> str:
+        return python("-m", "clipkd", *arguments)
+
+    where = python(
+        "-c", "import clipkd; from clipkd.config.shipped import recipe; print(clipkd.__file__, recipe('demo'))"
+    )
+    assert where.count(str(site)) == 2
     shipped = {str(path.relative_to(site / "clipkd")) for path in site.rglob("*.yaml")}
     recipes, tasks = (sorted((ROOT / folder).rglob("*.yaml")) for folder in ("configs", "eval/tasks"))
     assert shipped == {f"configs/{path.relative_to(ROOT / 'configs')}" for path in recipes} | {

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clipkd.models.encoder import Encoder
 from clipkd.models.create import build_open_clip, find_architecture
+from clipkd.models.encoder import Encoder
 from tests.models.siglip_tower import vit_clipkd_test_siglip
 
 CAPTIONS = [
