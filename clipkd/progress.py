@@ -1,4 +1,4 @@
-"""Progress bars on a terminal, plain lines elsewhere; and where the time went."""
+"""Progress bars on a terminal, plain lines elsewhere, and training time."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class Bar:
-    """One task of known length. Use as a context manager; `advance` after each unit of work."""
+    """Progress of one task of known length. Use as a context manager; call `advance` after each unit of work."""
 
     def __init__(self, title: str, total: int, *, done: int = 0, visible: bool = True) -> None:
         self.title, self.total, self.done, self.visible = title, total, done, visible
@@ -61,6 +61,7 @@ class Bar:
 
 
 def track(items: Iterable[T], title: str, total: int, *, visible: bool = True) -> Iterator[T]:
+    """Iterate over items and show the progress."""
     with Bar(title, total, visible=visible) as bar:
         for item in items:
             yield item
@@ -68,13 +69,13 @@ def track(items: Iterable[T], title: str, total: int, *, visible: bool = True) -
 
 
 def track_on_main(items: Iterable[T], title: str, total: int) -> Iterator[T]:
-    """On several processes the main one alone shows it."""
-    # As launchers say it: torch takes seconds to import, and who uses this module may do without.
+    """Iterate over items; of several processes only the main one shows the progress."""
+    # The launcher's variable: torch takes seconds to import, and some users of this module do not need it.
     return track(items, title, total, visible=int(os.environ.get("RANK", "0")) == 0)
 
 
 class Stopwatch:
-    """Training time, with evaluation and checkpoints taken out, and the share of it spent waiting for data."""
+    """Training time without evaluation and checkpoints, and the share of it spent waiting for data."""
 
     def __init__(self, seconds: float) -> None:
         self.before, self.started, self.excluded = seconds, time.perf_counter(), 0.0
@@ -100,7 +101,7 @@ class Stopwatch:
         self.excluded += time.perf_counter() - start
 
     def take_window(self) -> dict[str, float]:
-        """Rates since the last call."""
+        """Rates since the last call, and the total seconds."""
         seconds = self.seconds
         elapsed = max(seconds - self.window_seconds, 1e-9)
         rates = {

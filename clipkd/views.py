@@ -1,4 +1,4 @@
-"""What a model wants to see: its own resolution, normalisation and tokens. Shared by the data and the models."""
+"""Inputs and outputs of models: resolution, normalisation and tokens of each model, batches, features."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """How one model's inputs are made from an image and a caption."""
+    """Preprocessing of one model: image → pixels, caption → tokens."""
 
     size: tuple[int, int]
     """Height and width, pixels."""
@@ -22,16 +22,16 @@ class ViewSpec:
     """bicubic or bilinear."""
     tokenize: Callable[[list[str]], Int[Tensor, "b t"]]
     tokenizer_name: str
-    """Equal names mean equal tokens, so that they are made once."""
+    """Equal names mean equal tokens, which are then made once."""
 
     @property
     def pixels(self) -> tuple[object, ...]:
-        """Equal for models that see the same pixels before normalisation."""
+        """Equal for models with the same pixels before normalisation."""
         return self.size, self.interpolation
 
     @property
     def images(self) -> tuple[object, ...]:
-        """Equal for models that see the same images."""
+        """Equal for models with the same normalised images."""
         return *self.pixels, self.mean, self.std
 
     def normalize(self, pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
@@ -40,15 +40,15 @@ class ViewSpec:
 
 
 class View(NamedTuple):
-    """One batch as one model sees it."""
+    """One model's inputs for one batch."""
 
     images: Float[Tensor, "b 3 h w"]
     texts: Int[Tensor, "b t"]
     text_features: Float[Tensor, "b d"] | None = None
-    """Those of a frozen text tower, where they are known already."""
+    """Features of a frozen text tower, if they are known already."""
 
     def split(self, parts: int) -> list["View"]:
-        """Into parts of as equal size as may be."""
+        """Split into parts whose sizes differ by at most one."""
         known = [None] * parts if self.text_features is None else self.text_features.tensor_split(parts)
         return [
             View(*part)
@@ -57,39 +57,39 @@ class View(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One process's share of a global batch, everything that several models see alike made once."""
+    """One process's share of a global batch; inputs that several models share are stored once."""
 
     pixels: tuple[UInt8[Tensor, "b 3 h w"], ...]
-    """Not normalised, 8 bits per value: a quarter of what floats would send between processes and to a GPU."""
+    """Not normalised, 8 bits per value: a quarter of the traffic of floats between processes and to a GPU."""
     texts: tuple[Int[Tensor, "b t"], ...]
     ids: Int[Tensor, "b"]
-    """Equal ids are the same sample."""
+    """Equal ids mean the same sample."""
     labels: Int[Tensor, "b"]
-    """Class of each sample; −1 where it has none."""
+    """Class of each sample; −1 without a label."""
     keys: tuple[str, ...]
-    """Where each sample came from."""
+    """Origin of each sample: shard and key, file or row."""
     skipped: tuple[tuple[str, str, str], ...] = ()
-    """Key, cause and message of every sample that could not be used, and had another in its place."""
+    """Key, cause and message of every sample that was replaced because it could not be used."""
     shards_opened: int = 0
-    """Streamed shards that were begun for this batch."""
+    """Streamed shards opened for this batch."""
     place: tuple[int, int] | None = None
-    """Of streamed shards: which reader made this batch, and the first shard it has not given whole."""
+    """Of streamed shards: the reader of this batch, and the position of the first shard it has not given completely."""
     features: tuple[Shaped[Tensor, "b d"], ...] = ()
-    """Stored features of frozen models, kind by kind, as they lie on disk; none where they are computed."""
+    """Stored features of frozen models, one tensor per kind, in the dtype on disk; empty if they are computed."""
 
 
 class Views:
-    """What of a batch each model sees: the student first, then the teachers."""
+    """Views of all models: the student first, then the teachers."""
 
     def __init__(self, specs: Sequence[ViewSpec]) -> None:
         self.specs = specs
         self.pixel_specs = list({spec.pixels: spec for spec in specs}.values())
-        """One of each kind of pixels, the student's first."""
+        """One spec per kind of pixels, the student's first."""
         self.token_specs = list({spec.tokenizer_name: spec for spec in specs}.values())
-        """One of each tokenizer."""
+        """One spec per tokenizer."""
 
     def of(self, batch: Batch, device: torch.device | str) -> list[View]:
-        """One view per model, on the device; tensors are shared where models agree."""
+        """One view per model, on the device; models with equal inputs share their tensors."""
         pixels = [part.to(device, non_blocking=True) for part in batch.pixels]
         texts = [part.to(device, non_blocking=True) for part in batch.texts]
         tokenizers = [spec.tokenizer_name for spec in self.token_specs]
@@ -104,13 +104,13 @@ class Views:
 
 
 class Features(NamedTuple):
-    """What one model says about one batch: unit-norm float32 features and its multiplier of their cosines."""
+    """One model's output for one batch: unit-norm float32 features and the multiplier of their cosines."""
 
     image: Float[Tensor, "b d"]
     text: Float[Tensor, "b d"]
     logit_scale: Float[Tensor, ""]
     logit_bias: Float[Tensor, ""] | None = None
-    """Added to the logits of sigmoid models; a softmax does not see it."""
+    """Added to the logits of sigmoid models; it does not change a softmax."""
 
     def detach(self) -> "Features":
         bias = None if self.logit_bias is None else self.logit_bias.detach()
@@ -118,6 +118,6 @@ class Features(NamedTuple):
 
 
 def join(parts: Sequence[Features]) -> Features:
-    """One model's features of the parts of a batch, as those of the whole."""
+    """Concatenate one model's features of the parts of a batch."""
     image, text = torch.cat([part.image for part in parts]), torch.cat([part.text for part in parts])
     return parts[0]._replace(image=image, text=text)

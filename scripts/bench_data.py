@@ -39,8 +39,8 @@ from clipkd.config.objective import ObjectiveConfig
 from clipkd.config.terms import InfoNCETerm
 from clipkd.config.train import TrainConfig
 from clipkd.data import PairSet, open_feed, open_pairs
-from clipkd.data.images import open_image
 from clipkd.data.tar_index import scan_tar
+from clipkd.images import open_image
 from clipkd.views import Views, ViewSpec
 
 SIZES = {"256 × 256": (256, 256), "1024 × 768": (1024, 768)}
@@ -173,7 +173,7 @@ def parts(folder: Path, num_images: int) -> dict[str, float]:
     return {
         "index": num_images / (time.perf_counter() - started),
         "read": rate(lambda number: pairs.read(order[number]), len(order)),
-        "decode": rate(lambda number: open_image(images[number], "").convert("RGB"), len(images)),
+        "decode": rate(lambda number: open_image(images[number]).convert("RGB"), len(images)),
     }
 
 

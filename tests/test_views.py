@@ -1,4 +1,4 @@
-"""Batches of pixels and tokens → what each model sees, made once where models agree."""
+"""Batches of pixels and tokens → every model's view, with shared tensors for equal inputs."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,7 +39,7 @@ def test_pixels_are_normalised_per_channel_by_hand() -> None:
     torch.testing.assert_close(view.images, expected)
     assert view.images.dtype == torch.float32
     assert view.images.is_contiguous()
-    assert pixels.flatten().tolist() == [255, 51, 0, 0, 0, 255]  # what travelled is left as it was
+    assert pixels.flatten().tolist() == [255, 51, 0, 0, 0, 255]  # the batch is unchanged
 
 
 def test_every_value_is_normalised_to_float_precision() -> None:
@@ -53,7 +53,6 @@ def test_every_value_is_normalised_to_float_precision() -> None:
 def test_a_batch_holds_bytes_ids_labels_and_keys_in_the_samples_order() -> None:
     batch, _, views = collate(view_spec(3), view_spec(5))
     assert {part.dtype for part in batch.pixels} == {torch.uint8}
-    assert {part.shape for part in batch.pixels} == {(4, 3, 3, 3), (4, 3, 5, 5)}
     assert all(part.is_contiguous() for part in batch.pixels)
     assert batch.ids.tolist() == [10, 11, 12, 13]
     assert batch.labels.tolist() == [0, -1, -2, -3]
@@ -65,37 +64,24 @@ def test_a_batch_holds_bytes_ids_labels_and_keys_in_the_samples_order() -> None:
             assert np.array_equal(image.permute(1, 2, 0).numpy(), sample(views, number).pixels[kind])
 
 
-def test_views_that_agree_share_their_tensors() -> None:
-    batch, (student, teacher), _ = collate(view_spec(8), view_spec(8))
-    assert teacher.images is student.images
-    assert teacher.texts is student.texts
-    assert (len(batch.pixels), len(batch.texts)) == (1, 1)
-
-
-@pytest.mark.parametrize("other", [view_spec(9), replace(view_spec(8), interpolation="bicubic")])
-def test_views_that_differ_in_their_pixels_are_made_apart(other: ViewSpec) -> None:
+@pytest.mark.parametrize(
+    ("other", "shared"),
+    [
+        (view_spec(8), "pixels images texts"),
+        (view_spec(9), "texts"),
+        (replace(view_spec(8), interpolation="bicubic"), "texts"),
+        (view_spec(8, mean=0.1), "pixels texts"),
+        (view_spec(8, std=0.5), "pixels texts"),
+        (shifted(view_spec(8)), "pixels images"),
+    ],
+    ids=["equal", "size", "interpolation", "mean", "std", "tokenizer"],
+)
+def test_models_share_exactly_their_equal_inputs(other: ViewSpec, shared: str) -> None:
     batch, (student, teacher), _ = collate(view_spec(8), other)
-    assert len(batch.pixels) == 2
-    assert teacher.images.shape[2:] == other.size
-    assert teacher.images.shape != student.images.shape or not torch.equal(teacher.images, student.images)
-    assert teacher.texts is student.texts  # the same tokenizer all the same
-
-
-@pytest.mark.parametrize("other", [view_spec(8, mean=0.1), view_spec(8, std=0.5)])
-def test_views_that_differ_in_their_normalisation_alone_share_the_bytes_that_travel(other: ViewSpec) -> None:
-    batch, (student, teacher), _ = collate(view_spec(8), other)
-    assert len(batch.pixels) == 1
-    back = teacher.images * other.std[0] + other.mean[0]
-    assert not torch.allclose(teacher.images, student.images, atol=0.05)
-    torch.testing.assert_close(back, student.images, atol=1e-6, rtol=0)
-    assert teacher.texts is student.texts
-
-
-def test_another_tokenizer_makes_the_teachers_own_tokens_of_the_same_captions() -> None:
-    batch, (student, teacher), _ = collate(view_spec(8), shifted(view_spec(8)))
-    assert torch.equal(teacher.texts, student.texts + 1000)
-    assert teacher.images is student.images
-    assert (len(batch.pixels), len(batch.texts)) == (1, 2)
+    assert len(batch.pixels) == (1 if "pixels" in shared else 2)
+    assert len(batch.texts) == (1 if "texts" in shared else 2)
+    assert (teacher.images is student.images) == ("images" in shared)
+    assert (teacher.texts is student.texts) == ("texts" in shared)
 
 
 def test_tokens_are_made_once_per_tokenizer() -> None:
@@ -112,8 +98,8 @@ def test_tokens_are_made_once_per_tokenizer() -> None:
     assert sorted(calls) == ["a", "b"]
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (0, 2, 1)])
-def test_every_model_gets_its_own_view_whatever_the_order_of_models(order: Sequence[int]) -> None:
+@pytest.mark.parametrize("order", [(0,), (0, 1, 2), (2, 1, 0), (1, 0, 2), (0, 2, 1, 0)])
+def test_every_model_gets_its_own_view_for_any_order_of_models(order: Sequence[int]) -> None:
     """The student and one teacher agree in pixels, one teacher and another in tokens."""
     specs = [view_spec(8), shifted(view_spec(12, mean=0.5)), shifted(view_spec(8, std=0.5))]
     _, seen, views = collate(*[specs[number] for number in order])
@@ -124,25 +110,3 @@ def test_every_model_gets_its_own_view_whatever_the_order_of_models(order: Seque
         expected = torch.from_numpy((pixels / 255 - spec.mean[0]) / spec.std[0]).float()
         torch.testing.assert_close(view.images, expected, atol=1e-5, rtol=0)
         assert view.texts.tolist() == spec.tokenize([f"a{n:02}" for n in range(4)]).tolist()
-
-
-def test_of_two_teachers_the_one_that_agrees_shares_and_the_other_gets_its_own() -> None:
-    _, (student, different, alike), _ = collate(view_spec(8), shifted(view_spec(12)), view_spec(8))
-    assert alike.images is student.images
-    assert alike.texts is student.texts
-    assert (different.images.shape, student.images.shape) == ((4, 3, 12, 12), (4, 3, 8, 8))
-    assert torch.equal(different.texts, student.texts + 1000)
-
-
-def test_two_teachers_that_agree_share_what_the_student_does_not() -> None:
-    batch, (student, first, second), _ = collate(view_spec(8), view_spec(12), view_spec(12))
-    assert first.images is second.images
-    assert first.images.shape == (4, 3, 12, 12)
-    assert student.images.shape == (4, 3, 8, 8)
-    assert len(batch.pixels) == 2
-
-
-def test_without_a_teacher_there_is_no_second_view() -> None:
-    batch, seen, _ = collate(view_spec(8))
-    assert len(seen) == len(batch.pixels) == len(batch.texts) == 1
-    assert seen[0].images.dtype == torch.float32

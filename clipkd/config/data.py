@@ -1,4 +1,4 @@
-"""The options of the data: where pairs lie, what their parts are called, and how images are cropped."""
+"""Options of the data: location, format and column names of the pairs, and augmentation."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,13 +15,13 @@ class SourceConfig:
     split: str = "train"
     """Split of a Hugging Face data set; the others ignore it."""
     image_column: str = "image"
-    """Image column of a Hugging Face data set or table (there: paths, relative to it); webdataset takes the member with an image suffix."""
+    """Image column of a Hugging Face data set, or of a table (paths, relative to the table). webdataset uses the member with an image suffix."""
     caption_key: str = "txt"
-    """webdataset: txt for the .txt member, else a key of the .json member; else the column. A list holds several captions, one is drawn."""
+    """Caption. webdataset: txt for the .txt member, or a key of the .json member; other formats: the column. Of a list of captions one is drawn for each view."""
     label_key: str | None = None
-    """Class number of an image, for objective.closed_set: webdataset: cls for the .cls member, else a key of the .json; else the column."""
+    """Class number, for objective.closed_set. webdataset: cls for the .cls member, or a key of the .json member; other formats: the column."""
     weight: float = 1.0
-    """How often an epoch passes through this source: 2 takes every sample twice, 0.5 one half in one epoch and the other in the next."""
+    """Passes through this source per epoch: 2 uses every sample twice, 0.5 one half in one epoch and the other half in the next."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -31,7 +31,7 @@ class SourceConfig:
         self.check("data.mix[…]")
 
     def check(self, where: str) -> None:
-        require(self.label_key != "", f"{where}.label_key is empty; name a key or column, or leave it out")
+        require(self.label_key != "", f"{where}.label_key is empty; name a key or column, or omit it")
         require(self.weight > 0, f"{where}.weight is {self.weight}; it must be positive")
         require(
             self.format != "huggingface" or len(self.paths) <= 1,
@@ -42,15 +42,15 @@ class SourceConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(SourceConfig):
     mix: tuple[SourceConfig, ...] = ()
-    """Further sources, each with path, format, columns and weight of its own."""
+    """Further sources, each with its own path, format, columns and weight."""
     max_skipped: float = 0.01
-    """Largest share of samples (and of shards) that may be damaged and are skipped; above it the run stops. 0 stops at the first."""
+    """Largest share of damaged samples (and shards) that are skipped; above it the run stops. 0 stops at the first one."""
     num_workers: int = 2
     """Loader processes per training process; 0 loads in the training process."""
     min_crop: float = 0.9
-    """Smallest random crop, as a share of the image's area; 1 squashes the whole image."""
+    """Smallest random crop, as a share of the image's area; 1 resizes the complete image."""
     background: Literal["white", "random"] = "white"
-    """What shows through transparent pixels: white, or a random colour per view (an augmentation for drawings)."""
+    """Colour behind transparent pixels: white, or a random colour per view (an augmentation for drawings)."""
 
     def __post_init__(self) -> None:
         self.check("data")
@@ -59,5 +59,6 @@ class DataConfig(SourceConfig):
         require(0 <= self.max_skipped <= 1, f"data.max_skipped is {self.max_skipped}; it is a share in [0, 1]")
         labelled = {source.label_key is not None for source in (self, *self.mix)}
         require(
-            len(labelled) == 1, "some sources have a label_key and others none; name one for data and each of data.mix"
+            len(labelled) == 1,
+            "some sources have a label_key and others none; set it for data and each of data.mix, or for none",
         )

@@ -1,4 +1,4 @@
-"""The only door to webdataset and datasets: shards and data sets in, batches of views out."""
+"""Shards and data sets → batches of views; the only room that imports webdataset and datasets for training."""
 
 from clipkd.data.loader import AUGMENTATION_VERSION, Augment, FeatureRows, Feed, loader_options
 from clipkd.data.open import Pairs, open_feed, open_pairs

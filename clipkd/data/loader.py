@@ -1,14 +1,14 @@
-"""Pairs → batches, in an order and with an augmentation that depend on nothing but the seed and the position.
+"""Pairs → batches, in an order and with an augmentation that depend on the seed and the position alone.
 
-The same global batches come for any number of processes and loader processes, and a run can start at any step.
+The global batches are the same for any number of processes and loader processes, and a run can start at any step.
 """
 
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
-from types import MappingProxyType, TracebackType
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from types import TracebackType
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,23 +16,25 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from clipkd import distributed
 from clipkd.config.data import DataConfig
-from clipkd.data.images import Box, decode, decoding_scale, open_image, random_crop_box, reduce_scale, render
+from clipkd.config.train import TrainConfig
+from clipkd.data.crops import Box, decoding_scale, random_crop_box, reduce_scale, render
 from clipkd.data.order import BatchOrder, Position, Purpose, generator
 from clipkd.data.skips import BadSample, Skip
 from clipkd.data.sources import Pair, PairSet
 from clipkd.errors import RunStopped
+from clipkd.images import WHITE, BadImage, open_image, to_rgb
 from clipkd.views import Batch, Views
 
 AUGMENTATION_VERSION = 2
-"""Counts up when equal seeds give other crops, pixels or captions than before: what was made of them no longer fits."""
+"""Raised whenever equal seeds give other crops, pixels or captions than before: older teacher caches then no longer fit."""
 
-WHITE = (255, 255, 255)
-MOST_TRIES = 100
+MAX_TRIES = 100
 """Samples in a row that may be unusable."""
 
-SECONDS_FOR_A_BATCH = 900
-"""A loader process that takes longer hangs, and is reported."""
+BATCH_TIMEOUT = 900
+"""Seconds after which a loader process without a batch counts as hanging."""
 
 
 class Sample(NamedTuple):
@@ -40,21 +42,20 @@ class Sample(NamedTuple):
     """One per kind of view, uint8 [h, w, 3]."""
     caption: str
     caption_number: int
-    """Which of the pair's captions it is."""
+    """Position of the caption among the pair's captions."""
     id: int
     label: int
     key: str
     skipped: tuple[Skip, ...] = ()
     features: tuple[np.ndarray, ...] = ()
-    """Stored ones of this view, where the teachers' are read instead of computed."""
+    """Stored teacher features of this view, if a cache is read."""
 
 
-@runtime_checkable
 class FeatureRows(Protocol):
-    """Where features of frozen models are stored (clipkd.teachers.store)."""
+    """Stored features of frozen models (clipkd.teachers.store)."""
 
     num_views: int
-    """Of each sample; later passes see them again in the same order."""
+    """Stored views per sample; later passes repeat them in order."""
 
     def read(self, pair: Pair, id: int, view: int, caption_number: int) -> tuple[np.ndarray, ...]:
         """One vector per kind of feature. Raises: BadSample if the sample has none; RunStopped."""
@@ -64,31 +65,38 @@ class FeatureRows(Protocol):
 class Augment:
     """Pair → pixels of every view and one caption. Randomness: seed, view index and id alone.
 
-    The pixels of a view depend on no other view, so that a teacher's are the same beside any student.
+    The pixels of a view depend on no other view: a teacher's are the same beside any student.
     """
 
     def __init__(self, config: DataConfig, views: Views, seed: int) -> None:
         self.config, self.specs, self.seed = config, views.pixel_specs, seed
 
     def __call__(self, pair: Pair, view: int, id: int, *, num_views: int | None = None) -> Sample:
-        """num_views: after so many the pixels come again; captions are drawn anew all the same. Raises: BadSample."""
+        """num_views: the pixels repeat after this many views; the caption is drawn for each view. Raises: BadSample."""
         rng = generator(Purpose.AUGMENTATION, self.seed, view if num_views is None else view % num_views, id)
-        red, green, blue = rng.integers(0, 256, 3).tolist() if self.config.background == "random" else WHITE
-        image = open_image(pair.image, pair.key)
-        box = random_crop_box(*image.size, self.config.min_crop, rng)
+        try:
+            pixels = self.draw_pixels(pair.image, rng)
+        except BadImage as bad:
+            raise BadSample(pair.key, bad.cause, str(bad)) from bad
         caption_number = int(generator(Purpose.CAPTION, self.seed, view, id).integers(len(pair.captions)))
+        return Sample(pixels, pair.captions[caption_number], caption_number, id, pair.label, pair.key)
+
+    def draw_pixels(self, data: bytes, rng: np.random.Generator) -> list[np.ndarray]:
+        """One crop of an image for every view, decoded once per scale. Raises: BadImage."""
+        red, green, blue = rng.integers(0, 256, 3).tolist() if self.config.background == "random" else WHITE
+        image = open_image(data)
+        box = random_crop_box(*image.size, self.config.min_crop, rng)
         scales = [decoding_scale(image, box, spec) for spec in self.specs]
         decoded: dict[int, tuple[Image.Image, Box]] = {}
         for scale in dict.fromkeys(scales):
-            image = image if not decoded else open_image(pair.image, pair.key)
-            smaller = reduce_scale(image, box, scale)
-            decoded[scale] = (decode(image, pair.key, background=(red, green, blue)), smaller)
-        pixels = [render(*decoded[scale], spec) for scale, spec in zip(scales, self.specs, strict=True)]
-        return Sample(pixels, pair.captions[caption_number], caption_number, id, pair.label, pair.key)
+            image = open_image(data) if decoded else image
+            reduced = reduce_scale(image, box, scale)
+            decoded[scale] = (to_rgb(image, background=(red, green, blue)), reduced)
+        return [render(*decoded[scale], spec) for scale, spec in zip(scales, self.specs, strict=True)]
 
 
 class AugmentedPairs(Dataset):
-    """(view index, id) → sample; in place of one that cannot be used another, which depends on the position alone."""
+    """(view index, id) → sample. A substitute, drawn from the position alone, replaces a sample that cannot be used."""
 
     def __init__(self, pairs: PairSet, augment: Augment, stored: FeatureRows | None = None) -> None:
         self.pairs, self.augment, self.stored = pairs, augment, stored
@@ -97,7 +105,7 @@ class AugmentedPairs(Dataset):
         view, id = position
         substitutes: np.random.Generator | None = None
         skipped: list[Skip] = []
-        while len(skipped) < MOST_TRIES:
+        while len(skipped) < MAX_TRIES:
             try:
                 return self.make(view, id)._replace(skipped=tuple(skipped))
             except BadSample as bad:
@@ -105,7 +113,7 @@ class AugmentedPairs(Dataset):
             substitutes = substitutes or generator(Purpose.SUBSTITUTE, self.augment.seed, *position)
             id = int(substitutes.integers(len(self.pairs)))
         key, _, message = skipped[-1]
-        raise RunStopped(f"{MOST_TRIES} samples in a row cannot be used, the last of them {key}: {message}")
+        raise RunStopped(f"{MAX_TRIES} samples in a row cannot be used, the last of them {key}: {message}")
 
     def make(self, view: int, id: int) -> Sample:
         """Raises: BadSample."""
@@ -118,7 +126,7 @@ class AugmentedPairs(Dataset):
 
 
 class Collate:
-    """Samples → Batch, making pixels and tokens once where models agree."""
+    """Samples → Batch; pixels and tokens are made once for models that share them."""
 
     def __init__(self, views: Views) -> None:
         self.views = views
@@ -141,14 +149,14 @@ def stack(images: list[np.ndarray]) -> Tensor:
 
 
 def is_death(error: BaseException | None) -> bool:
-    """Whether torch says that a loader process is gone; what was raised in one it words otherwise."""
+    """Whether torch reports the death of a loader process; errors raised inside one have other messages."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader")
 
 
 def died(error: RuntimeError) -> RunStopped:
     return RunStopped(
-        f"a loader process died or hangs ({' '.join(str(error).split())[:200]}); often memory ran out: lower "
-        "data.num_workers. The run goes on from its last checkpoint with --resume latest"
+        f"a loader process died or hangs ({' '.join(str(error).split())[:200]}); memory may have run out: lower "
+        "data.num_workers and continue from the last checkpoint with --resume latest"
     )
 
 
@@ -163,23 +171,25 @@ class Feed(Generic[B]):
         loader: DataLoader,
         *,
         epoch: Callable[[int, Mapping[int, int]], float],
-        places: Mapping[int, int] = MappingProxyType({}),
+        places: Mapping[int, int] | None = None,
     ) -> None:
-        """epoch: (steps done, places of this process's readers) → passes through the data so far."""
-        self.loader = loader
+        """epoch: (steps done, `places`) → passes through the data so far."""
+        self.loader, self.epoch_of = loader, epoch
         self.batches: Iterator[B] | None = None
         self.processes: list[BaseProcess] = []
-        self.places = dict(places)
-        """Of streamed shards: reader → the first shard that it has not given whole."""
-        self.epoch_of = epoch
+        self.places = dict(places or {})
+        """Of streamed shards: reader → position of the first shard that it has not given completely."""
 
     def __next__(self) -> B:
-        if self.batches is None:  # not before somebody is there to close it
+        if self.batches is None:  # started here, when `close` is sure to be called
             before = multiprocessing.active_children()
             try:
                 self.batches = iter(self.loader)
-            finally:  # interrupted half way, those that run must still be ended
+            except BaseException:  # `close` must end the processes that an interrupted start leaves
                 self.processes = [child for child in multiprocessing.active_children() if child not in before]
+                raise
+            # Not active_children: it would reap a process that died at once, and torch would miss the death.
+            self.processes = getattr(self.batches, "_workers", [])
         try:
             batch = next(self.batches)
         except RuntimeError as error:
@@ -200,14 +210,14 @@ class Feed(Generic[B]):
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-        if isinstance(value, RuntimeError) and is_death(value):  # torch's handler raises wherever this process was
+        if isinstance(value, RuntimeError) and is_death(value):  # torch's SIGCHLD handler raises anywhere in the step
             raise died(value) from value
 
     def close(self) -> None:
-        """End the loader processes: they ignore the signals that a terminal or a scheduler sends to everyone."""
+        """End the loader processes, which ignore SIGINT and SIGTERM."""
         batches, self.batches = self.batches, iter(())
         if shut_down := getattr(batches, "_shutdown_workers", None):
-            shut_down()  # an error's traceback may keep the iterator, and torch would take what follows for a failure
+            shut_down()  # a traceback may keep the iterator alive, and torch would report the kills below as failures
         for process in self.processes:
             process.kill()
             process.join()
@@ -215,27 +225,30 @@ class Feed(Generic[B]):
 
 def indexed_batches(
     pairs: PairSet,
-    config: DataConfig,
+    config: TrainConfig,
     views: Views,
-    order: BatchOrder,
     *,
+    start: int = 0,
     stored: FeatureRows | None = None,
-    pin_memory: bool,
+    pin_memory: bool = False,
 ) -> Feed[Batch]:
-    """The batches of `order`."""
-    augment = Augment(config, views, order.mixture.seed)
+    """This process's batches of indexed pairs from step `start` on.
+
+    Raises: ValueError if the processes cannot share a batch or the data does not fill one.
+    """
+    mixture, process = pairs.mixture(config.seed), (distributed.rank(), distributed.world_size())
     loader = DataLoader(
-        AugmentedPairs(pairs, augment, stored),
-        batch_sampler=order,
+        AugmentedPairs(pairs, Augment(config.data, views, config.seed), stored),
+        batch_sampler=BatchOrder(mixture, config.batch_size, range(start, config.steps), *process),
         collate_fn=Collate(views),
-        **loader_options(config, pin_memory),
+        **loader_options(config.data, pin_memory),
     )
-    return Feed(loader, epoch=lambda step, _: step * order.batch_size / order.mixture.epoch_size)
+    return Feed(loader, epoch=lambda step, _: step * config.batch_size / mixture.epoch_size)
 
 
 def loader_options(config: DataConfig, pin_memory: bool) -> dict[str, Any]:
-    """What every DataLoader here is given."""
-    parallel = {"prefetch_factor": 4, "timeout": SECONDS_FOR_A_BATCH} if config.num_workers else {}
+    """Options of every DataLoader of this package."""
+    parallel = {"prefetch_factor": 4, "timeout": BATCH_TIMEOUT} if config.num_workers else {}
     return {
         "num_workers": config.num_workers,
         "pin_memory": pin_memory,
@@ -245,8 +258,7 @@ def loader_options(config: DataConfig, pin_memory: bool) -> dict[str, Any]:
 
 
 def start_worker(_: int) -> None:
-    # Loader processes that each use every core take them from the training step.
-    torch.set_num_threads(1)
-    # Ctrl-C and a scheduler's SIGTERM reach every process; the training process has to finish its step first.
+    torch.set_num_threads(1)  # more threads would take cores from the training step
+    # Ctrl-C and a scheduler's SIGTERM reach every process, but the training process must first finish its step.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which the programs behind pipes would inherit

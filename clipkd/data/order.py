@@ -1,8 +1,8 @@
-"""Which samples come when: a pure function of the seed, for any number of sources, processes and loader processes.
+"""The order of samples: a pure function of the seed, for any number of sources, processes and loader processes.
 
-A source is passed through again and again, its shards in another order each time. An epoch takes `weight` passes of every
-source; it is cut into blocks, each a stretch of every source, and a block's samples are shuffled together. What is
-planned at a time is one block and the order of the shards, so that a billion pairs cost no more than a million.
+Each pass through a source visits its shards in a new random order. An epoch takes `weight` passes of every source. It is
+cut into blocks, each a stretch of every source, and the samples of a block are shuffled together. Only one block and the
+order of the shards are in memory at a time, so that a billion pairs cost no more than a million.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,10 +11,10 @@ from enum import IntEnum
 import numpy as np
 
 BLOCK = 1 << 18
-"""Samples that are shuffled together, at most; what a source contributes are whole shards but for the two at the ends."""
+"""Largest number of samples shuffled together. A source contributes complete shards, except for the two at the ends."""
 
 Position = tuple[int, int]
-"""View index (how often the sample was taken before) and id of a sample."""
+"""View index (number of earlier uses) and id of a sample."""
 
 
 class Purpose(IntEnum):
@@ -28,17 +28,17 @@ def generator(purpose: Purpose, *key: int) -> np.random.Generator:
 
 
 class SourceOrder:
-    """One source's samples, pass after pass: shards in a random order, the samples of a shard in their own."""
+    """One source's samples, pass after pass: shards in a random order, the samples of a shard in file order."""
 
     def __init__(self, shard_sizes: np.ndarray, *, seed: int, number: int) -> None:
-        """number: which of the sources it is."""
+        """number: position among the sources."""
         self.sizes, self.seed, self.number = shard_sizes.astype(np.int64), seed, number
         self.starts = np.cumsum(self.sizes) - self.sizes
         self.num_samples = int(self.sizes.sum())
         self.planned: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def shards(self, view: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards in the order of a pass, and where each of them ends in it."""
+        """The shards in the order of a pass, and the place at which each ends."""
         if self.planned is None or self.planned[0] != view:
             order = generator(Purpose.SHARDS, self.seed, self.number, view).permutation(len(self.sizes))
             self.planned = (view, order, np.cumsum(self.sizes[order]))
@@ -59,10 +59,6 @@ class SourceOrder:
         return np.concatenate(views), np.concatenate(samples)
 
 
-def pairs_per_epoch(num_samples: int, weight: float) -> int:
-    return max(1, round(weight * num_samples))
-
-
 class Mixture:
     """Samples of all sources in one endless order. Ids count through the sources one after another."""
 
@@ -72,13 +68,13 @@ class Mixture:
         counts = [order.num_samples for order in self.orders]
         self.seed = seed
         self.first_ids = (np.cumsum(counts) - counts).tolist()
-        self.per_epoch = [pairs_per_epoch(count, weight) for count, weight in zip(counts, weights, strict=True)]
+        self.per_epoch = [max(1, round(weight * count)) for count, weight in zip(counts, weights, strict=True)]
         self.epoch_size = sum(self.per_epoch)
         self.num_blocks = -(-self.epoch_size // BLOCK)
         self.planned: tuple[int, int, np.ndarray] | None = None
 
     def starts_at(self, block: int) -> int:
-        """Where a block of an epoch begins; that of number `num_blocks` is the epoch's end."""
+        """First place of a block within an epoch; the epoch's length for block `num_blocks`."""
         return sum(block * count // self.num_blocks for count in self.per_epoch)
 
     def block(self, epoch: int, block: int) -> np.ndarray:
@@ -89,13 +85,13 @@ class Mixture:
             for order, count, first_id in zip(self.orders, self.per_epoch, self.first_ids, strict=True):
                 cuts = [epoch * count + number * count // self.num_blocks for number in (block, block + 1)]
                 views, samples = order.between(*cuts)
-                # Each pass by itself: no sample comes again before all of its source have come.
+                # Shuffled within each pass: no sample repeats before every sample of its source was used.
                 shuffled = np.lexsort((rng.random(len(views)), views))
                 parts.append(np.stack([views, samples + first_id], axis=1)[shuffled])
-            whose = rng.permutation(np.repeat(np.arange(len(parts)), [len(part) for part in parts]))
-            positions = np.empty((len(whose), 2), np.int64)
+            source = rng.permutation(np.repeat(np.arange(len(parts)), [len(part) for part in parts]))
+            positions = np.empty((len(source), 2), np.int64)
             for number, part in enumerate(parts):
-                positions[whose == number] = part
+                positions[source == number] = part
             self.planned = (epoch, block, positions)
         return self.planned[2]
 
@@ -105,7 +101,7 @@ class Mixture:
         while start < stop:
             epoch, place = divmod(start, self.epoch_size)
             block = place * self.num_blocks // self.epoch_size
-            while self.starts_at(block) > place:  # rounding may have led one block too far, or not far enough
+            while self.starts_at(block) > place:  # rounding may miss by a block in either direction
                 block -= 1
             while self.starts_at(block + 1) <= place:
                 block += 1
@@ -119,30 +115,31 @@ class Mixture:
 class BatchOrder:
     """For each step, this process's positions: a contiguous share of the global batch.
 
-    Batches are cut from the endless sequence: one that an epoch's end would leave short is filled from the next epoch,
-    so that every sample is seen and every process takes as many steps.
+    Batches are cut from the endless sequence. A batch at the end of an epoch is filled from the next epoch, so that
+    every sample is used and all processes take the same number of steps.
     """
 
-    def __init__(
-        self, mixture: Mixture, *, batch_size: int, start: int, stop: int, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, mixture: Mixture, batch_size: int, steps: range, rank: int = 0, world_size: int = 1) -> None:
         """Raises: ValueError if the processes cannot share a batch or the data does not fill one."""
-        require_share(batch_size, world_size)
+        self.share = share_of(batch_size, world_size)
         num_samples = sum(order.num_samples for order in mixture.orders)
         if num_samples < batch_size:
             raise ValueError(f"batch_size is {batch_size} but data.path holds only {num_samples} pairs; lower it")
-        self.mixture, self.batch_size, self.start, self.stop = mixture, batch_size, start, stop
-        self.rank, self.share = rank, batch_size // world_size
+        self.mixture, self.batch_size, self.steps, self.rank = mixture, batch_size, steps, rank
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return len(self.steps)
 
     def __iter__(self) -> Iterator[list[Position]]:
-        for step in range(self.start, self.stop):
+        for step in self.steps:
             first = step * self.batch_size + self.rank * self.share
             yield self.mixture.between(first, first + self.share)
 
 
-def require_share(batch_size: int, world_size: int) -> None:
+def share_of(batch_size: int, world_size: int) -> int:
+    """Samples of a batch per process. Raises: ValueError if the processes cannot share it."""
     if batch_size % world_size:
-        raise ValueError(f"batch_size {batch_size} cannot be shared equally by {world_size} processes")
+        raise ValueError(
+            f"batch_size {batch_size} cannot be shared by {world_size} processes; set a multiple of the processes"
+        )
+    return batch_size // world_size

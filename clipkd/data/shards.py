@@ -1,4 +1,4 @@
-"""Local webdataset shards, any sample of which is a read at an offset."""
+"""Local webdataset shards, read at the byte ranges of their indexes."""
 
 import hashlib
 import os
@@ -9,23 +9,31 @@ from pathlib import Path
 import numpy as np
 from webdataset.shardlists import expand_urls
 
-from clipkd import distributed
+from clipkd import distributed, progress
 from clipkd.config.data import SourceConfig
 from clipkd.data.skips import DAMAGED_SHARD, UNREADABLE_SHARD, BadSample, Skip, Skips
-from clipkd.data.sources import IMAGE_EXTENSIONS, MOST_SAMPLE_BYTES, Pair, Track, make_pair, member_captions
+from clipkd.data.sources import (
+    MAX_SAMPLE_BYTES,
+    Pair,
+    locate,
+    make_pair,
+    member_captions,
+    member_extensions,
+    missing_member,
+)
 from clipkd.data.tar_index import DUPLICATE, TarIndex, as_text, index_tar, is_indexed
 
 MANY_SHARDS = 20
-"""New ones from which on their indexing shows its progress."""
+"""Number of unindexed shards from which on a progress bar is shown."""
 
-MOST_ROWS_KEPT = 1 << 20
-"""Rows of opened shards that a process keeps in memory: some blocks of the order, about 70 MB."""
+MAX_ROWS_KEPT = 1 << 20
+"""Rows of opened shards that a process keeps in memory: several blocks of the order, about 70 MB."""
 
 
 def find_shards(paths: tuple[str, ...]) -> list[Path]:
-    """Tars of folders, single tars and brace patterns; sorted within each.
+    """Tars in folders, single tars and brace patterns, in the order of `paths` and sorted within each.
 
-    Raises: FileNotFoundError if there is none or one of them is missing.
+    Raises: FileNotFoundError if a shard is missing; ValueError if one is named twice.
     """
     found: list[Path] = []
     for path in paths:
@@ -50,18 +58,31 @@ def find_shards(paths: tuple[str, ...]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the whole samples of one shard lie."""
+    """Byte ranges of the complete samples of one shard."""
 
     keys: np.ndarray
     """[rows] bytes."""
     spans: np.ndarray
-    """[rows, 2 or 3, 2] int64: offset and size of image, caption and, if wanted, label; size −1 where there is none."""
+    """[rows, 2 or 3, 2] int64: offset and size of image, caption and, if configured, label; size −1 without a label."""
     stamp: tuple[int, int]
-    """Size and time of change of the shard that they lie in."""
+    """Size and modification time of the shard."""
 
-    def digest(self, *, labels: bool = True) -> str:
+    def digest(self, *, labels: bool) -> str:
         spans = self.spans if labels else np.ascontiguousarray(self.spans[:, :2])
         return hashlib.sha256(self.keys.tobytes() + spans.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Summary of one shard, sent to the other processes."""
+
+    num_rows: int
+    digest: str
+    unlabelled_digest: str
+    """Of keys, images and captions alone."""
+    labelled: bool
+    left_out: Skips
+    damaged: list[Skip]
 
 
 def stamp_of(stat: os.stat_result) -> tuple[int, int]:
@@ -69,103 +90,78 @@ def stamp_of(stat: os.stat_result) -> tuple[int, int]:
 
 
 class WebdatasetPairs:
-    """Tar shards in the img2dataset layout: KEY.jpg (png, webp) with KEY.txt or a key of KEY.json, maybe KEY.cls.
+    """Tar shards in the img2dataset layout: KEY.jpg (png, webp), KEY.txt or a key of KEY.json, optionally KEY.cls.
 
-    Only the count of each shard stays in memory; where its samples lie is read from its index when one is asked for.
+    Only the sizes of the shards stay in memory; the byte ranges of a shard are read from its index when needed.
     """
 
-    def __init__(self, config: SourceConfig, *, track: Track) -> None:
-        """Call on every process: each indexes its share of the shards."""
-        self.config = config
-        self.caption_extension = "txt" if config.caption_key == "txt" else "json"
-        self.label_extension = "cls" if config.label_key == "cls" else "json"
+    def __init__(self, config: SourceConfig) -> None:
+        """Index the shards. Call on every process: each indexes its share."""
+        self.config, self.extensions = config, member_extensions(config)
         self.opened: OrderedDict[int, Rows] = OrderedDict()
         shards = distributed.together(lambda: find_shards(config.paths))
-        share = [
-            (number, shards[number]) for number in range(distributed.rank(), len(shards), distributed.world_size())
-        ]
-        new = [shard for _, shard in share if not is_indexed(shard)]
-        for shard in track(new, "index shards", len(new)) if len(new) >= MANY_SHARDS else new:
-            try:
-                index_tar(shard)
-            except OSError:
-                continue  # told of below
-        own = distributed.together(lambda: [(number, self.survey(shard)) for number, shard in share])
-        parts = distributed.gather_objects(own)
-        surveys = [survey for _, survey in sorted((item for part in parts for item in part), key=lambda item: item[0])]
-        self.left_out, self.damaged = Skips(), []
+        surveys = self.survey_all(shards)
+        self.left_out, self.damaged = Skips(), list[Skip]()
         for survey in surveys:
             self.left_out.merge(survey.left_out)
             self.damaged += survey.damaged
         used = [number for number, survey in enumerate(surveys) if survey.num_rows]
         self.num_shards = len(shards)
         self.shards = [shards[number] for number in used]
-        self.digests = [surveys[number].digest for number in used]
-        self.unlabelled_digests = [surveys[number].unlabelled_digest for number in used]
-        self.shard_sizes = np.array([surveys[number].num_rows for number in used], np.int64)
-        self.starts = np.cumsum(self.shard_sizes) - self.shard_sizes
-        self.require_pairs(any(survey.labelled for survey in surveys))
+        self.surveys = [surveys[number] for number in used]
+        self.shard_sizes = np.array([survey.num_rows for survey in self.surveys], np.int64)
+        self.ends = np.cumsum(self.shard_sizes)
+        self.require_pairs()
 
-    def require_pairs(self, labelled: bool) -> None:
+    def survey_all(self, shards: list[Path]) -> list[Survey]:
+        """Summaries of all shards, in order, on every process."""
+        share = range(distributed.rank(), len(shards), distributed.world_size())
+        visible = sum(not is_indexed(shards[number]) for number in share) >= MANY_SHARDS
+        tracked = progress.track_on_main(share, "index shards", len(share)) if visible else share
+        own = distributed.together(lambda: {number: self.survey(shards[number]) for number in tracked})
+        found = {number: survey for part in distributed.gather_objects(own) for number, survey in part.items()}
+        return [found[number] for number in range(len(shards))]
+
+    def survey(self, shard: Path) -> Survey:
+        try:
+            index, stamp = index_tar(shard), stamp_of(shard.stat())
+        except OSError as error:
+            skip = Skip(str(shard), UNREADABLE_SHARD, f"cannot be read ({error})")
+            return Survey(0, "", "", False, Skips(), [skip])
+        rows, left_out = self.complete_rows(index, shard, stamp)
+        damaged = [Skip(str(shard), DAMAGED_SHARD, message)] if (message := str(index.damage)) else []
+        labelled = bool((rows.spans[:, -1, 1] >= 0).any())
+        digest, unlabelled = rows.digest(labels=True), rows.digest(labels=False)
+        return Survey(len(rows.keys), digest, unlabelled, labelled, left_out, damaged)
+
+    def require_pairs(self) -> None:
         where = " ".join(self.config.paths)
         if not self.shards:
             if self.damaged and not self.left_out:
                 raise ValueError(f"{self.damaged[0].key} {self.damaged[0].message}; no shard of {where} can be read")
-            apart = f"; {DUPLICATE}" if self.left_out.counts["duplicate key"] else ""
+            image, caption, *_ = (", ".join(f".{name}" for name in names) for names in self.extensions)
+            hint = f"; {DUPLICATE}" if self.left_out.counts["duplicate key"] else ""
             raise ValueError(
                 f"{where}: none of {self.left_out.counts.total()} samples has both an image "
-                f"({', '.join(IMAGE_EXTENSIONS)}) and a .{self.caption_extension}; see data.caption_key{apart}"
+                f"({image}) and a {caption}; see data.caption_key{hint}"
             )
-        if self.config.label_key and not labelled:
-            raise ValueError(f"{where}: no sample has a .{self.label_extension} for its label; see data.label_key")
+        if self.config.label_key and not any(survey.labelled for survey in self.surveys):
+            raise ValueError(f"{where}: no sample has a .{self.extensions[2][0]} for its label; see data.label_key")
 
-    def survey(self, shard: Path) -> "Survey":
-        try:
-            index, stamp = index_tar(shard), stamp_of(shard.stat())
-        except OSError as error:
-            return Survey(0, "", "", Skips(), [Skip(str(shard), UNREADABLE_SHARD, f"cannot be read ({error})")], False)
-        rows, left_out = self.whole_rows(index, shard, stamp)
-        message = str(index.damage)
-        damaged = [Skip(str(shard), DAMAGED_SHARD, message)] if message else []
-        labelled = bool((rows.spans[:, -1, 1] >= 0).any())
-        return Survey(len(rows.keys), rows.digest(), rows.digest(labels=False), left_out, damaged, labelled)
-
-    def whole_rows(self, index: TarIndex, shard: Path, stamp: tuple[int, int]) -> tuple[Rows, Skips]:
-        extensions = [IMAGE_EXTENSIONS, (self.caption_extension,)]
-        if self.config.label_key:
-            extensions.append((self.label_extension,))
-        spans = np.stack([np.stack(index.select(names), axis=1) for names in extensions], axis=1)
+    def complete_rows(self, index: TarIndex, shard: Path, stamp: tuple[int, int]) -> tuple[Rows, Skips]:
+        """Rows with an image and a caption, and skips for the other samples."""
+        spans = np.stack([np.stack(index.select(names), axis=1) for names in self.extensions], axis=1)
         has_image, has_caption = spans[:, 0, 1] >= 0, spans[:, 1, 1] >= 0
         left_out = Skips()
-        for missing, cause, member in (
-            (~has_image, "no image", "no " + ", ".join(f".{name}" for name in IMAGE_EXTENSIONS)),
-            (has_image & ~has_caption, "no caption", f"no .{self.caption_extension}"),
-        ):
-            left_out.add(Skip(f"{shard}/{as_text(key)}", cause, f"has {member}") for key in index.keys[missing])
+        for missing, names in zip((~has_image, has_image & ~has_caption), self.extensions, strict=False):
+            left_out.add(missing_member(f"{shard}/{as_text(key)}", names) for key in index.keys[missing])
         left_out.add(Skip(f"{shard}/{as_text(key)}", "duplicate key", DUPLICATE) for key in index.duplicates)
-        whole = has_image & has_caption
-        return Rows(index.keys[whole], spans[whole], stamp), left_out
+        complete = has_image & has_caption
+        return Rows(index.keys[complete], spans[complete], stamp), left_out
 
-    def fingerprint(self) -> str:
-        return hashlib.sha256("".join(self.digests).encode()).hexdigest()
-
-    def rows(self, shard: int) -> Rows:
-        """Raises: OSError if the shard is gone; ValueError if it has changed since the run began."""
-        if shard in self.opened:
-            self.opened.move_to_end(shard)
-            return self.opened[shard]
-        path = self.shards[shard]
-        stamp = stamp_of(path.stat())
-        rows, _ = self.whole_rows(index_tar(path), path, stamp)
-        if rows.digest() != self.digests[shard]:
-            raise ValueError("it holds other samples than when the run began")
-        self.opened[shard] = rows
-        while len(self.opened) > 1 and sum(len(kept.keys) for kept in self.opened.values()) > MOST_ROWS_KEPT:
-            self.opened.popitem(last=False)
-        return rows
-
-    def parts(self) -> list[tuple[str, str]]:
-        return [(str(path), digest) for path, digest in zip(self.shards, self.unlabelled_digests, strict=True)]
+    def parts(self, *, labels: bool = False) -> list[tuple[str, str]]:
+        digests = [survey.digest if labels else survey.unlabelled_digest for survey in self.surveys]
+        return list(zip(map(str, self.shards), digests, strict=True))
 
     def read(self, index: int) -> Pair:
         key, (image, caption, *label) = self.read_members(index, slice(None))
@@ -179,42 +175,44 @@ class WebdatasetPairs:
         return member_captions(key, caption, self.config)
 
     def read_members(self, index: int, wanted: slice) -> tuple[str, list[bytes | None]]:
-        """Key and contents of image, caption and label, or those of them that are wanted. Raises: BadSample."""
-        shard = int(np.searchsorted(self.starts, index, "right")) - 1
-        path, row = self.shards[shard], index - int(self.starts[shard])
+        """Key and the wanted ones of image, caption and label. Raises: BadSample."""
+        shard, row = locate(self.ends, index)
+        path = self.shards[shard]
         key = str(path)
         try:
             rows = self.rows(shard)
             key = f"{path}/{as_text(rows.keys[row])}"
-            # Opened anew each time: an epoch visits every shard, and there may be more of them than open files allowed.
+            # Opened for each read: an epoch visits every shard, and there may be more of them than open files allowed.
             with path.open("rb", buffering=0) as file:
                 if stamp_of(os.fstat(file.fileno())) != rows.stamp:
-                    raise ValueError("it was written again since")
+                    raise ValueError("it has been written again")
                 return key, [read_span(file.fileno(), *span) for span in rows.spans[row, wanted].tolist()]
         except (OSError, ValueError, EOFError) as error:
-            message = f"the shard cannot be read any more ({error})"
+            message = f"the shard can no longer be read ({error})"
             raise BadSample(key, UNREADABLE_SHARD, message) from error
+
+    def rows(self, shard: int) -> Rows:
+        """Raises: OSError if the shard is gone; ValueError if it has changed since the run began."""
+        if shard in self.opened:
+            self.opened.move_to_end(shard)
+            return self.opened[shard]
+        path = self.shards[shard]
+        stamp = stamp_of(path.stat())
+        rows, _ = self.complete_rows(index_tar(path), path, stamp)
+        if rows.digest(labels=True) != self.surveys[shard].digest:
+            raise ValueError("it holds other samples than when the run began")
+        self.opened[shard] = rows
+        while len(self.opened) > 1 and sum(len(kept.keys) for kept in self.opened.values()) > MAX_ROWS_KEPT:
+            self.opened.popitem(last=False)
+        return rows
 
 
 def read_span(file: int, offset: int, size: int) -> bytes | None:
     if size < 0:
         return None
-    if size > MOST_SAMPLE_BYTES:
-        raise ValueError(f"a member of {size} bytes, more than {MOST_SAMPLE_BYTES}")
+    if size > MAX_SAMPLE_BYTES:
+        raise ValueError(f"a member of {size} bytes, more than {MAX_SAMPLE_BYTES}")
     content = os.pread(file, size, offset)
     if len(content) < size:
         raise EOFError(f"it ends before byte {offset + size}")
     return content
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What one process tells the others of a shard."""
-
-    num_rows: int
-    digest: str
-    unlabelled_digest: str
-    """Of keys, images and captions alone."""
-    left_out: Skips
-    damaged: list[Skip]
-    labelled: bool

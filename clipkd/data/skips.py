@@ -1,4 +1,4 @@
-"""Samples that cannot be used: each named, with its cause, so that nothing is lost in silence."""
+"""Samples that cannot be used: each is named with its cause and counted."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 MAX_EXAMPLES = 10
 FEWEST_SEEN = 1000
-"""The share of skipped samples is taken of at least so many, so that one among the first does not stop a run."""
+"""Least denominator of the share of skipped samples, so that one bad sample at the start does not stop a run."""
 
 FEWEST_SHARDS = 100
-"""Likewise of streamed shards."""
+"""The same for streamed shards."""
 
 DAMAGED_SHARD = "damaged shard"
 UNREADABLE_SHARD = "unreadable shard"
-"""For now: it may lie on a disk or network that fails, or be written at the moment."""
+"""Possibly for the moment: a disk or network fails, or the shard is being written."""
 
 
 class Skip(NamedTuple):
@@ -25,7 +25,7 @@ class Skip(NamedTuple):
 
 
 class BadSample(ValueError):
-    """A sample that cannot be used. A run skips and counts it; who reads single samples gets an error that names it."""
+    """A sample that cannot be used. A run skips and counts it; reading it directly raises the error."""
 
     def __init__(self, key: str, cause: str, message: str) -> None:
         super().__init__(f"{key}: {message}")
@@ -36,7 +36,7 @@ class BadSample(ValueError):
 
 
 class Skips:
-    """Counts by cause, and the first few of them as examples."""
+    """Counts by cause, and the first few skips as examples."""
 
     def __init__(self, skips: Iterable[Skip] = ()) -> None:
         self.counts: Counter[str] = Counter()

@@ -1,8 +1,9 @@
-"""Image-text pairs behind one interface: what a sample is, and how several sources make one data set."""
+"""Image-text pairs behind one interface: a sample, a source of samples, and several sources as one data set."""
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,17 +15,14 @@ from clipkd.data.skips import BadSample, Skip, Skips, exceeds
 
 UNLABELLED = -1
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-MOST_SAMPLE_BYTES = 1 << 28
+MAX_SAMPLE_BYTES = 1 << 28
 """Of an image, caption or label: a table may name /dev/zero."""
 
-MOST_CHARACTERS = 2000
-"""Of a caption. A tokenizer keeps far less, but takes minutes over one word of a hundred thousand letters."""
+MAX_CHARACTERS = 2000
+"""Of a caption. A tokenizer keeps far fewer, but takes minutes over one word of a hundred thousand letters."""
 
 NUM_PROBES = 8
-"""Samples that are looked at before a run: an option is wrong if not one of them can be read."""
-
-Track = Callable[[Iterable[Any], str, int], Iterator[Any]]
-"""Shows progress: (items, title, their number) → the items."""
+"""Samples that are read before a run: if none of them can be read, an option is wrong."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Pair:
     """One sample, still encoded."""
 
     key: str
-    """Where it came from: shard and key, file or row."""
+    """Shard and key, file or row."""
     image: bytes
     captions: tuple[str, ...]
     label: int = UNLABELLED
@@ -42,18 +40,14 @@ class PairSource(Protocol):
     shard_sizes: np.ndarray
     """Samples per shard; samples are numbered through the shards in order."""
     num_shards: int
-    """Those that hold no usable sample included."""
+    """Shards without a usable sample included."""
     left_out: Skips
-    """Samples that were found unusable without reading them."""
+    """Samples that the index shows to be unusable."""
     damaged: list[Skip]
     """Shards that cannot be read to their end."""
 
-    def fingerprint(self) -> str:
-        """Changes when samples are added, removed or put in another order."""
-        ...
-
-    def parts(self) -> list[tuple[str, str]]:
-        """The files that it is read from, each with a digest that changes with its samples or their order, labels aside."""
+    def parts(self, *, labels: bool = False) -> list[tuple[str, str]]:
+        """The files of the source, each with a digest of its samples and their order; labels count only on demand."""
         ...
 
     def read(self, index: int) -> Pair:
@@ -61,7 +55,7 @@ class PairSource(Protocol):
         ...
 
     def read_captions(self, index: int) -> tuple[str, ...]:
-        """Those of `read`, without its image. Raises: BadSample."""
+        """The captions of `read`, without reading the image. Raises: BadSample."""
         ...
 
 
@@ -70,8 +64,7 @@ class PairSet:
 
     def __init__(self, sources: Sequence[PairSource], configs: Sequence[SourceConfig]) -> None:
         self.sources, self.configs = list(sources), list(configs)
-        counts = [int(source.shard_sizes.sum()) for source in sources]
-        self.ends = np.cumsum(counts)
+        self.ends = np.cumsum([int(source.shard_sizes.sum()) for source in sources])
         self.left_out = Skips()
         for source in sources:
             self.left_out.merge(source.left_out)
@@ -81,33 +74,29 @@ class PairSet:
 
     def read(self, index: int) -> Pair:
         """Raises: BadSample."""
-        source, number = self.find(index)
-        return source.read(number)
+        source, number = locate(self.ends, index)
+        return self.sources[source].read(number)
 
     def read_captions(self, index: int) -> tuple[str, ...]:
         """Raises: BadSample."""
-        source, number = self.find(index)
-        return source.read_captions(number)
-
-    def find(self, index: int) -> tuple[PairSource, int]:
-        """Source of a sample, and its number there."""
-        number = int(np.searchsorted(self.ends, index, "right"))
-        return self.sources[number], index - (int(self.ends[number - 1]) if number else 0)
+        source, number = locate(self.ends, index)
+        return self.sources[source].read_captions(number)
 
     def identity(self) -> list[dict[str, Any]]:
-        """What a resumed run must find again, wherever it lies now."""
-        return [
-            {"pairs": int(s.shard_sizes.sum()), "fingerprint": s.fingerprint(), **about(c)}
-            for s, c in zip(self.sources, self.configs, strict=True)
-        ]
+        """Per source: content and options that a resumed run must find unchanged, wherever the files lie."""
+        found = []
+        for source, config in zip(self.sources, self.configs, strict=True):
+            digests = "".join(digest for _, digest in source.parts(labels=True))
+            fingerprint = hashlib.sha256(digests.encode()).hexdigest()
+            found.append({"pairs": int(source.shard_sizes.sum()), "fingerprint": fingerprint, **identity_of(config)})
+        return found
 
     def mixture(self, seed: int) -> Mixture:
-        return Mixture(
-            [source.shard_sizes for source in self.sources], weights=[c.weight for c in self.configs], seed=seed
-        )
+        sizes, weights = [s.shard_sizes for s in self.sources], [config.weight for config in self.configs]
+        return Mixture(sizes, weights=weights, seed=seed)
 
     def unusable(self) -> Skips:
-        """What was found without reading samples: those left out, and damaged shards."""
+        """Damaged shards, and samples that the indexes show to be unusable."""
         found = Skips(skip for source in self.sources for skip in source.damaged)
         found.merge(self.left_out)
         return found
@@ -117,13 +106,13 @@ class PairSet:
         return f"{len(self)} pairs{left_out}"
 
     def require_usable(self, max_share: float) -> None:
-        """Raises: ValueError if more is damaged than may be skipped, or not one of the first samples can be read."""
+        """Raises: ValueError if more is damaged than may be skipped, or none of the first samples can be read."""
         damaged = [skip for source in self.sources for skip in source.damaged]
         num_shards = sum(source.num_shards for source in self.sources)
         if len(damaged) > max_share * num_shards:
             raise ValueError(
                 f"{damaged[0].key} {damaged[0].message}; {len(damaged)} of {num_shards} shards are damaged: copy or write "
-                "them again, or raise data.max_skipped to train on what is left"
+                "them again, or raise data.max_skipped to train on the others"
             )
         num_left_out = self.left_out.counts.total()
         if exceeds(num_left_out, len(self) + num_left_out, max_share):
@@ -136,14 +125,20 @@ class PairSet:
             probe(source)
 
 
-def about(config: SourceConfig) -> dict[str, Any]:
-    """What a source's options say beyond where it lies."""
+def locate(ends: np.ndarray, index: int) -> tuple[int, int]:
+    """Part that holds an index, and the index within that part; `ends` are the parts' cumulative lengths."""
+    part = int(np.searchsorted(ends, index, "right"))
+    return part, index - (int(ends[part - 1]) if part else 0)
+
+
+def identity_of(config: SourceConfig) -> dict[str, Any]:
+    """The options of a source except its location."""
     names = ("format", "image_column", "caption_key", "label_key", "weight")
     return {name: getattr(config, name) for name in names}
 
 
 def probe(source: PairSource) -> None:
-    """Raises: BadSample, a wrong key or column in all likelihood, if not one of the first samples can be read."""
+    """Raises: BadSample if none of the first samples can be read: most likely a key or column is wrong."""
     first: BadSample | None = None
     for index in range(min(NUM_PROBES, int(source.shard_sizes.sum()))):
         try:
@@ -153,6 +148,19 @@ def probe(source: PairSource) -> None:
             first = first or bad
     assert first is not None
     raise first
+
+
+def member_extensions(config: SourceConfig) -> list[tuple[str, ...]]:
+    """Extensions of a webdataset sample's image, its caption and, if labels are configured, its label."""
+    keys = [("txt", config.caption_key), ("cls", config.label_key)]
+    return [IMAGE_EXTENSIONS, *((own if key == own else "json",) for own, key in keys if key is not None)]
+
+
+def missing_member(key: str, extensions: tuple[str, ...]) -> Skip:
+    """Why a webdataset sample without a member of these extensions cannot be used."""
+    cause = "no image" if extensions == IMAGE_EXTENSIONS else "no caption"
+    hint = "" if extensions == IMAGE_EXTENSIONS else "; see data.caption_key"
+    return Skip(key, cause, f"has no {', '.join(f'.{name}' for name in extensions)}{hint}")
 
 
 def make_pair(key: str, image: bytes, caption: bytes, label: bytes | None, config: SourceConfig) -> Pair:
@@ -170,31 +178,30 @@ def member_captions(key: str, caption: bytes, config: SourceConfig) -> tuple[str
 
 
 def read_member(content: bytes, name: str, extension: str, where: str, option: str) -> Any:
-    """The text of a member, if the name is its extension, else that key of its json. `option` set the name."""
+    """The text of a member if the option names its extension, otherwise the value of that key in its JSON."""
     kind = option.split(".")[1].removesuffix("_key")
     try:
         if name == extension:
             return content.decode("utf-8")
         values = json.loads(content)
-        if isinstance(values, dict) and name in values:
-            return values[name]
-        held = f"only {sorted(values)[:20]}" if isinstance(values, dict) else f"it is a {type(values).__name__}"
-        raise BadSample(where, f"no {kind}", f"its json has no key {name!r}, {held}; see {option}")
-    except BadSample:
-        raise
     except (ValueError, RecursionError) as error:
         raise BadSample(where, f"unreadable {kind}", f"its {kind} cannot be read ({error})") from error
+    if isinstance(values, dict) and name in values:
+        return values[name]
+    held = f"only {sorted(values)[:20]}" if isinstance(values, dict) else f"it is a {type(values).__name__}"
+    raise BadSample(where, f"no {kind}", f"its json has no key {name!r}, {held}; see {option}")
 
 
 def as_captions(value: Any, where: str) -> tuple[str, ...]:
+    """A caption or a list of captions, stripped, cut to MAX_CHARACTERS, empty ones dropped. Raises: BadSample."""
     captions = (value,) if isinstance(value, str) else value
     if not isinstance(captions, list | tuple) or not all(isinstance(caption, str) for caption in captions):
         message = f"expected a caption or a list of captions, got {type(value).__name__}"
         raise BadSample(where, "no caption", message)
-    captions = tuple(caption.strip()[:MOST_CHARACTERS].strip() for caption in captions if caption.strip())
+    captions = tuple(caption.strip()[:MAX_CHARACTERS].strip() for caption in captions if caption.strip())
     try:
         "".join(captions).encode()
-    except UnicodeEncodeError as error:  # half of an emoji, such as a json that was cut by characters can hold
+    except UnicodeEncodeError as error:  # half of an emoji, left by a JSON writer that cut text at UTF-16 units
         raise BadSample(where, "unreadable caption", f"its caption cannot be read ({error})") from error
     if not captions:
         raise BadSample(where, "empty caption", "every caption is empty")
@@ -202,16 +209,13 @@ def as_captions(value: Any, where: str) -> tuple[str, ...]:
 
 
 def as_label(value: Any, where: str) -> int:
-    """A class number; −1 for a sample without one."""
+    """A class number; −1 for a sample without a label. Raises: BadSample."""
     if value is None:
         return UNLABELLED
     if isinstance(value, str | int) and re.fullmatch(r"-1|\d{1,18}", str(value).strip()):
         return int(value)
-    raise BadSample(
-        where,
-        "wrong label",
-        f"its label is {value!r}; it must be a class number from 0 on, or null; see data.label_key",
-    )
+    message = f"its label is {value!r}; it must be a class number from 0 on, or null; see data.label_key"
+    raise BadSample(where, "wrong label", message)
 
 
 def is_remote(path: str) -> bool:
@@ -219,7 +223,7 @@ def is_remote(path: str) -> bool:
 
 
 def configured_sources(config: DataConfig) -> list[SourceConfig]:
-    """`data` itself and what `data.mix` adds. Raises: ValueError if one names no path."""
+    """`data` itself and each of `data.mix`. Raises: ValueError if one names no path."""
     sources = [config, *config.mix]
     for number, source in enumerate(sources):
         if not source.paths:

@@ -12,20 +12,21 @@ import numpy as np
 
 from clipkd.config.data import SourceConfig
 from clipkd.data.skips import BadSample, Skip, Skips
-from clipkd.data.sources import MOST_SAMPLE_BYTES, UNLABELLED, Pair, as_captions, as_label
+from clipkd.data.sources import MAX_SAMPLE_BYTES, UNLABELLED, Pair, as_captions, as_label, locate
+from clipkd.files import sha256
 
 ROWS_PER_SHARD = 1 << 14
-"""Rows that stay together when a table larger than a block is shuffled."""
+"""Rows that stay together when a table larger than a block is shuffled, since they lie together on disk."""
 
 
 def split_evenly(num_rows: int) -> np.ndarray:
-    """A table as shards: rows read together lie together on disk."""
+    """Sizes of the shards of a table."""
     whole, rest = divmod(num_rows, ROWS_PER_SHARD)
     return np.array([ROWS_PER_SHARD] * whole + ([rest] if rest else []), np.int64)
 
 
 class HuggingFacePairs:
-    """A Hugging Face data set with an image column, a caption column (a string or a list of strings), maybe a label's."""
+    """A Hugging Face data set with columns of images, of captions (a string or a list) and optionally of labels."""
 
     def __init__(self, config: SourceConfig) -> None:
         import datasets
@@ -41,18 +42,13 @@ class HuggingFacePairs:
         self.shard_sizes = split_evenly(len(self.rows))
         self.num_shards, self.left_out, self.damaged = len(self.shard_sizes), Skips(), list[Skip]()
 
-    def fingerprint(self) -> str:
-        """Of captions and labels: the library's own fingerprint changes with the folder."""
-        return self.digest([name for name in (self.config.caption_key, self.config.label_key) if name is not None])
-
-    def digest(self, columns: list[str]) -> str:
+    def parts(self, *, labels: bool = False) -> list[tuple[str, str]]:
+        # The library's own fingerprint changes with the folder.
+        columns = [self.config.caption_key, self.config.label_key if labels else None]
         digest = hashlib.sha256()
-        for rows in self.rows.select_columns(columns).iter(10_000):
+        for rows in self.rows.select_columns([name for name in columns if name is not None]).iter(10_000):
             digest.update(json.dumps(rows, default=str).encode())
-        return digest.hexdigest()
-
-    def parts(self) -> list[tuple[str, str]]:
-        return [(self.path, self.digest([self.config.caption_key]))]
+        return [(self.path, digest.hexdigest())]
 
     def read_captions(self, index: int) -> tuple[str, ...]:
         return as_captions(self.captions[index][self.config.caption_key], f"{self.path} row {index}")
@@ -69,52 +65,41 @@ class HuggingFacePairs:
 
 
 class TablePairs:
-    """A CSV or TSV file with a column of image paths and one of captions; paths are relative to the file's folder."""
+    """CSV or TSV files with columns of image paths and captions; paths are relative to the file's folder."""
 
     def __init__(self, config: SourceConfig) -> None:
         self.config = config
         columns = [config.image_column, config.caption_key, *([config.label_key] if config.label_key else [])]
-        tables = [read_table(Path(path), columns, config) for path in config.paths]
-        self.folders = [Path(path).parent for path in config.paths]
-        self.tables = tables
-        self.ends = np.cumsum([len(table) for table in tables])
+        self.tables = [read_table(Path(path), columns, config) for path in config.paths]
+        self.ends = np.cumsum([len(table) for table in self.tables])
         self.shard_sizes = split_evenly(int(self.ends[-1]))
         self.num_shards, self.left_out, self.damaged = len(self.shard_sizes), Skips(), list[Skip]()
 
-    def fingerprint(self) -> str:
-        return hashlib.sha256(b"".join(bytes.fromhex(digest) for _, digest in self.parts())).hexdigest()
-
-    def parts(self) -> list[tuple[str, str]]:
-        found = []
-        for path in self.config.paths:
-            with Path(path).open("rb") as file:
-                found.append((path, hashlib.file_digest(file, "sha256").hexdigest()))
-        return found
+    def parts(self, *, labels: bool = False) -> list[tuple[str, str]]:
+        """Digests of the complete files."""
+        return [(path, sha256(Path(path))) for path in self.config.paths]
 
     def read(self, index: int) -> Pair:
-        number, row = self.find(index)
+        number, row = locate(self.ends, index)
+        table = self.config.paths[number]
         path, caption, *label = (column[row].as_py() for column in self.tables[number].columns)
-        key = f"{self.config.paths[number]} row {row}: {path}"
+        key = f"{table} row {row}: {path}"
         if not path:
             raise BadSample(key, "no image", f"has no path in column {self.config.image_column!r}")
-        data = read_file(self.folders[number] / path, key)
+        data = read_file(Path(table).parent / path, key)
         return Pair(key, data, as_captions(caption, key), as_label(label[0] or None, key) if label else UNLABELLED)
 
     def read_captions(self, index: int) -> tuple[str, ...]:
-        number, row = self.find(index)
+        number, row = locate(self.ends, index)
         return as_captions(self.tables[number].column(1)[row].as_py(), f"{self.config.paths[number]} row {row}")
-
-    def find(self, index: int) -> tuple[int, int]:
-        """Table and row of a sample."""
-        number = int(np.searchsorted(self.ends, index, "right"))
-        return number, index - (int(self.ends[number - 1]) if number else 0)
 
 
 def read_file(path: Path, key: str) -> bytes:
+    """The bytes of an image file. Raises: BadSample."""
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_SAMPLE_BYTES:
-            raise OSError(f"{path} is no file of at most {MOST_SAMPLE_BYTES} bytes")
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_SAMPLE_BYTES:
+            raise OSError(f"{path} is no file of at most {MAX_SAMPLE_BYTES} bytes")
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
         raise BadSample(key, "no image", f"the image file cannot be read ({error})") from error
@@ -123,8 +108,8 @@ def read_file(path: Path, key: str) -> bytes:
 def read_table(path: Path, columns: list[str], config: SourceConfig) -> Any:
     """The columns of a CSV or TSV file, all text. Columns given as numbers count from 0 in a file without a header line.
 
-    Raises: FileNotFoundError, or ValueError naming the columns there are, or the row that has more or fewer of them, or
-        the line of a quote that is not closed.
+    Raises: FileNotFoundError, or ValueError that names the existing columns, a row with too many or too few fields, or
+        the line of an unclosed quote.
     """
     from pyarrow import ArrowInvalid, string
     from pyarrow import csv as arrow_csv
@@ -132,42 +117,34 @@ def read_table(path: Path, columns: list[str], config: SourceConfig) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path} (data.path)")
     numbered = all(column.isdecimal() for column in columns)
-    # A .tsv knows no quotes: a caption that begins with one would swallow the rows up to the next.
+    # A .tsv has no quoting: with it, a caption that begins with a quote would swallow the next rows.
     tabs = path.suffix.lower() == ".tsv"
-
     quoting = {"quote_char": False} if tabs else {"newlines_in_values": True}
     parse = arrow_csv.ParseOptions(delimiter="\t" if tabs else ",", **quoting)
-    options = arrow_csv.ReadOptions(autogenerate_column_names=numbered)
-    unthreaded = arrow_csv.ReadOptions(autogenerate_column_names=numbered, use_threads=False)  # its errors number rows
+    options = arrow_csv.ReadOptions(autogenerate_column_names=numbered, use_threads=False)  # errors then number rows
     try:
-        with arrow_csv.open_csv(path, read_options=unthreaded, parse_options=parse) as reader:
+        with arrow_csv.open_csv(path, read_options=options, parse_options=parse) as reader:
             names = reader.schema.names
         wanted = [f"f{column}" for column in columns] if numbered else columns
         require_columns(config, str(path), [name.removeprefix("f") for name in names] if numbered else names)
         convert = arrow_csv.ConvertOptions(
             column_types=dict.fromkeys(wanted, string()), include_columns=wanted, strings_can_be_null=False
         )
-        try:
-            table = arrow_csv.read_csv(path, read_options=options, parse_options=parse, convert_options=convert)
-        except ArrowInvalid:
-            table = arrow_csv.read_csv(path, read_options=unthreaded, parse_options=parse, convert_options=convert)
+        table = arrow_csv.read_csv(path, read_options=options, parse_options=parse, convert_options=convert)
     except (ArrowInvalid, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no table that can be read: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"{path} is no readable table: {' '.join(str(error).split())[:300]}") from error
     if not len(table):
         raise ValueError(f"{path} holds no rows")
-    if not tabs and len(table) + (not numbered) < count_lines(path):  # some field spans lines
-        require_closed_quotes(path)
+    if not tabs:
+        require_closed_quotes(path, len(table) + (not numbered))
     return table
 
 
-def count_lines(path: Path) -> int:
-    """Lines that are not blank."""
+def require_closed_quotes(path: Path, num_rows: int) -> None:
+    """Raises: ValueError if a stray quote has made Arrow take the rows after it for part of a caption."""
     with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())
-
-
-def require_closed_quotes(path: Path) -> None:
-    """Raises: ValueError if a field that spans lines ends in a quote too many: rows were taken for part of a caption."""
+        if sum(1 for line in file if line.strip()) <= num_rows:
+            return  # no field spans lines
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         reader, last = csv.reader(file, strict=True), 0
         try:
@@ -175,13 +152,12 @@ def require_closed_quotes(path: Path) -> None:
                 last = reader.line_num
         except csv.Error as error:
             raise ValueError(
-                f"{path}: the quotes of the row at line {last + 1} do not match ({error}), and it would swallow those "
-                "after it; double the quotes within a field"
+                f"{path}: the quotes of the row at line {last + 1} do not match ({error}); double the quotes within a field"
             ) from error
 
 
 def require_columns(config: SourceConfig, path: str, names: list[str]) -> list[str]:
-    """The columns that a source reads. Raises: ValueError naming those that there are."""
+    """The columns that a source reads. Raises: ValueError that names the existing ones if one is missing."""
     options = {"image_column": config.image_column, "caption_key": config.caption_key, "label_key": config.label_key}
     wanted = {option: column for option, column in options.items() if column is not None}
     hint = " (in a table without a header line: the column's number, from 0)" if config.format == "csv" else ""

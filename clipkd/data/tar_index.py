@@ -1,24 +1,24 @@
-"""Index of a webdataset shard: where each member lies, so that any sample is one read at an offset.
+"""Index of a webdataset shard: the byte range of each member, so that any sample is one read at an offset.
 
-Our own because webdataset 1.x no longer ships `wids`, and streaming a tar can neither be resumed nor shuffled exactly.
-The index is cached beside the shard as NAME.tar.clipkd-index.npz, or in ~/.cache/clipkd where that folder is read-only.
+webdataset 1.x no longer ships `wids`, and streaming a tar can neither be resumed nor shuffled exactly. The index is
+cached beside the shard as NAME.tar.clipkd-index.npz, or in ~/.cache/clipkd if that folder is read-only.
 """
 
 import contextlib
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from clipkd import files
-from clipkd.data.tar_members import StrictMember, group_members, walk
+from clipkd.data.tar import DamagedTar, StrictMember, read_samples
 
 INDEX_VERSION = 2
-DUPLICATE = "its key stands in the shard more than once, or its files apart (a tar must be written sorted by name)"
+DUPLICATE = "another sample of the shard has the same key; write a tar sorted by file name, each key once"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TarIndex:
     keys: np.ndarray
     """[samples] bytes: member name without its extensions."""
     sample: np.ndarray
-    """[members] int32: which sample a member belongs to."""
+    """[members] int32: position in `keys` of a member's sample."""
     extension: np.ndarray
     """[members] bytes, lower case, without the leading dot."""
     offset: np.ndarray
@@ -36,12 +36,12 @@ class TarIndex:
     size: np.ndarray
     """[members] int64: bytes."""
     duplicates: np.ndarray
-    """[any] bytes: keys that stood in the shard before; only the first sample of a key is indexed."""
+    """[any] bytes: keys of repeated samples; only the first sample of a key is indexed."""
     damage: np.ndarray
-    """Text: why the shard could not be read to its end; empty for a whole one."""
+    """Text: why the shard could not be read to its end; empty if it could."""
 
     def select(self, extensions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Offset and size [samples] of each sample's member with one of these extensions; size −1 where it has none."""
+        """Offset and size [samples] of each sample's member with one of these extensions; size −1 if it has none."""
         offset = np.zeros(len(self.keys), np.int64)
         size = np.full(len(self.keys), -1, np.int64)
         wanted = np.isin(self.extension, np.array(extensions, "S"))
@@ -55,7 +55,7 @@ def as_text(key: bytes) -> str:
 
 
 def cache_paths(path: Path) -> tuple[Path, Path]:
-    """Where a shard's index may lie: beside it, or in the user's cache."""
+    """Where a shard's index may be stored: beside it, or in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
     return path.with_name(path.name + ".clipkd-index.npz"), cache / "clipkd" / "shards" / f"{name}.npz"
@@ -66,15 +66,15 @@ def is_indexed(path: Path) -> bool:
 
 
 def index_tar(path: Path) -> TarIndex:
-    """Read a shard's index from its cache, or scan the shard's headers once and cache what they say.
+    """Read a shard's index from its cache, or scan the headers of the shard and cache the result.
 
-    Raises: OSError if the shard cannot be read at all; damage inside is in the index.
+    Raises: OSError if the shard cannot be read at all; damage inside it is recorded in the index.
     """
     stat = path.stat()
     stamp = np.array([INDEX_VERSION, stat.st_size, stat.st_mtime_ns], np.int64)
     caches = cache_paths(path)
     for cache in caches:
-        # Whatever is wrong with a cache, it is made again.
+        # A cache that is damaged in any way is replaced.
         with contextlib.suppress(Exception), cache.open("rb") as file, np.load(file) as stored:
             if np.array_equal(stored["stamp"], stamp):
                 return TarIndex(**{name: stored[name] for name in TarIndex.__dataclass_fields__})
@@ -87,7 +87,10 @@ def index_tar(path: Path) -> TarIndex:
 
 
 def index_whole_tar(path: Path) -> TarIndex:
-    """Raises: ValueError if anything is wrong with the shard, as no part of a benchmark may be missing."""
+    """The index of an undamaged shard, since no part of a benchmark may be missing.
+
+    Raises: ValueError if the shard is damaged or repeats a key.
+    """
     index = index_tar(path)
     if problem := str(index.damage):
         raise ValueError(f"{path} {problem}; copy or write it again")
@@ -97,18 +100,29 @@ def index_whole_tar(path: Path) -> TarIndex:
 
 
 def scan_tar(path: Path) -> TarIndex:
-    damage: list[str] = []
-    keys: dict[str, int] = {}
+    """Read the headers of a shard."""
+    length, damage = path.stat().st_size, ""
+    keys: list[str] = []
     duplicates: list[str] = []
     members: list[tuple[int, str, int, int]] = []
-    for key, parts in group_members(list_members(path, damage)):
-        if key in keys:
-            duplicates.append(key)
-            continue
-        keys[key] = len(keys)
-        members += [(keys[key], extension, offset, size) for extension, (offset, size) in parts.items()]
-    if not damage and not keys:
-        damage = ["holds no samples"]
+
+    def byte_range(_: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[int, int]:
+        if member.offset_data + member.size > length:
+            raise tarfile.ReadError(f"{member.name} is cut short at byte {length}")
+        return member.offset_data, member.size
+
+    def open_tar() -> tarfile.TarFile:
+        return tarfile.open(path, "r:", tarinfo=StrictMember)
+
+    try:
+        for key, parts, repeated in read_samples(open_tar, byte_range):
+            if repeated:
+                duplicates.append(key)
+                continue
+            members += [(len(keys), extension, offset, size) for extension, (offset, size) in parts.items()]
+            keys.append(key)
+    except DamagedTar as error:
+        damage = str(error)
     sample, extension, offset, size = zip(*members, strict=True) if members else ((), (), (), ())
     return TarIndex(
         keys=np.array([os.fsencode(key) for key in keys], "S"),
@@ -117,17 +131,5 @@ def scan_tar(path: Path) -> TarIndex:
         offset=np.array(offset, np.int64),
         size=np.array(size, np.int64),
         duplicates=np.array([os.fsencode(key) for key in duplicates], "S"),
-        damage=np.array("".join(damage)),
+        damage=np.array(damage),
     )
-
-
-def list_members(path: Path, damage: list[str]) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Name and (offset, size) of every file in a tar."""
-    length = path.stat().st_size
-
-    def place(_: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[int, int]:
-        if member.offset_data + member.size > length:
-            raise tarfile.ReadError(f"{member.name} is cut short at byte {length}")
-        return member.offset_data, member.size
-
-    return walk(lambda: tarfile.open(path, "r:", tarinfo=StrictMember), place, damage)

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from clipkd.data.images import open_image
 from clipkd.evaluation.tasks import Kind
+from clipkd.images import open_image
 
 CLASS_KINDS = ("classification", "multilabel")
 
@@ -134,7 +134,7 @@ class Images(Dataset):
     def __getitem__(self, position: int) -> tuple[Any, int]:
         picture = self.pictures[position]
         try:
-            return self.preprocess(open_image(picture.read(), picture.key).convert("RGB")), position
+            return self.preprocess(open_image(picture.read()).convert("RGB")), position
         except Exception as error:  # Pillow raises anything on damaged files
             raise ValueError(f"{picture.where}, sample {picture.key}: cannot be decoded ({error})") from error
 

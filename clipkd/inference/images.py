@@ -9,20 +9,17 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from clipkd import progress
+from clipkd.images import open_image, to_rgb
 from clipkd.inference.index import Entry, Index, read_stamp
 from clipkd.inference.runtime import Student
-from clipkd.models.onnx_student import IMAGE_FORMATS
 
 T = TypeVar("T")
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """File name endings that count as images in a folder, in lower or upper case."""
-
-MAX_PIXELS = 1 << 26
-"""Largest image, as in training: a few kilobytes can claim to be gigabytes of pixels."""
 
 MAX_THREADS = 4
 """Images decoded at the same time."""
@@ -89,13 +86,13 @@ def encode_files(student: Student, paths: Sequence[str], batch_size: int) -> Ite
     def load(path: str) -> tuple[tuple[int, int], np.ndarray] | str:
         try:
             stamp = read_stamp(path)  # before the content: a file that changes meanwhile is encoded again
-            return stamp, student.preprocess(open_image(path))
+            return stamp, student.preprocess(read_image(path))
         except Exception as error:  # readers raise anything on a damaged file
             return " ".join(str(error).split()) or type(error).__name__
 
     count = -(-len(paths) // batch_size)
     parts = progress.track(batches(paths, batch_size), f"{batch_size} images at a time", count, visible=count > 1)
-    # Pillow warns of metadata, which is not used, and of sizes, which open_image checks.
+    # Pillow's warnings are ignored here once: catch_warnings in open_image is not safe in threads.
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for part in parts:
@@ -108,24 +105,10 @@ def encode_files(student: Student, paths: Sequence[str], batch_size: int) -> Ite
                     yield path, Entry(stamp, feature)
 
 
-def open_image(path: str) -> Image.Image:
-    """Read a file as RGB: transparent pixels white as in training, 16 bits scaled to 8.
-
-    Raises: ValueError if it is no image of these formats or has too many pixels; Pillow's errors if it is damaged.
-    """
-    try:
-        image = Image.open(path, formats=IMAGE_FORMATS)
-    except UnidentifiedImageError:
-        raise ValueError(f"it is no image, or none of {', '.join(IMAGE_FORMATS)}") from None
-    with image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"it has {image.width} × {image.height} pixels, more than {MAX_PIXELS}")
-        if image.mode.startswith("I;16"):  # Pillow would clip them
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+def read_image(path: str) -> Image.Image:
+    """Read a file as RGB, as in training. Raises: BadImage."""
+    with open_image(path) as image:
+        return to_rgb(image)
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

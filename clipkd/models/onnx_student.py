@@ -24,8 +24,6 @@ NEEDED = {
 }
 """Metadata that the files must have."""
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-
 
 def onnx_file(folder: Path, tower: str, format: str) -> Path:
     """tower: vision or text."""

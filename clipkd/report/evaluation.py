@@ -9,11 +9,11 @@ from typing import Any
 
 from PIL import Image
 
-from clipkd.data.images import open_image
 from clipkd.evaluation.results import Results, label, read_samples
 from clipkd.evaluation.sets import EvaluationSet
 from clipkd.evaluation.subjects import open_subject
 from clipkd.evaluation.tasks import Task
+from clipkd.images import open_image
 from clipkd.report.figures import COLOURS, Rows, escape, new_figure, show, to_svg
 from clipkd.report.page import section, table
 
@@ -221,7 +221,7 @@ def pictures(found: Found, student: dict[str, Any]) -> str:
 def picture(data: EvaluationSet, place: int, guess: int) -> str:
     assert data.classnames is not None
     found = data.pictures[place]
-    image = open_image(found.read(), found.key).convert("RGBA")
+    image = open_image(found.read()).convert("RGBA")
     image.thumbnail((PIXELS, PIXELS))
     flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     file = io.BytesIO()

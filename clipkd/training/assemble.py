@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from clipkd import data, distributed, progress
+from clipkd import data, distributed
 from clipkd.config.train import TrainConfig
 from clipkd.evaluation.subjects import Subject, open_subjects
 from clipkd.evaluation.tasks import METRICS, as_tuple
@@ -148,7 +148,7 @@ def assemble(config: TrainConfig) -> Parts:
     share_text_tower(config, student, teachers)
     hold_teachers(teachers)
     require_fitting_teachers(config.objective, loaded(teachers))
-    pairs, cache = data.open_pairs(config.data, track=progress.track_on_main), None
+    pairs, cache = data.open_pairs(config.data), None
     if config.teacher.cache is not None:
         cache = open_teacher_cache(config, pairs, student)
         teachers = stored_teachers(cache)

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from clipkd import data, distributed, progress
+from clipkd import data, distributed
 from clipkd.config.parse import parse
 from clipkd.config.train import TrainConfig
 from clipkd.errors import RunStopped, collecting
@@ -134,7 +134,7 @@ def find_parts(config: TrainConfig, findings: Findings) -> Parts | None:
     if student is not None and len(found) == len(teachers):
         findings.attempt(lambda: share_text_tower(config, student, found))
     hold_teachers(found)
-    pairs = findings.attempt(lambda: data.open_pairs(config.data, track=progress.track_on_main))
+    pairs = findings.attempt(lambda: data.open_pairs(config.data))
     cache = None
     if config.teacher.cache is not None and pairs is not None and student is not None:
         cache = findings.attempt(lambda: open_teacher_cache(config, pairs, student))

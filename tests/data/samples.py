@@ -1,15 +1,22 @@
-"""Images, tars and views made on the spot."""
+"""Images, tars, views and configurations made on the spot."""
 
+import contextlib
 import io
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
+from clipkd import distributed
+from clipkd.config.data import DataConfig
+from clipkd.config.objective import ObjectiveConfig
+from clipkd.config.terms import InfoNCETerm
+from clipkd.config.train import TrainConfig
 from clipkd.views import ViewSpec
 
 
@@ -39,6 +46,30 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return path
+
+
+def pair_members(numbers: Iterable[int], name: str = "{:04}") -> list[tuple[str, bytes]]:
+    """Files of webdataset pairs: thing N with a plain image of red N."""
+    return [
+        member
+        for number in numbers
+        for key in [name.format(number)]
+        for member in ((f"{key}.png", plain_png(number)), (f"{key}.txt", f"thing {number}".encode()))
+    ]
+
+
+def train_config(data: DataConfig, *, batch_size: int = 4, steps: int = 6, seed: int = 0) -> TrainConfig:
+    objective = ObjectiveConfig(info_nce=InfoNCETerm(weight=1.0))
+    return TrainConfig(data=data, batch_size=batch_size, steps=steps, seed=seed, objective=objective)
+
+
+@contextlib.contextmanager
+def as_process(rank: int, world_size: int) -> Iterator[None]:
+    """Within it, this process is one of several as far as the data room sees. Data is opened before: no gathering."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "rank", lambda: rank)
+        patch.setattr(distributed, "world_size", lambda: world_size)
+        yield
 
 
 def tokenize(texts: list[str]) -> Tensor:

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from clipkd.config.data import DataConfig
 from clipkd.config.train import StudentConfig, TrainConfig
 from clipkd.data import PairSet, open_feed, open_pairs
-from clipkd.data.images import decoding_scale, open_image
+from clipkd.data.crops import decoding_scale
+from clipkd.images import open_image
 from clipkd.models.create import create_student
 from clipkd.models.load import load_model
 from clipkd.teachers.store.manifest import read_manifest
@@ -430,7 +431,7 @@ def test_two_teachers_of_other_resolutions_on_large_jpegs(setting: Setting, clip
     write_samples(tmp_path / "pairs", jpeg=True)
     pairs = open_pairs(DataConfig(path=str(tmp_path / "pairs"), caption_key="captions", num_workers=0))
     assert isinstance(pairs, PairSet)
-    image = open_image(pairs.read(0).image, "first")
+    image = open_image(pairs.read(0).image)
     specs = [create_student(StudentConfig(model="demo-student")).spec, load_model(str(clip_folder)).spec]
     assert [decoding_scale(image, (10.0, 10.0, 470.0, 350.0), spec) for spec in specs] == [8, 4]
 

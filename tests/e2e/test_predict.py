@@ -208,7 +208,7 @@ def test_undecodable_images_are_named_and_left_out(
     (folder / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n")
     Image.new("1", (9000, 9000)).save(folder / "vast.png")
     (folder / "gone.png").symlink_to(folder / "nothing")
-    bad = {"cut.jpg": "truncated", "empty.png": "no image", "script.png": "none of JPEG", "vast.png": "9000 × 9000"}
+    bad = {"cut.jpg": "truncated", "empty.png": "none of JPEG", "script.png": "none of JPEG", "vast.png": "9000 × 9000"}
     bad["gone.png"] = "No such file"
     search = ("predict", written["softmax"])
     done = clipkd(*search, folder, "--query", QUERY, "--json")

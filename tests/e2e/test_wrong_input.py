@@ -107,7 +107,9 @@ def test_empty_and_truncated_tars(here: Run, data: Path, tmp_path: Path) -> None
     assert_refused(here(*arguments, check=False), output, "0.tar holds no samples")
     whole = (data / "pairs" / "00000.tar").read_bytes()
     (tmp_path / "shards" / "0.tar").write_bytes(whole[: len(whole) // 2])
-    assert_refused(here(*arguments, check=False), output, "0.tar is not a whole uncompressed tar", "data.max_skipped")
+    assert_refused(
+        here(*arguments, check=False), output, "0.tar is not a complete uncompressed tar", "data.max_skipped"
+    )
 
 
 def test_widths_that_differ_need_a_projection(here: Run, data: Path, teacher: Path, tmp_path: Path) -> None:

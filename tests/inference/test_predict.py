@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from clipkd.config.parse import parse_into
+from clipkd.images import FORMATS
 from clipkd.inference import images
 from clipkd.inference.index import Entry, Index, read_stamp
 from clipkd.inference.predict import PredictConfig, probabilities
-from clipkd.models.onnx_student import IMAGE_FORMATS
 
 
 def test_probabilities_by_hand() -> None:
@@ -43,9 +43,9 @@ def test_images_are_found_once_in_order_without_hidden_ones(tmp_path: Path) -> N
 
 
 def test_endings_and_formats_belong_together() -> None:
-    known = {ending for ending, format in Image.registered_extensions().items() if format in IMAGE_FORMATS}
+    known = {ending for ending, format in Image.registered_extensions().items() if format in FORMATS}
     assert set(images.ENDINGS) <= known
-    assert {Image.registered_extensions()[ending] for ending in images.ENDINGS} == set(IMAGE_FORMATS)
+    assert {Image.registered_extensions()[ending] for ending in images.ENDINGS} == set(FORMATS)
 
 
 def test_an_image_is_not_turned_as_its_exif_says(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_an_image_is_not_turned_as_its_exif_says(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     image.save(tmp_path / "turned.jpg", exif=exif)
-    assert images.open_image(str(tmp_path / "turned.jpg")).size == (30, 20)
+    assert images.read_image(str(tmp_path / "turned.jpg")).size == (30, 20)
 
 
 def test_an_index_gives_back_what_is_unchanged_and_forgets_what_is_gone(tmp_path: Path) -> None:

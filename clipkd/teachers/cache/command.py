@@ -48,7 +48,7 @@ def run(config: CacheConfig) -> Path:
     teachers = [load_teacher(model, dtype=config.teacher.dtype) for model in configured_teachers(config)]
     student = find_frozen_student(config, teachers)
     require_fitting_teachers(config.objective, loaded(teachers))
-    pairs = data.open_pairs(config.data, track=progress.track_on_main)
+    pairs = data.open_pairs(config.data)
     if not isinstance(pairs, data.PairSet):
         raise ValueError(
             "a cache needs data that can be read at any place; data.path names shards behind URLs or pipes: copy them"

@@ -106,7 +106,7 @@ def compare_again(config: VerifyConfig, cache: TeacherCache, findings: Findings)
     Raises: ValueError if data, teachers or options are others than those that the cache was made with.
     """
     teachers = [load_teacher(model, dtype=config.teacher.dtype) for model in configured_teachers(config)]
-    pairs = data.open_pairs(config.data, track=progress.track_on_main)
+    pairs = data.open_pairs(config.data)
     hold_teachers(teachers)
     if not isinstance(pairs, data.PairSet):
         raise ValueError("a cache is made from local data; data.path names shards behind URLs or pipes")

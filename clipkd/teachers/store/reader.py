@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ from torch import Tensor
 from clipkd import distributed, files
 from clipkd.config.train import TrainConfig
 from clipkd.data import BadSample, Pair, Pairs, PairSet
-from clipkd.data.sources import Track
 from clipkd.errors import RunStopped
 from clipkd.teachers.store.manifest import (
     FileRecord,
@@ -32,6 +31,9 @@ from clipkd.teachers.store.manifest import (
     to_json,
 )
 from clipkd.views import Features, View
+
+Track = Callable[[Iterable[Any], str, int], Iterator[Any]]
+"""Shows progress: (items, title, their number) → the items."""
 
 VERIFIED = ".verified.json"
 """Files that were hashed before, with size and time of change: an unchanged file is not hashed at every start."""

@@ -1,0 +1,277 @@
+"""Augmentation, substitutes and batches as functions of the seed and the position alone."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from clipkd.config.data import DataConfig
+from clipkd.data.loader import MAX_TRIES, Augment, AugmentedPairs, indexed_batches
+from clipkd.data.skips import BadSample, Skip, Skips
+from clipkd.data.sources import UNLABELLED, Pair, PairSet
+from clipkd.errors import RunStopped
+from clipkd.views import Batch, View, Views, ViewSpec
+from tests.data.samples import as_process, coordinates, encode, train_config, view_spec
+
+
+class Ramps:
+    """Pairs whose colours say where a crop was taken; every second of three has a label."""
+
+    def __init__(self, *, transparent: bool = False, bad: Sequence[int] = (), num_pairs: int = 12) -> None:
+        """bad: pairs that cannot be used: in turn without bytes, no image, unreadable."""
+        image = coordinates()
+        if transparent:
+            image.putalpha(0)
+        self.image, self.bad = encode(image, "PNG"), bad
+        self.shard_sizes, self.num_shards = np.array([num_pairs]), 1
+        self.left_out, self.damaged = Skips(), list[Skip]()
+        self.asked: list[int] = []
+
+    def read(self, index: int) -> Pair:
+        self.asked.append(index)
+        key, image = f"ramp {index}", self.image
+        if index in self.bad:
+            if index % 3 == 2:
+                raise BadSample(key, "no caption", "has no .txt")
+            image = (b"", b"broken")[index % 3]
+        captions = (f"a{index:02}", f"b{index:02}", f"c{index:02}")
+        return Pair(key, image, captions, label=label_of(index))
+
+
+def label_of(index: int) -> int:
+    return 100 - index if index % 3 else UNLABELLED
+
+
+CAUSES = ("empty image", "undecodable image", "no caption")
+MESSAGES = ("the image has no bytes", "the image cannot be decoded", "has no .txt")
+"""Of the bad ones among the ramps, by their number modulo 3."""
+
+
+class Seen(NamedTuple):
+    """One batch and every model's view of it."""
+
+    batch: Batch
+    student: View
+    teachers: tuple[View, ...]
+
+
+def batches(
+    source: Ramps | None = None,
+    *,
+    student: ViewSpec | None = None,
+    teachers: Sequence[ViewSpec] = (),
+    num_workers: int = 0,
+    background: str = "white",
+    start: int = 0,
+    process: tuple[int, int] = (0, 1),
+) -> list[Seen]:
+    """Six batches of 4, that is two passes, from step `start` on."""
+    data = DataConfig(path="x", min_crop=0.3, num_workers=num_workers, background=background)  # type: ignore[arg-type]
+    views, pairs = Views([student or view_spec(8), *teachers]), PairSet([source or Ramps()], [data])  # type: ignore[list-item]
+    with as_process(*process):
+        feed = indexed_batches(pairs, train_config(data), views, start=start)
+    with feed:
+        loaded = [next(feed) for _ in range(6 - start)]
+        with pytest.raises(StopIteration):
+            next(feed)
+    split = [(batch, views.of(batch, "cpu")) for batch in loaded]
+    return [Seen(batch, first, tuple(others)) for batch, (first, *others) in split]
+
+
+def assert_same(ours: Sequence[Seen], theirs: Sequence[Seen]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.batch.ids.tolist() == b.batch.ids.tolist()
+        assert a.batch.labels.tolist() == b.batch.labels.tolist()
+        assert (a.batch.keys, a.batch.skipped) == (b.batch.keys, b.batch.skipped)
+        for one, other in zip((a.student, *a.teachers), (b.student, *b.teachers), strict=True):
+            assert torch.equal(one.images, other.images)
+            assert torch.equal(one.texts, other.texts)
+
+
+def test_student_and_teacher_see_the_same_crop_at_their_own_resolutions() -> None:
+    seen = []
+    for batch, student, (other,) in batches(student=view_spec(8), teachers=[view_spec(24, mean=0.5, std=0.25)]):
+        assert [part.shape for part in batch.pixels] == [(4, 3, 8, 8), (4, 3, 24, 24)]
+        assert {part.dtype for part in batch.pixels} == {torch.uint8}
+        for ours, theirs in zip(student.images, other.images * 0.25 + 0.5, strict=True):
+            middle = [image[channel].mean().item() for channel in (0, 1) for image in (ours, theirs)]
+            spread = [(image[0, :, -1] - image[0, :, 0]).mean().item() for image in (ours, theirs)]
+            assert middle[0] == pytest.approx(middle[1], abs=2 / 255)
+            assert middle[2] == pytest.approx(middle[3], abs=2 / 255)
+            # From the middle of the first pixel to that of the last: 7/8 and 23/24 of the crop's width.
+            assert spread[0] / (7 / 8) == pytest.approx(spread[1] / (23 / 24), abs=0.03)
+            seen.append((round(middle[0], 3), round(middle[2], 3)))
+    assert len(set(seen)) > 20  # the crops differ
+
+
+def test_every_image_keeps_its_caption_key_and_label() -> None:
+    letters = set()
+    for batch, student, _ in batches():
+        assert batch.keys == tuple(f"ramp {index}" for index in batch.ids.tolist())
+        assert batch.labels.tolist() == [label_of(index) for index in batch.ids.tolist()]
+        for tokens, index in zip(student.texts.tolist(), batch.ids.tolist(), strict=True):
+            caption = "".join(map(chr, tokens)).strip()
+            assert int(caption[1:]) == index
+            letters.add(caption[0])
+    assert letters == {"a", "b", "c"}
+
+
+def test_the_pixels_of_a_view_do_not_depend_on_the_views_beside_it() -> None:
+    specs = [view_spec(30), view_spec(61), view_spec(121), view_spec(8)]
+    config, data = DataConfig(path="x", min_crop=0.5), encode(coordinates(640, 480), "JPEG")
+    pair = Pair("key", data, ("one", "two", "three"))
+    together = [Augment(config, Views(specs), seed=3)(pair, view, 7) for view in range(5)]
+    for number, spec in enumerate(specs):
+        for view, sample in enumerate(together):
+            alone = Augment(config, Views([spec]), seed=3)(pair, view, 7)
+            assert np.array_equal(alone.pixels[0], sample.pixels[number])
+            assert (alone.caption, alone.caption_number) == (sample.caption, sample.caption_number)
+    assert {sample.caption for sample in together} == {pair.captions[sample.caption_number] for sample in together}
+    assert len({sample.caption_number for sample in together}) > 1
+
+
+def test_a_sample_of_a_large_jpeg_shows_the_crop_that_was_drawn() -> None:
+    augment = Augment(DataConfig(path="x", min_crop=0.3), Views([view_spec(16), view_spec(48)]), seed=0)
+    jpeg, full = (encode(coordinates(800, 600), format) for format in ("JPEG", "PNG"))
+    for view in range(10):
+        taken = [augment(Pair("key", data, ("a",)), view, 3) for data in (jpeg, full)]
+        for ours, theirs in zip(*(sample.pixels for sample in taken), strict=True):
+            assert np.abs(ours.astype(int) - theirs).mean() < 3
+
+
+def test_pixels_repeat_after_the_stored_views_and_captions_do_not() -> None:
+    augment = Augment(DataConfig(path="x", min_crop=0.3), Views([view_spec(8)]), seed=0)
+    taken = [augment(Ramps().read(1), view, 1, num_views=2) for view in range(8)]
+    for view, sample in enumerate(taken):
+        assert np.array_equal(sample.pixels[0], taken[view % 2].pixels[0])
+    assert not np.array_equal(taken[0].pixels[0], taken[1].pixels[0])
+    assert len({sample.caption for sample in taken[::2]}) > 1
+
+
+def augmented(source: Ramps, seed: int = 0) -> AugmentedPairs:
+    config = DataConfig(path="x", min_crop=0.3)
+    return AugmentedPairs(PairSet([source], [config]), Augment(config, Views([view_spec(8)]), seed))  # type: ignore[list-item]
+
+
+def test_augmentation_is_a_function_of_seed_view_index_and_id() -> None:
+    def sample(seed: int, view: int, index: int) -> tuple[bytes, str]:
+        taken = augmented(Ramps(), seed)[view, index]
+        assert taken.id == index
+        return taken.pixels[0].tobytes(), taken.caption[0]
+
+    np.random.default_rng(0).random(5)
+    first = sample(0, 1, 2)
+    torch.manual_seed(1)
+    assert sample(0, 1, 2) == first
+    others = {sample(0, 0, 2)[0], sample(0, 2, 2)[0], sample(1, 1, 2)[0], sample(0, 1, 3)[0], sample(0, 2, 1)[0]}
+    assert first[0] not in others
+    assert len(others) == 5
+
+
+@pytest.mark.parametrize("background", ["white", "random"])
+def test_transparent_pixels_show_white_or_one_colour_per_sample(background: str) -> None:
+    source = Ramps(transparent=True)
+    options = {"background": background, "teachers": [view_spec(4)]}
+    seen = batches(source, **options)  # type: ignore[arg-type]
+    assert_same(seen, batches(source, num_workers=2, **options))  # type: ignore[arg-type]
+    colours = []
+    for _, student, (teacher,) in seen:
+        for ours, theirs in zip(student.images, teacher.images, strict=True):
+            colour = ours[:, 0, 0]
+            assert torch.equal(ours, colour.view(3, 1, 1).expand(3, 8, 8))
+            assert torch.equal(theirs, colour.view(3, 1, 1).expand(3, 4, 4))
+            colours.append(tuple(colour.tolist()))
+    assert len(colours) == 24
+    assert len(set(colours)) == (24 if background == "random" else 1)
+    assert background == "random" or colours[0] == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(("weight", "epochs"), [(1.0, [0, 1, 2.5]), (0.5, [0, 2, 5])])
+def test_a_feed_counts_passes_through_the_data(weight: float, epochs: list[float]) -> None:
+    data = DataConfig(path="x", num_workers=0, weight=weight)
+    feed = indexed_batches(PairSet([Ramps()], [data]), train_config(data), Views([view_spec(8)]))  # type: ignore[list-item]
+    assert [feed.epoch(step) for step in (0, 3, 7.5)] == epochs  # type: ignore[arg-type]
+
+
+BAD = (0, 1, 5, 7)
+
+
+@pytest.mark.parametrize("bad", [BAD, (2,), tuple(range(1, 12))])
+def test_bad_samples_are_named_and_replaced_and_the_good_ones_stay_as_they_were(bad: tuple[int, ...]) -> None:
+    for before, after in zip(batches(), batches(Ramps(bad=bad)), strict=True):
+        wanted = before.batch.ids.tolist()
+        assert not set(after.batch.ids.tolist()) & set(bad)
+        assert len(after.batch.skipped) >= sum(index in bad for index in wanted)
+        assert {f"ramp {index}" for index in wanted if index in bad} <= {key for key, _, _ in after.batch.skipped}
+        for key, cause, message in after.batch.skipped:
+            index = int(key.removeprefix("ramp "))
+            assert index in bad
+            assert cause == CAUSES[index % 3]
+            assert message.startswith(MESSAGES[index % 3])
+        for place, index in enumerate(wanted):
+            if index not in bad:
+                assert int(after.batch.ids[place]) == index
+                assert torch.equal(after.student.images[place], before.student.images[place])
+                assert torch.equal(after.student.texts[place], before.student.texts[place])
+            else:
+                substitute = int(after.batch.ids[place])
+                assert after.batch.keys[place] == f"ramp {substitute}"
+                assert int(after.batch.labels[place]) == label_of(substitute)
+                assert int("".join(map(chr, after.student.texts[place].tolist()))[1:]) == substitute
+
+
+def test_skips_are_the_samples_tried_in_that_order() -> None:
+    source = Ramps(bad=tuple(range(1, 12)))
+    taken = augmented(source)[3, 5]
+    assert source.asked[0] == 5
+    assert source.asked[-1] == taken.id == 0
+    assert [skip.key for skip in taken.skipped] == [f"ramp {index}" for index in source.asked[:-1]]
+    assert augmented(Ramps())[3, 5].skipped == ()
+
+
+def test_a_substitute_depends_on_the_position_alone() -> None:
+    def substitutes(seed: int, order: Sequence[int], id: int = 5) -> list[int]:
+        pairs = augmented(Ramps(bad=BAD, num_pairs=100), seed)
+        drawn = {view: pairs[view, id] for view in order}
+        return [drawn[view].id for view in range(40)]
+
+    first = substitutes(0, range(40))
+    assert first == substitutes(0, np.random.default_rng(0).permutation(40).tolist())
+    assert first not in (substitutes(1, range(40)), substitutes(0, range(40), id=7))
+    assert 25 < len(set(first)) <= 40  # of forty draws among 96, some 33 differ
+
+
+def test_substitutes_are_the_same_for_any_number_of_processes_and_from_any_step() -> None:
+    whole = batches(Ramps(bad=BAD))
+    assert sum(len(seen.batch.skipped) for seen in whole) > 6
+    assert_same(whole, batches(Ramps(bad=BAD), num_workers=2))
+    assert_same(whole[3:], batches(Ramps(bad=BAD), start=3))
+    halves = [batches(Ramps(bad=BAD), process=(rank, 2)) for rank in range(2)]
+    for together, *parts in zip(whole, *halves, strict=True):
+        assert torch.equal(together.batch.ids, torch.cat([part.batch.ids for part in parts]))
+        assert torch.equal(together.student.images, torch.cat([part.student.images for part in parts]))
+        assert torch.equal(together.student.texts, torch.cat([part.student.texts for part in parts]))
+        assert together.batch.keys == sum((part.batch.keys for part in parts), ())
+        assert together.batch.skipped == sum((part.batch.skipped for part in parts), ())
+
+
+class Late(Ramps):
+    """Nothing can be used before the hundredth reading."""
+
+    def read(self, index: int) -> Pair:
+        if len(self.asked) == MAX_TRIES - 1:
+            self.bad = ()
+        return super().read(index)
+
+
+def test_a_hundred_bad_samples_in_a_row_stop_the_run_and_the_last_is_named() -> None:
+    source = Ramps(bad=range(12))
+    with pytest.raises(RunStopped) as caught:
+        augmented(source)[0, 4]
+    assert len(source.asked) == MAX_TRIES == 100
+    last = source.asked[-1]
+    start = f"100 samples in a row cannot be used, the last of them ramp {last}: {MESSAGES[last % 3]}"
+    assert str(caught.value).startswith(start)
+    assert len(augmented(Late(bad=range(12)))[0, 4].skipped) == 99

@@ -1,0 +1,305 @@
+"""An epoch uses every sample once, by key, for any shards, processes and loader processes.
+
+Run as a program, this file is one of two real processes: test_open.py RANK FOLDER.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from clipkd import distributed
+from clipkd.config.data import DataConfig, SourceConfig
+from clipkd.data import tar_index
+from clipkd.data.loader import Feed
+from clipkd.data.open import open_feed, open_pairs
+from clipkd.views import Batch, Views
+from tests.data.samples import as_process, encode, train_config, view_spec, write_tar
+
+# Three loader processes are the point, also on a machine of two cores.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes:UserWarning")
+
+BATCH_SIZE = 8
+VIEWS = Views([view_spec(4)])
+
+
+def picture(number: int) -> bytes:
+    """8 × 8 pixels of a colour of its own, brighter to the right and to the bottom: a crop shows where it was taken."""
+    image = Image.new("RGB", (8, 8))
+    image.putdata([(number % 256, 20 * x + number // 256, 25 * y) for y in range(8) for x in range(8)])
+    return encode(image, "PNG")
+
+
+def write_shards(folder: Path, sizes: list[int]) -> list[str]:
+    """Shards of so many samples; returns their keys."""
+    keys, number = [], 0
+    for shard, size in enumerate(sizes):
+        path, members = folder / f"{shard:05}.tar", []
+        for _ in range(size):
+            members += [(f"s{number:04}.png", picture(number)), (f"s{number:04}.txt", f"thing {number}".encode())]
+            keys.append(f"{path}/s{number:04}")
+            number += 1
+        write_tar(path, members)
+    return keys
+
+
+def write_table(folder: Path, size: int) -> list[str]:
+    """A CSV of so many pictures; returns the keys of its rows."""
+    folder.mkdir(parents=True)
+    for number in range(size):
+        (folder / f"{number}.png").write_bytes(picture(number))
+    rows = "".join(f"{number}.png,row {number}\n" for number in range(size))
+    (folder / "pairs.csv").write_text(f"file,text\n{rows}")
+    return [f"{folder / 'pairs.csv'} row {number}: {number}.png" for number in range(size)]
+
+
+def table(folder: Path, **options: Any) -> dict[str, Any]:
+    return {"path": f"{folder}/pairs.csv", "format": "csv", "image_column": "file", "caption_key": "text", **options}
+
+
+def take(feed: Feed[Batch], steps: int) -> list[Batch]:
+    with feed:
+        batches = [next(feed) for _ in range(steps)]
+        with pytest.raises(StopIteration):
+            next(feed)
+    return batches
+
+
+def read(
+    path: Path | str, steps: int, *, world_size: int = 1, start: int = 0, workers: int = 0, **options: Any
+) -> list[Batch]:
+    """Global batches as so many processes see them, each joined in rank order."""
+    data = DataConfig(**{"path": str(path), "num_workers": workers, **options})
+    config, shares = train_config(data, batch_size=BATCH_SIZE, steps=steps, seed=3), []
+    pairs = open_pairs(data)  # indexed as by one process: two real ones are below
+    for rank in range(world_size):
+        with as_process(rank, world_size):
+            feed = open_feed(pairs, config, VIEWS, start=start)
+        shares.append(take(feed, steps - start))
+    return [join(parts) for parts in zip(*shares, strict=True)]
+
+
+def join(parts: tuple[Batch, ...]) -> Batch:
+    return Batch(
+        pixels=(torch.cat([part.pixels[0] for part in parts]),),
+        texts=(torch.cat([part.texts[0] for part in parts]),),
+        ids=torch.cat([part.ids for part in parts]),
+        labels=torch.cat([part.labels for part in parts]),
+        keys=tuple(key for part in parts for key in part.keys),
+        skipped=tuple(skip for part in parts for skip in part.skipped),
+    )
+
+
+def keys_of(batches: list[Batch]) -> list[str]:
+    return [key for batch in batches for key in batch.keys]
+
+
+def assert_same(batches: list[Batch], expected: list[Batch]) -> None:
+    for ours, its in zip(batches, expected, strict=True):
+        assert (ours.ids.tolist(), ours.keys, ours.skipped) == (its.ids.tolist(), its.keys, its.skipped)
+        assert torch.equal(ours.pixels[0], its.pixels[0])
+        assert torch.equal(ours.texts[0], its.texts[0])
+
+
+def assert_every_epoch_holds(batches: list[Batch], expected: list[str]) -> None:
+    """Each stretch of an epoch's length holds exactly these keys; an epoch begun at the end holds each at most once."""
+    seen, epoch = keys_of(batches), Counter(expected)
+    assert len(seen) == BATCH_SIZE * len(batches) >= 2 * len(expected)
+    for start in range(0, len(seen) - len(expected) + 1, len(expected)):
+        assert Counter(seen[start : start + len(expected)]) == epoch, f"epoch that starts at place {start}"
+    assert not Counter(seen[len(seen) - len(seen) % len(expected) :]) - epoch
+
+
+SETTINGS = [(world_size, workers) for world_size in (1, 2) for workers in (0, 1, 3)]
+
+
+@pytest.mark.parametrize(
+    "sizes", [[37], [1, 7, 2, 30], [1 + number % 3 for number in range(20)]], ids=["one", "uneven", "many tiny"]
+)
+def test_every_sample_of_an_epoch_of_shards_comes_once_on_any_number_of_processes(
+    tmp_path: Path, sizes: list[int]
+) -> None:
+    expected = write_shards(tmp_path, sizes)
+    steps = -(-2 * len(expected) // BATCH_SIZE)
+    reference = read(tmp_path, steps)
+    assert_every_epoch_holds(reference, expected)
+    for world_size, workers in SETTINGS[1:]:
+        assert_same(read(tmp_path, steps, workers=workers, world_size=world_size), reference)
+    assert_same(read(tmp_path, steps, workers=3, world_size=2, start=4), reference[4:])
+
+
+def test_an_epoch_that_batches_do_not_divide_ends_within_one(tmp_path: Path) -> None:
+    expected = write_shards(tmp_path, [9])
+    first, second, *_ = read(tmp_path, 4)
+    # 9 samples in batches of 8: the second batch holds the one that is left, and seven of the next epoch.
+    assert len(set(first.keys)) == 8
+    assert {second.keys[0]} == set(expected) - set(first.keys)
+    assert len(set(second.keys[1:])) == 7
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 3), (2, 1)])
+def test_an_epoch_of_a_mix_takes_every_source_as_often_as_its_weight_says(
+    tmp_path: Path, world_size: int, workers: int
+) -> None:
+    shards, rows = write_shards(tmp_path / "shards", [3, 1, 7]), write_table(tmp_path / "table", 9)
+    mix = (SourceConfig(**table(tmp_path / "table", weight=2.0)),)
+    batches = read(tmp_path / "shards", 8, mix=mix, workers=workers, world_size=world_size)
+    # 11 of the shards and 9 rows twice: 29 pairs; two epochs and six more pairs are 64.
+    assert_every_epoch_holds(batches, [*shards, *rows, *rows])
+    assert_same(batches, read(tmp_path / "shards", 8, mix=mix))
+
+
+def test_half_a_source_per_epoch_is_all_of_it_in_two(tmp_path: Path) -> None:
+    shards, rows = write_shards(tmp_path / "shards", [5, 7]), write_table(tmp_path / "table", 8)
+    mix = (SourceConfig(**table(tmp_path / "table", weight=0.5)),)
+    seen = keys_of(read(tmp_path / "shards", 4, mix=mix, world_size=2))  # 12 and 4 per epoch: two epochs are 32 pairs
+    assert Counter(seen[:16]).keys() > set(shards)
+    assert Counter(seen) == Counter([*shards, *shards, *rows])
+    assert len(set(seen[:16]) & set(rows)) == 4
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 1), (2, 3)])
+def test_a_sample_that_cannot_be_read_has_the_same_substitute_everywhere(
+    tmp_path: Path, world_size: int, workers: int
+) -> None:
+    images = [b"no image" if number == 11 else picture(number) for number in range(16)]
+    members = [(f"s{n}.{end}", data) for n, image in enumerate(images) for end, data in (("png", image), ("txt", b"a"))]
+    path = write_tar(tmp_path / "0.tar", members)
+    batches = read(path, 4, workers=workers, world_size=world_size)
+    assert_same(batches, read(path, 4))
+    skipped = [skip[:2] for batch in batches for skip in batch.skipped]
+    assert skipped == [(f"{path}/s11", "undecodable image")] * 2  # once in each of two epochs
+    assert f"{path}/s11" not in keys_of(batches)
+
+
+def test_impossible_batches_are_refused(tmp_path: Path) -> None:
+    write_shards(tmp_path, [7])
+    with pytest.raises(ValueError, match=r"batch_size is 8 but data\.path holds only 7 pairs"):
+        read(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"batch_size 8 .* 3 processes"):
+        read(tmp_path, 1, world_size=3)
+
+
+# Two real processes.
+
+RANKS = 2
+STEPS = 7
+SIZES = [1, 7, 2, 18]
+
+
+def main(rank: int, folder: Path) -> None:
+    """Open the data as a run does, and write the findings to FOLDER/RANK.json."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    scanned: list[str] = []
+    scan_tar = tar_index.scan_tar
+
+    def noted(path: Path) -> tar_index.TarIndex:
+        scanned.append(path.name)
+        return scan_tar(path)
+
+    tar_index.scan_tar = noted
+    config = train_config(DataConfig(path=f"{folder}/whole", num_workers=1), batch_size=BATCH_SIZE, steps=STEPS, seed=3)
+    pairs = open_pairs(config.data)
+    found = {"scanned": list(scanned), "identity": repr(pairs.identity())}
+    found["batches"] = describe(take(open_feed(pairs, config, VIEWS), STEPS))
+    errors = {}
+    for name, options in {"damaged": {"max_skipped": 0.0}, "uncaptioned": {}, "nothing": {}}.items():
+        try:
+            open_pairs(DataConfig(path=str(folder / name), **options))
+        except (ValueError, OSError) as error:
+            errors[name] = f"{type(error).__name__}: {error}"
+    pairs = open_pairs(DataConfig(path=f"{folder}/damaged", max_skipped=0.9))
+    found |= {"errors": errors, "described": pairs.describe()}
+    distributed.barrier()
+    dist.destroy_process_group()
+    (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def describe(batches: list[Batch]) -> list[list[list[Any]]]:
+    """Key, id and a hash of the pixels of each sample."""
+    return [
+        [
+            [key, id, hashlib.sha256(image.numpy().tobytes()).hexdigest()]
+            for key, id, image in zip(batch.keys, batch.ids.tolist(), batch.pixels[0], strict=True)
+        ]
+        for batch in batches
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gloo")
+    write_shards(folder / "whole", SIZES)
+    write_shards(folder / "damaged", [4, 5, 6])
+    shard = folder / "damaged" / "00001.tar"  # of the second process's share
+    shard.write_bytes(shard.read_bytes()[: 3 * 2048 + 1024 + 100])
+    for number in range(2):
+        write_tar(folder / "uncaptioned" / f"{number}.tar", [(f"{number}.png", picture(number))])
+    (folder / "nothing").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processes(folder: Path) -> list[dict[str, Any]]:
+    """The findings of two processes."""
+    logs = [(folder / f"{rank}.log").open("w+") for rank in range(RANKS)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), folder],
+            stderr=log,
+            env={**environment, "PYTHONHASHSEED": str(3 * rank)},
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        codes = [process.wait(timeout=300) for process in running]
+    finally:
+        for process, log in zip(running, logs, strict=True):
+            process.kill()
+            process.wait()
+            log.close()
+    assert codes == [0, 0], "".join((folder / f"{rank}.log").read_text() for rank in range(RANKS))
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+def test_two_real_processes_share_the_batches_of_one(processes: list[dict[str, Any]], folder: Path) -> None:
+    first, second = (found["batches"] for found in processes)
+    assert {len(share) for share in [*first, *second]} == {BATCH_SIZE // RANKS}
+    alone = read(folder / "whole", STEPS)
+    assert [[*ours, *its] for ours, its in zip(first, second, strict=True)] == describe(alone)
+    shards = [f"{folder}/whole/{shard:05}.tar" for shard, size in enumerate(SIZES) for _ in range(size)]
+    assert_every_epoch_holds(alone, [f"{shard}/s{number:04}" for number, shard in enumerate(shards)])
+
+
+def test_each_process_indexes_its_share_of_the_shards_and_knows_all(processes: list[dict[str, Any]]) -> None:
+    assert [found["scanned"] for found in processes] == [["00000.tar", "00002.tar"], ["00001.tar", "00003.tar"]]
+    assert processes[0]["identity"] == processes[1]["identity"]
+    assert "'pairs': 28" in processes[0]["identity"]
+    # Of the second shard three samples stand before the cut; the fourth lost its caption.
+    described = f"{4 + 3 + 6} pairs; left out: 1 × damaged shard, 1 × no caption"
+    assert {found["described"] for found in processes} == {described}
+
+
+def test_a_problem_of_one_share_is_raised_on_every_process(processes: list[dict[str, Any]], folder: Path) -> None:
+    errors = processes[0]["errors"]
+    assert processes[1]["errors"] == errors
+    assert errors["damaged"].startswith(f"ValueError: {folder}/damaged/00001.tar is not a complete")
+    assert "1 of 3 shards are damaged" in errors["damaged"]
+    assert "none of 2 samples has both an image" in errors["uncaptioned"]
+    assert errors["nothing"] == f"FileNotFoundError: no .tar in the folder {folder / 'nothing'} (data.path)"
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

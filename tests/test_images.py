@@ -1,0 +1,216 @@
+"""Bytes → decoded RGB: transparency, depth and formats, and damaged or malicious images."""
+
+import functools
+import io
+import os
+import struct
+import subprocess
+import tracemalloc
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipkd.images import FORMATS, WHITE, BadImage, open_image, to_rgb
+from tests.data.samples import coordinates, encode
+
+
+def pixel(data: bytes, background: tuple[int, int, int] = WHITE) -> tuple[int, ...]:
+    image = to_rgb(open_image(data), background=background)
+    assert image.mode == "RGB"
+    return image.getpixel((0, 0))  # type: ignore[return-value]
+
+
+def refused(data: bytes) -> tuple[str, str]:
+    """Cause and message."""
+    with pytest.raises(BadImage) as caught:
+        to_rgb(open_image(data))
+    return caught.value.cause, str(caught.value)
+
+
+def test_transparency_shows_the_background() -> None:
+    blue = (0, 0, 255)
+    assert pixel(encode(Image.new("RGBA", (2, 2), (200, 0, 0, 0)), "PNG"), blue) == (0, 0, 255)
+    assert pixel(encode(Image.new("RGBA", (2, 2), (200, 0, 0, 255)), "PNG"), blue) == (200, 0, 0)
+    half = pixel(encode(Image.new("RGBA", (2, 2), (200, 0, 0, 128)), "PNG"), blue)
+    assert half == pytest.approx((200 * 128 / 255, 0, 255 * 127 / 255), abs=1)
+    assert pixel(encode(Image.new("LA", (2, 2), (100, 0)), "PNG"), (9, 8, 7)) == (9, 8, 7)
+    assert pixel(encode(Image.new("RGBA", (2, 2), (1, 2, 3, 0)), "WEBP", lossless=True), blue) == (0, 0, 255)
+
+
+def test_palettes_grey_and_four_inks_become_rgb() -> None:
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    assert pixel(encode(palette, "PNG")) == pixel(encode(palette, "GIF")) == (10, 200, 30)
+    assert pixel(encode(palette, "PNG", transparency=1), (1, 2, 3)) == (1, 2, 3)
+    assert pixel(encode(Image.new("L", (2, 2), 77), "PNG")) == (77, 77, 77)
+    assert pixel(encode(Image.new("1", (2, 2), 1), "PNG")) == (255, 255, 255)
+    assert pixel(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")) == pytest.approx((255, 0, 0), abs=3)
+
+
+@pytest.mark.parametrize("value", [0, 257 * 40, 257 * 128, 65535])
+def test_sixteen_bit_grey_keeps_its_brightness(value: int) -> None:
+    image = Image.fromarray(np.full((4, 4), value, np.uint16))
+    assert pixel(encode(image, "PNG")) == pytest.approx((value / 257,) * 3, abs=1)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_of_32_bits_are_refused(mode: str) -> None:
+    cause, message = refused(encode(Image.new(mode, (4, 4), 7), "TIFF"))
+    assert (cause, "its pixels have 32 bits and no defined white" in message) == ("undecodable image", True)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_is_read_from_bytes_and_files(format: str, tmp_path: Path) -> None:
+    picture = Image.new("RGB", (8, 6), (200, 100, 50))
+    data = encode(picture.quantize(2) if format == "GIF" else picture, format)
+    (tmp_path / "image").write_bytes(data)
+    image = to_rgb(open_image(data))
+    assert image.size == (8, 6)
+    assert image.getpixel((4, 3)) == pytest.approx((200, 100, 50), abs=3)
+    with open_image(str(tmp_path / "image")) as file:
+        assert np.array_equal(np.asarray(to_rgb(file)), np.asarray(image))
+
+
+def test_decoding_gives_every_pixel() -> None:
+    assert np.array_equal(np.asarray(to_rgb(open_image(encode(coordinates(), "PNG")))), np.asarray(coordinates()))
+
+
+@pytest.mark.parametrize(("format", "limit"), [("MPO", 3), ("GIF", 0), ("WEBP", 3), ("PNG", 0)])
+def test_of_several_pictures_in_a_file_the_first_is_taken(format: str, limit: int) -> None:
+    first, second = Image.new("RGB", (8, 6), (200, 0, 0)), Image.new("RGB", (8, 6), (0, 200, 0))
+    data = encode(first, format, save_all=True, append_images=[second])
+    assert pixel(data) == pytest.approx((200, 0, 0), abs=limit)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+FOREIGN = {
+    "EPS": EPS,
+    "EPS in DOS clothes": b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 32, len(EPS)) + bytes(20) + EPS,
+    "PDF": b"%PDF-1.4\n1 0 obj\n",
+    "SVG": b"<svg/>",
+    "HTML": b"<html>404</html>",
+    "zeros": bytes(99),
+    **{name: encode(Image.new("RGB", (16, 16)), name) for name in ("PPM", "ICO", "TGA", "PCX", "SGI", "DDS")},
+}
+
+
+@pytest.mark.parametrize("data", FOREIGN.values(), ids=FOREIGN)
+def test_other_formats_are_refused_and_no_process_is_started(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    if data == EPS:
+        assert Image.open(io.BytesIO(data)).format == "EPS"  # for which Pillow would run Ghostscript
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **_: started.append(arguments))
+    monkeypatch.setattr(os, "system", started.append)
+    cause, message = refused(data)
+    assert cause == "undecodable image"
+    assert message.startswith("the image cannot be decoded (its format is none of JPEG, PNG")
+    assert started == []
+
+
+def test_no_bytes_are_an_empty_image() -> None:
+    assert refused(b"") == ("empty image", "the image has no bytes")
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """Of a PNG: length, kind, content, checksum."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width: int, height: int, *extra: bytes) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    rows = zlib.compress(bytes(1 + width) * height) if width * height <= 100 else b""
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "size", [(100_000, 100_000), (9_000, 9_000), (1 << 16, (1 << 10) + 1), (2**31 - 1, 2**31 - 1), (1, 2**31 - 1)]
+)
+def test_a_small_file_that_claims_too_many_pixels_is_refused_before_it_takes_memory(size: tuple[int, int]) -> None:
+    assert pixel(png(2, 3)) == (0, 0, 0)  # a file made this way is read if its header is true
+    assert open_image(png(1 << 16, 1 << 10)).size == (65536, 1024)  # as many pixels as allowed
+    tracemalloc.start()
+    try:
+        assert refused(png(*size))[0] == "too many pixels"
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_warnings_of_pillow_do_not_surface() -> None:
+    data = png(2, 3, chunk(b"acTL", struct.pack(">II", 0, 0)))  # an animation of no frames
+    with pytest.warns(UserWarning, match="Invalid APNG"):
+        Image.open(io.BytesIO(data))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert pixel(data) == (0, 0, 0)
+    assert seen == []
+
+
+@functools.cache
+def originals() -> dict[str, bytes]:
+    rng = np.random.default_rng(3)
+    smooth = np.linspace(0, 255, 41 * 30 * 3).reshape(30, 41, 3)
+    image = Image.fromarray((smooth * 0.7 + rng.uniform(0, 70, smooth.shape)).astype(np.uint8))
+    large, palette, alpha = image.resize((200, 150)), image.quantize(16), image.convert("RGBA")
+    alpha.putalpha(Image.linear_gradient("L").resize(image.size))
+    deep = Image.fromarray((smooth[..., 0] * 257).astype(np.uint16))
+    return {
+        "jpeg": encode(large, "JPEG"),
+        "progressive": encode(large, "JPEG", progressive=True),
+        "exif": encode(image, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
+        "cmyk": encode(image.convert("CMYK"), "JPEG"),
+        "mpo": encode(image, "MPO", save_all=True, append_images=[image]),
+        "png": encode(image, "PNG"),
+        "png palette": encode(palette, "PNG", transparency=3),
+        "png alpha": encode(alpha, "PNG"),
+        "png 16 bits": encode(deep, "PNG"),
+        "webp": encode(large, "WEBP"),
+        "webp lossless": encode(alpha, "WEBP", lossless=True),
+        "gif": encode(palette, "GIF"),
+        "gif frames": encode(palette, "GIF", save_all=True, append_images=[palette.rotate(90)]),
+        "bmp": encode(image, "BMP"),
+        "bmp palette": encode(palette, "BMP"),
+        "tiff": encode(image, "TIFF"),
+        "tiff lzw": encode(image, "TIFF", compression="tiff_lzw"),
+        "tiff jpeg": encode(image, "TIFF", compression="jpeg"),
+        "tiff 16 bits": encode(deep, "TIFF"),
+    }
+
+
+def damaged(data: bytes, rng: np.random.Generator) -> bytes:
+    changed = bytearray(data)
+    kind = int(rng.integers(5))
+    if kind == 0:
+        return bytes(changed[: rng.integers(0, len(changed))])
+    if kind == 1:  # anywhere
+        for place in rng.integers(0, len(changed), rng.integers(1, 30)).tolist():
+            changed[place] = int(rng.integers(256))
+    elif kind == 2:  # in the header
+        for place in rng.integers(0, min(64, len(changed)), rng.integers(1, 6)).tolist():
+            changed[place] = int(rng.choice([0, 1, 127, 128, 255]))
+    elif kind == 3:  # sizes
+        place, order = int(rng.integers(0, min(64, len(changed) - 4))), rng.choice(["<I", ">I"])
+        changed[place : place + 4] = struct.pack(order, rng.choice([0, 1, 65535, 2**31 - 1, 2**32 - 1]))
+    else:
+        first, last = sorted(rng.integers(0, len(changed), 2).tolist())
+        changed[first:last] = b"" if rng.integers(2) else changed[first:last] * 2
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("name", originals())
+def test_random_damage_raises_bad_images_and_nothing_else(name: str) -> None:
+    data, rng = originals()[name], np.random.default_rng((5, *name.encode()))
+    to_rgb(open_image(data))
+    bad = []
+    for _ in range(30):
+        try:
+            to_rgb(open_image(damaged(data, rng)))
+        except BadImage as error:
+            bad.append(error)
+    assert len(bad) >= 3
+    assert {error.cause for error in bad} <= {"empty image", "undecodable image", "too many pixels"}
+    assert all("\n" not in str(error) and len(str(error)) < 500 for error in bad)
