@@ -164,14 +164,10 @@ class WebdatasetPairs:
         return list(zip(map(str, self.shards), digests, strict=True))
 
     def read(self, index: int) -> Pair:
-        key, (image, caption, *label) = self.read_members(index, slice(None))
-        assert image is not None
-        assert caption is not None
-        return make_pair(key, image, caption, label[0] if label else None, self.config)
+        return make_pair(*self.read_members(index, slice(None)), self.config)
 
     def read_captions(self, index: int) -> tuple[str, ...]:
         key, (caption,) = self.read_members(index, slice(1, 2))
-        assert caption is not None
         return member_captions(key, caption, self.config)
 
     def read_members(self, index: int, wanted: slice) -> tuple[str, list[bytes | None]]:

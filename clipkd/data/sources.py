@@ -158,22 +158,28 @@ def member_extensions(config: SourceConfig) -> list[tuple[str, ...]]:
 
 def missing_member(key: str, extensions: tuple[str, ...]) -> Skip:
     """Why a webdataset sample without a member of these extensions cannot be used."""
-    cause = "no image" if extensions == IMAGE_EXTENSIONS else "no caption"
-    hint = "" if extensions == IMAGE_EXTENSIONS else "; see data.caption_key"
-    return Skip(key, cause, f"has no {', '.join(f'.{name}' for name in extensions)}{hint}")
+    if extensions == IMAGE_EXTENSIONS:
+        return Skip(key, "no image", f"has no {', '.join(f'.{name}' for name in extensions)}")
+    return Skip(key, "no caption", f"has no .{extensions[0]}; see data.caption_key")
 
 
-def make_pair(key: str, image: bytes, caption: bytes, label: bytes | None, config: SourceConfig) -> Pair:
-    """Members of a webdataset sample → Pair. Raises: BadSample."""
+def make_pair(key: str, members: Sequence[bytes | None], config: SourceConfig) -> Pair:
+    """Members of a webdataset sample, as `member_extensions` lists them, → Pair. Raises: BadSample."""
+    image, caption, *label = members
+    for content, extensions in zip((image, caption), member_extensions(config), strict=False):
+        if content is None:
+            raise BadSample(*missing_member(key, extensions))
+    assert image is not None
     captions = member_captions(key, caption, config)
-    if label is None or config.label_key is None:
+    if not label or label[0] is None or config.label_key is None:
         return Pair(key, image, captions)
-    value = read_member(label, config.label_key, "cls", key, "data.label_key")
+    value = read_member(label[0], config.label_key, "cls", key, "data.label_key")
     return Pair(key, image, captions, as_label(value, key))
 
 
-def member_captions(key: str, caption: bytes, config: SourceConfig) -> tuple[str, ...]:
+def member_captions(key: str, caption: bytes | None, config: SourceConfig) -> tuple[str, ...]:
     """Raises: BadSample."""
+    assert caption is not None
     return as_captions(read_member(caption, config.caption_key, "txt", key, "data.caption_key"), key)
 
 

@@ -26,7 +26,7 @@ from clipkd.config.train import TrainConfig
 from clipkd.data.loader import MAX_TRIES, Augment, Collate, Feed, Sample, loader_options
 from clipkd.data.order import Mixture, Purpose, generator, share_of
 from clipkd.data.skips import DAMAGED_SHARD, BadSample, Skip
-from clipkd.data.sources import Pair, identity_of, make_pair, member_extensions, missing_member
+from clipkd.data.sources import Pair, identity_of, make_pair, member_extensions
 from clipkd.data.tar import DamagedTar, StrictMember, read_samples
 from clipkd.data.tar_index import DUPLICATE, as_text
 from clipkd.errors import RunStopped
@@ -148,7 +148,9 @@ def read_shard(url: str, config: SourceConfig, skipped: list[Skip]) -> Iterator[
             try:
                 if repeated:
                     raise BadSample(key, "duplicate key", DUPLICATE)
-                yield pair_of(key, parts, config)
+                # Of several images the last one in the tar, as in TarIndex.select.
+                found = ([parts[name] for name in parts if name in names] for names in member_extensions(config))
+                yield make_pair(key, [contents[-1] if contents else None for contents in found], config)
             except BadSample as bad:
                 skipped.append(bad.skip)
     except DamagedTar as error:
@@ -176,20 +178,6 @@ def read_content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     if len(content) < member.size:
         raise EOFError(f"{member.name} is cut short")
     return content
-
-
-def pair_of(key: str, parts: dict[str, bytes], config: SourceConfig) -> Pair:
-    """Raises: BadSample."""
-    members: list[bytes | None] = [None] * 3
-    for number, extensions in enumerate(member_extensions(config)):
-        # The last one in the tar, as in TarIndex.select.
-        members[number] = next((parts[name] for name in reversed(parts) if name in extensions), None)
-        if members[number] is None and number < 2:
-            raise BadSample(*missing_member(key, extensions))
-    image, caption, label = members
-    assert image is not None
-    assert caption is not None
-    return make_pair(key, image, caption, label, config)
 
 
 def key_id(key: str) -> int:

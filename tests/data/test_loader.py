@@ -132,15 +132,6 @@ def test_the_pixels_of_a_view_do_not_depend_on_the_views_beside_it() -> None:
     assert len({sample.caption_number for sample in together}) > 1
 
 
-def test_a_sample_of_a_large_jpeg_shows_the_crop_that_was_drawn() -> None:
-    augment = Augment(DataConfig(path="x", min_crop=0.3), Views([view_spec(16), view_spec(48)]), seed=0)
-    jpeg, full = (encode(coordinates(800, 600), format) for format in ("JPEG", "PNG"))
-    for view in range(10):
-        taken = [augment(Pair("key", data, ("a",)), view, 3) for data in (jpeg, full)]
-        for ours, theirs in zip(*(sample.pixels for sample in taken), strict=True):
-            assert np.abs(ours.astype(int) - theirs).mean() < 3
-
-
 def test_pixels_repeat_after_the_stored_views_and_captions_do_not() -> None:
     augment = Augment(DataConfig(path="x", min_crop=0.3), Views([view_spec(8)]), seed=0)
     taken = [augment(Ramps().read(1), view, 1, num_views=2) for view in range(8)]

@@ -136,15 +136,6 @@ def test_every_sample_of_an_epoch_of_shards_comes_once_on_any_number_of_processe
     assert_same(read(tmp_path, steps, workers=3, world_size=2, start=4), reference[4:])
 
 
-def test_an_epoch_that_batches_do_not_divide_ends_within_one(tmp_path: Path) -> None:
-    expected = write_shards(tmp_path, [9])
-    first, second, *_ = read(tmp_path, 4)
-    # 9 samples in batches of 8: the second batch holds the one that is left, and seven of the next epoch.
-    assert len(set(first.keys)) == 8
-    assert {second.keys[0]} == set(expected) - set(first.keys)
-    assert len(set(second.keys[1:])) == 7
-
-
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 3), (2, 1)])
 def test_an_epoch_of_a_mix_takes_every_source_as_often_as_its_weight_says(
     tmp_path: Path, world_size: int, workers: int
@@ -155,15 +146,6 @@ def test_an_epoch_of_a_mix_takes_every_source_as_often_as_its_weight_says(
     # 11 of the shards and 9 rows twice: 29 pairs; two epochs and six more pairs are 64.
     assert_every_epoch_holds(batches, [*shards, *rows, *rows])
     assert_same(batches, read(tmp_path / "shards", 8, mix=mix))
-
-
-def test_half_a_source_per_epoch_is_all_of_it_in_two(tmp_path: Path) -> None:
-    shards, rows = write_shards(tmp_path / "shards", [5, 7]), write_table(tmp_path / "table", 8)
-    mix = (SourceConfig(**table(tmp_path / "table", weight=0.5)),)
-    seen = keys_of(read(tmp_path / "shards", 4, mix=mix, world_size=2))  # 12 and 4 per epoch: two epochs are 32 pairs
-    assert Counter(seen[:16]).keys() > set(shards)
-    assert Counter(seen) == Counter([*shards, *shards, *rows])
-    assert len(set(seen[:16]) & set(rows)) == 4
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 1), (2, 3)])

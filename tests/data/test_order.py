@@ -120,16 +120,6 @@ def test_shards_come_in_another_order_in_every_pass_and_for_every_seed_and_sourc
     assert list(dict.fromkeys(first)) != list(dict.fromkeys(second))
 
 
-def test_a_batch_comes_from_many_shards_where_many_fit_in_a_block() -> None:
-    shards = shard_of((10,) * 100)
-    counts = [
-        len({shards[sample] for _, sample in step}) for step in batches((10,) * 100, batch_size=50, steps=range(20))
-    ]
-    # 50 of 1000 samples drawn at random come from 41 of the 100 shards on average (100 (1 − C(990,50)/C(1000,50))).
-    assert np.mean(counts) == pytest.approx(100 * (1 - math.comb(990, 50) / math.comb(1000, 50)), abs=2)
-    assert min(counts) > 30
-
-
 def test_within_a_block_any_sample_may_come_anywhere(small_blocks: int) -> None:
     # Sixteen samples in two shards, one block: over 4000 epochs each place sees each sample 250 times, give or take.
     mixed = mixture((8, 8))
@@ -191,19 +181,6 @@ def test_every_pass_through_a_source_is_complete_before_the_next_whatever_its_we
     assert all(len(places) == mixed.epoch_size for places in epochs)
 
 
-@pytest.mark.parametrize(("sources", "weights"), MIXTURES.values(), ids=MIXTURES)
-def test_the_views_of_a_sample_count_up_from_zero_block_by_block(
-    sources: tuple[tuple[int, ...], ...], weights: tuple[float, ...], small_blocks: int
-) -> None:
-    mixed = mixture(*sources, weights=weights)
-    views: dict[int, list[int]] = {}
-    for number in range(40):
-        for block in blocks(mixed, number):
-            for view, sample in sorted(block):
-                views.setdefault(sample, []).append(view)
-    assert all(seen == list(range(len(seen))) for seen in views.values())
-
-
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.5, 3.0, 1.3), (0.01, 1.0, 2.0)])
 def test_every_block_holds_every_source_in_its_share(weights: tuple[float, ...], small_blocks: int) -> None:
     sources = ((100,) * 2, UNEVEN, (3,) * 5)
@@ -224,11 +201,6 @@ def test_a_batch_larger_than_the_data_is_refused() -> None:
     with pytest.raises(ValueError, match=r"batch_size is 8 but data\.path holds only 7 pairs"):
         batches((3,), (4,), weights=[10, 10])
     assert len(batches((8,))) == 12
-
-
-def test_a_batch_that_processes_cannot_share_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"batch_size 8 .* 3 processes"):
-        batches(world_size=3)
 
 
 def test_a_billion_samples_in_a_hundred_thousand_shards_are_planned_in_less_than_200_megabytes() -> None:
