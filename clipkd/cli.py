@@ -148,14 +148,12 @@ def cache_command(arguments: list[str]) -> None:
 
 
 def cache_verify_command(arguments: list[str]) -> None:
-    from clipkd.teachers.cache import verify
+    from clipkd.teachers.cache.verify import verify
 
-    findings = verify.verify(arguments)
-    for line in findings.lines:
-        print(line)
-    for problem in findings.problems:
+    problems = verify(arguments)
+    for problem in problems:
         print(f"clipkd cache verify: problem: {problem}", file=sys.stderr)
-    if findings.problems:
+    if problems:
         raise SystemExit(2)
 
 

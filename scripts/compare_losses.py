@@ -16,6 +16,7 @@ import multiprocessing
 import statistics
 import subprocess
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ from clipkd import files
 from clipkd.config.parse import parse
 from clipkd.config.train import TrainConfig
 from clipkd.demo import pairs
-from clipkd.export.command import ExportConfig, export
-from clipkd.models.encoder import Encoder
+from clipkd.export import ExportConfig, export
+from clipkd.teachers.open import Teachers
 from clipkd.training.loop import train, training_step
 from clipkd.training.run import evaluate_tasks, open_run
-from clipkd.views import Features, View
+from clipkd.views import Batch, Features, View
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval" / "results" / "losses.jsonl"
@@ -121,14 +122,14 @@ def configure(output: Path, name: str, options: str, seed: int, recipe: str = "d
 
 
 class AskedOnce:
-    """A teacher's features, computed for the first of several students that see the same batch."""
+    """The teachers' features, computed for the first of several students that see the same batch."""
 
-    def __init__(self, teacher: Encoder) -> None:
-        self.teacher, self.view, self.answer = teacher, None, None
+    def __init__(self, teachers: Teachers) -> None:
+        self.compute, self.batch, self.answer = teachers.features, None, ()
 
-    def features(self, view: View) -> Features | None:
-        if self.view is None or view.images is not self.view.images:
-            self.view, self.answer = view, self.teacher.features(view)
+    def features(self, batch: Batch, views: Sequence[View]) -> tuple[Features, ...]:
+        if self.batch is not batch:
+            self.batch, self.answer = batch, self.compute(batch, views)
         return self.answer
 
 
@@ -137,10 +138,10 @@ def train_side_by_side(output: Path, table: dict[str, str], seed: int) -> None:
     runs = [open_run(configure(output, name, options, seed)) for name, options in table.items()]
     asked: AskedOnce | None = None
     for run in runs:
-        if run.teachers:
-            asked = asked or AskedOnce(run.teachers[0])
-            run.teachers = [asked]  # type: ignore[list-item]
-    leader = next(run for run in runs if run.teachers or run is runs[-1])
+        if run.teachers.models:
+            asked = asked or AskedOnce(run.teachers)
+            run.teachers.features = asked.features
+    leader = next(run for run in runs if run.teachers.models or run is runs[-1])
     start, metrics = time.perf_counter(), {}
     for step in range(leader.config.steps):
         batch = next(leader.feed)  # the student's view comes first in it, and all students are alike

@@ -15,19 +15,9 @@ from clipkd.evaluation.subjects import Subject, open_subjects
 from clipkd.evaluation.tasks import METRICS, as_tuple
 from clipkd.models.create import initial_student
 from clipkd.models.encoder import Encoder
-from clipkd.objective.closed_set import class_vectors, closed_set_fingerprint, open_closed_set
-from clipkd.objective.distiller import Distiller, require_fitting_teachers
-from clipkd.teachers.loaded import (
-    Teacher,
-    configured_teachers,
-    hold_teachers,
-    load_teacher,
-    loaded,
-    open_teacher_cache,
-    share_text_tower,
-    stored_teachers,
-)
-from clipkd.teachers.store.reader import TeacherCache
+from clipkd.objective.closed_set import closed_set_fingerprint, open_closed_set
+from clipkd.objective.distiller import Distiller
+from clipkd.teachers.open import Teachers, open_teachers
 from clipkd.training import optim
 
 
@@ -76,12 +66,7 @@ def parse_best(best: str) -> tuple[str, str]:
 
 
 def identify(
-    config: TrainConfig,
-    student: Encoder,
-    teachers: list[Teacher],
-    cache: TeacherCache | None,
-    pairs: data.Pairs,
-    precision: str,
+    config: TrainConfig, student: Encoder, teachers: Teachers, pairs: data.Pairs, precision: str
 ) -> dict[str, Any]:
     """What a resumed run must share beyond its configuration."""
     closed_set = config.objective.closed_set
@@ -91,28 +76,24 @@ def identify(
             "model_cfg": student.model_config,
             "preprocess_cfg": student.preprocess_config,
         },
-        "teachers": {str(number): teacher.identity for number, teacher in enumerate(teachers)},
+        **teachers.identity(),
         "pairs": {str(number): source for number, source in enumerate(pairs.identity())},
         "mixed_precision": precision,
         "augmentation": data.AUGMENTATION_VERSION,
     }
     if closed_set.weight:
         identity["classes"] = closed_set_fingerprint(closed_set)
-    if cache is not None:
-        identity["teacher_cache"] = cache.identity()
     return identity
 
 
-def make_distiller(
-    config: TrainConfig, student: Encoder, teachers: list[Teacher], cache: TeacherCache | None, device: torch.device
-) -> Distiller:
+def make_distiller(config: TrainConfig, student: Encoder, teachers: Teachers, device: torch.device) -> Distiller:
     """Student, teachers and all that the objective needs, on the device."""
-    encoders = [encoder.to(device) for encoder in loaded(teachers)]
+    teachers.to(device)
     term, closed_set = config.objective.closed_set, None
     if term.weight:
-        classes = class_vectors(term, encoders[0], device) if cache is None else cache.classes()
+        classes = teachers.class_vectors(term)
         closed_set = open_closed_set(term, student=student, teacher_classes=classes, device=device)
-    dim = teachers[0].model.dim if teachers else None
+    dim = teachers.models[0].dim if teachers.models else None
     return Distiller(student, config.objective, teacher_dim=dim, closed_set=closed_set, device=device).to(device)
 
 
@@ -133,8 +114,7 @@ class Parts:
 
     accelerator: Accelerator
     student: Encoder
-    teachers: list[Teacher]
-    cache: TeacherCache | None
+    teachers: Teachers
     pairs: data.Pairs
     subjects: list[Subject]
 
@@ -144,13 +124,6 @@ def assemble(config: TrainConfig) -> Parts:
     require_installed(config)
     accelerator = make_accelerator(config)
     student = initial_student(config)
-    teachers = [load_teacher(model, dtype=config.teacher.dtype) for model in configured_teachers(config)]
-    share_text_tower(config, student, teachers)
-    hold_teachers(teachers)
-    require_fitting_teachers(config.objective, loaded(teachers))
-    pairs, cache = data.open_pairs(config.data), None
-    if config.teacher.cache is not None:
-        cache = open_teacher_cache(config, pairs, student)
-        teachers = stored_teachers(cache)
-        require_fitting_teachers(config.objective, cache.teachers)
-    return Parts(accelerator, student, teachers, cache, pairs, open_tasks(config))
+    pairs = data.open_pairs(config.data)
+    teachers = open_teachers(config, student, pairs)
+    return Parts(accelerator, student, teachers, pairs, open_tasks(config))

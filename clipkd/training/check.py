@@ -18,19 +18,9 @@ from clipkd.models import students
 from clipkd.models.cost import count_saved
 from clipkd.models.create import initial_student
 from clipkd.models.encoder import Encoder
-from clipkd.objective.distiller import require_fitting_teachers
 from clipkd.objective.loss_memory import measure_loss_memory
 from clipkd.progress import mib
-from clipkd.teachers.loaded import (
-    Teacher,
-    configured_teachers,
-    hold_teachers,
-    load_teacher,
-    loaded,
-    open_teacher_cache,
-    share_text_tower,
-    stored_teachers,
-)
+from clipkd.teachers.open import Teachers, open_teachers
 from clipkd.training import assemble
 from clipkd.training import loop as train
 from clipkd.training.assemble import Parts
@@ -108,7 +98,9 @@ def try_run(config: TrainConfig, parts: Parts, findings: Findings) -> None:
     if run is None:
         return
     run.dry = True
-    memory = measure_loss_memory(run.distiller, run.teacher_dims, batch_size=config.batch_size)
+    memory = measure_loss_memory(
+        run.distiller, [teacher.dim for teacher in run.teachers.models], batch_size=config.batch_size
+    )
     tell("", f"logits of the loss: {memory.describe()}")
     if run.start >= config.steps:
         tell("step", f"nothing left to do: {run.start:,} of {config.steps:,} steps are done")
@@ -128,18 +120,10 @@ def find_parts(config: TrainConfig, findings: Findings) -> Parts | None:
     findings.attempt(lambda: assemble.require_installed(config))
     accelerator = findings.attempt(lambda: assemble.make_accelerator(config))
     student = findings.attempt(lambda: initial_student(config))
-    models, dtype = configured_teachers(config), config.teacher.dtype
-    teachers = [findings.attempt(lambda m=model: load_teacher(m, dtype=dtype)) for model in models]
-    found = [teacher for teacher in teachers if teacher is not None]
-    if student is not None and len(found) == len(teachers):
-        findings.attempt(lambda: share_text_tower(config, student, found))
-    hold_teachers(found)
     pairs = findings.attempt(lambda: data.open_pairs(config.data))
-    cache = None
-    if config.teacher.cache is not None and pairs is not None and student is not None:
-        cache = findings.attempt(lambda: open_teacher_cache(config, pairs, student))
-        teachers = found = [] if cache is None else stored_teachers(cache)
-    findings.attempt(lambda: require_fitting_teachers(config.objective, [one.model for one in found]))
+    teachers = None
+    if config.teacher.cache is None or (student is not None and pairs is not None):
+        teachers = findings.attempt(lambda: open_teachers(config, student, pairs))
     if sound and pairs is not None:
         describe_data(config, pairs, findings)
     if sound:
@@ -147,21 +131,19 @@ def find_parts(config: TrainConfig, findings: Findings) -> Parts | None:
     if student is not None:
         describe_model("student", student)
         findings.problems += find_broken_weights(student)
-    if cache is not None:
-        tell("teacher", f"{cache.describe()}, from {cache.folder}")
-    for number, teacher in enumerate(loaded(found)):
+    if teachers is not None and teachers.stored is not None:
+        tell("teacher", teachers.describe())
+    for number, teacher in enumerate(teachers.encoders if teachers is not None else ()):
         describe_model(f"teacher {number}" if number else "teacher", teacher)
         if student is not None:
             tell("", compare_views(student.spec, teacher.spec))
         findings.problems += find_broken_weights(teacher)
     subjects = findings.attempt(lambda: assemble.open_tasks(config))
-    if accelerator is None or student is None or pairs is None or subjects is None or len(found) < len(teachers):
-        return None
-    if config.teacher.cache is not None and cache is None:
+    if accelerator is None or student is None or pairs is None or subjects is None or teachers is None:
         return None
     if sound:
-        describe_memory(config, student, found)
-    return Parts(accelerator, student, found, cache, pairs, subjects)
+        describe_memory(config, student, teachers)
+    return Parts(accelerator, student, teachers, pairs, subjects)
 
 
 def describe_data(config: TrainConfig, pairs: data.Pairs, findings: Findings) -> None:
@@ -232,16 +214,16 @@ def finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
-def describe_memory(config: TrainConfig, student: Encoder, teachers: list[Teacher]) -> None:
+def describe_memory(config: TrainConfig, student: Encoder, teachers: Teachers) -> None:
     """Bytes per process that do not depend on the architecture's inner workings; activations are measured by a step."""
     weights = sum(parameter.numel() for parameter in student.parameters())
     trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
     own = {"weights": 4 * weights, "gradients": 4 * trained, "AdamW": 8 * trained}
     own |= {"average": 4 * weights} if config.optim.ema_momentum else {}
     own |= {"DDP": 4 * trained} if distributed.world_size() > 1 else {}
-    frozen = sum(p.numel() * p.element_size() for teacher in loaded(teachers) for p in teacher.parameters())
+    frozen = sum(p.numel() * p.element_size() for encoder in teachers.encoders for p in encoder.parameters())
     capacity = config.objective.queue.capacity
-    widths = [student.dim if ring == "momentum" else teachers[0].model.dim for ring in config.objective.queues]
+    widths = [student.dim if ring == "momentum" else teachers.models[0].dim for ring in config.objective.queues]
     parts = [f"student {mib(sum(own.values()))} ({', '.join(f'{k} {mib(v)}' for k, v in own.items())})"]
     parts += [f"teachers {mib(frozen)}"] if frozen else []
     parts += [f"queue {mib(8 * capacity * sum(widths))}"] if capacity else []

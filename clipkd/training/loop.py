@@ -12,7 +12,6 @@ from clipkd import data, distributed, files, progress
 from clipkd import errors as stops
 from clipkd.config.train import TrainConfig
 from clipkd.models import run_folder
-from clipkd.models.encoder import Encoder
 from clipkd.objective import memory as momentum
 from clipkd.objective.comparison import Targets
 from clipkd.training import gradient_cache, optim
@@ -26,7 +25,7 @@ from clipkd.training.run import (
     save,
     skipped_too_much,
 )
-from clipkd.views import Batch, Features, View, join
+from clipkd.views import Batch, View, join
 
 
 def train(config: TrainConfig) -> Path:
@@ -111,8 +110,7 @@ def training_step(run: Run, batch: Batch, step: int) -> dict[str, Tensor]:
     )
     optim.set_learning_rate(optimizer, rate)
     student_view, *teacher_views = run.views.of(batch, accelerator.device)
-    if run.cache is not None:
-        student_view = run.cache.with_student_text(student_view, batch.features)
+    student_view = run.teachers.student_view(batch, student_view)
     targets = find_targets(run, batch, student_view, teacher_views)
     del teacher_views  # as large as the student's
     loss, metrics = backward(run, student_view, targets, step)
@@ -159,21 +157,14 @@ def backward(run: Run, view: View, targets: Targets, step: int) -> tuple[Tensor,
 @torch.no_grad()
 def find_targets(run: Run, batch: Batch, view: View, teacher_views: list[View]) -> Targets:
     """What the frozen teachers say of the batch, and the moving average of the student's view."""
-    device, parts = run.accelerator.device, run.config.micro_batches
+    device = run.accelerator.device
     require_known_labels(run, batch)
-
-    def features(encoder: Encoder, own: View) -> Features:
-        return join([encoder.features(part) for part in own.split(parts)])
-
     with run.accelerator.autocast():
-        if run.cache is not None:
-            teachers = run.cache.features(batch.features, device)
-        else:
-            teachers = tuple(features(teacher, own) for teacher, own in zip(run.teachers, teacher_views, strict=True))
+        teachers = run.teachers.features(batch, teacher_views)
         momentum_features = None
         if run.distiller.needs_momentum:
             assert run.ema is not None
-            momentum_features = features(run.ema, view)
+            momentum_features = join([run.ema.features(part) for part in view.split(run.config.micro_batches)])
     return Targets(teachers, momentum_features, batch.ids.to(device), batch.labels.to(device))
 
 

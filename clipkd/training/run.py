@@ -24,8 +24,7 @@ from clipkd.objective import memory as momentum
 from clipkd.objective.distiller import Distiller
 from clipkd.objective.loss_memory import LossMemory, measure_loss_memory
 from clipkd.progress import Stopwatch
-from clipkd.teachers.loaded import loaded, name_teachers
-from clipkd.teachers.store.reader import TeacherCache
+from clipkd.teachers.open import Teachers
 from clipkd.training import checkpoint
 from clipkd.training.assemble import Parts, assemble, identify, make_distiller, make_optimizer, parse_best
 from clipkd.training.resume import find_checkpoint, require_same_run
@@ -43,10 +42,7 @@ class Run:
     accelerator: Accelerator
     distiller: Distiller
     model: nn.Module
-    teachers: list[Encoder]
-    """Those that are asked at every step; none with a cache."""
-    teacher_dims: list[int]
-    cache: TeacherCache | None
+    teachers: Teachers
     ema: Encoder | None
     optimizer: Any
     views: Views
@@ -79,7 +75,9 @@ def open_run(config: TrainConfig) -> Run:
         torch.set_num_threads(config.threads)
     parts = assemble(config)
     run = build_run(config, parts)
-    memory = measure_loss_memory(run.distiller, run.teacher_dims, batch_size=config.batch_size)
+    memory = measure_loss_memory(
+        run.distiller, [teacher.dim for teacher in run.teachers.models], batch_size=config.batch_size
+    )
     distributed.together(lambda: open_folder(run, parts.pairs, memory) if run.accelerator.is_main_process else None)
     if config.log.trackers:
         plain = configuration.flatten(configuration.to_dict(config))
@@ -91,9 +89,9 @@ def open_run(config: TrainConfig) -> Run:
 
 def build_run(config: TrainConfig, parts: Parts) -> Run:
     """Put the parts together, at the step of the checkpoint that is resumed; writes nothing."""
-    config = name_teachers(config, parts.cache)
-    accelerator, teachers, cache = parts.accelerator, loaded(parts.teachers), parts.cache
-    identity = identify(config, parts.student, parts.teachers, cache, parts.pairs, accelerator.mixed_precision)
+    accelerator, teachers = parts.accelerator, parts.teachers
+    config = teachers.fill_in(config)
+    identity = identify(config, parts.student, teachers, parts.pairs, accelerator.mixed_precision)
     resumed = find_checkpoint(config)
     state = {"step": 0, "seconds": 0.0, "num_skipped": 0} if resumed is None else run_folder.read_state(resumed)
     if len(set(distributed.gather_objects(str(resumed)))) > 1:
@@ -102,20 +100,20 @@ def build_run(config: TrainConfig, parts: Parts) -> Run:
         )
     if resumed is not None:
         require_same_run(resumed, state, config, identity)
-    distiller = make_distiller(config, parts.student, parts.teachers, cache, accelerator.device)
+    distiller = make_distiller(config, parts.student, teachers, accelerator.device)
     ema = momentum.copy_for_average(distiller.student) if config.optim.ema_momentum else None
     optimizer = make_optimizer(distiller, config)
     if resumed is not None:
         checkpoint.restore(resumed, model=distiller, ema=ema, optimizer=optimizer)
         distiller.load_memory(checkpoint.read_memory(resumed))
-    views = Views([parts.student.spec, *(teacher.spec for teacher in teachers)])
+    views = Views([parts.student.spec, *(encoder.spec for encoder in teachers.encoders)])
     feed = data.open_feed(
         parts.pairs,
         config,
         views,
         start=state["step"],
         places={int(reader): place for reader, place in state.get("stream", {}).items()},
-        stored=cache,
+        stored=teachers.stored,
         pin_memory=accelerator.device.type == "cuda",
     )
     model, prepared_optimizer = accelerator.prepare(distiller, optimizer)
@@ -128,8 +126,6 @@ def build_run(config: TrainConfig, parts: Parts) -> Run:
         distiller=distiller,
         model=model,
         teachers=teachers,
-        teacher_dims=[teacher.model.dim for teacher in parts.teachers],
-        cache=cache,
         ema=ema,
         optimizer=prepared_optimizer,
         views=views,
@@ -151,9 +147,9 @@ def open_folder(run: Run, pairs: data.Pairs, memory: LossMemory) -> None:
     start, steps = run.start, run.config.steps
     where = f"from step {start} of {steps}" if start == 0 else f"resumed from step {start} of {steps}"
     progress.console.print(f"{run.folder}: {where}, {pairs.describe()}", soft_wrap=True, markup=False)
-    if run.cache is not None:
-        source = f"from {run.cache.folder}, for {run.feed.epoch(steps):.3g} epochs"
-        progress.console.print(f"teacher: {run.cache.describe()}, {source}", soft_wrap=True, markup=False)
+    if teachers := run.teachers.describe():
+        epochs = f"for {run.feed.epoch(steps):.3g} epochs"
+        progress.console.print(f"teacher: {teachers}, {epochs}", soft_wrap=True, markup=False)
     compiles = "; the first steps compile it, which takes minutes" if run.config.objective.compile else ""
     progress.console.print(f"loss: {memory.describe()}{compiles}", soft_wrap=True, markup=False)
     run.folder.mkdir(parents=True, exist_ok=True)

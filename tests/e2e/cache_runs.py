@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clipkd import files
 from clipkd.config.train import StudentConfig
 from clipkd.export.open_clip import write_open_clip
 from clipkd.models.create import create_student
@@ -55,33 +54,31 @@ def fill_disk(path: Path) -> None:
             file.write(bytes(1 << 12))
 
 
-def wrap(owner: Any, name: str, event: Event, *, after: bool = False) -> None:
-    """The event beside the n-th call."""
+def wrap(owner: Any, name: str, event: Event) -> None:
+    """The event before the n-th call."""
     original, calls = getattr(owner, name), itertools.count(1)
 
     def call(*arguments: Any, **options: Any) -> Any:
-        due = is_counted(arguments) and next(calls) == event.number
-        if due and not after:
+        if next(calls) == event.number:
             event.happen()
-        found = original(*arguments, **options)
-        if due and after:
-            event.happen()
-        return found
+        return original(*arguments, **options)
 
     setattr(owner, name, call)
 
 
-def is_counted(arguments: tuple[Any, ...]) -> bool:
-    """Texts for people are not, nor indices of tars, which lie outside the cache."""
-    return not (arguments and isinstance(arguments[0], Path) and arguments[0].suffix in (".md", ".yaml", ".npz"))
+def is_counted(path: Path) -> bool:
+    """Only what a cache is made of counts: no texts for people, no index of a shard, no list of verified files."""
+    return path.suffix in (".npy", ".json") and path.name != ".verified.json"
 
 
 def break_writing(event: Event) -> None:
+    """The event before, in the middle of or after the n-th file of a cache."""
+    from clipkd import files
+
     original, calls = files.write_whole, itertools.count(1)
 
-    def write_whole(path: Path, write: Any, **options: Any) -> None:
-        if not is_counted((path,)) or next(calls) != event.number:
-            return original(path, write, **options)
+    def write_whole(path: Path, write: Callable[[BinaryIO], Any], *, durable: bool = False) -> None:
+        due = is_counted(path) and next(calls) == event.number
 
         def write_halves(file: BinaryIO) -> None:
             content = io.BytesIO()
@@ -92,7 +89,11 @@ def break_writing(event: Event) -> None:
             event.happen()
             file.write(content.getvalue()[half:])
 
-        return original(path, write_halves, **options)
+        if due and event.place == "write":
+            event.happen()
+        original(path, write_halves if due and event.place == "half" else write, durable=durable)
+        if due and event.place == "written":
+            event.happen()
 
     files.write_whole = write_whole
 
@@ -103,10 +104,8 @@ def run_with(event: Event, arguments: list[str], environment: dict[str, str], ou
         from clipkd.teachers.cache import encode
         from clipkd.training import loop as train
 
-        if event.place == "half":
+        if event.place in ("write", "half", "written"):
             break_writing(event)
-        elif event.place in ("write", "written"):
-            wrap(files, "write_whole", event, after=event.place == "written")
         elif event.place == "batch":
             wrap(encode.Job, "encode_images", event)
         elif event.place == "unlink":

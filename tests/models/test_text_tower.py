@@ -17,7 +17,7 @@ from clipkd.models.encoder import Encoder
 from clipkd.models.load import load_model as load
 from clipkd.models.students import MODEL_CONFIGS, tower_of
 from clipkd.models.text_tower import copy_text_tower
-from clipkd.teachers.loaded import hold_teachers, load_teacher, share_text_tower
+from clipkd.teachers.loaded import load_teachers
 
 CAPTIONS = ["a photo of a cat", "Two dogs, running!", "far too long for the context of this small model, " * 3, ""]
 CONFIG: dict[str, Any] = json.loads((MODEL_CONFIGS / "demo-student.json").read_text())
@@ -143,13 +143,11 @@ def test_a_run_has_the_tower_it_is_configured_for(text: Any, tmp_path: Path) -> 
         teacher=TeacherConfig(models=f"{tmp_path / 'teacher.json'}@{tmp_path / 'teacher.pt'}", dtype="bf16"),
         objective=ObjectiveConfig(gkl=GKLTerm(weight=1.0)),
     )
-    student, teacher = initial_student(config), load_teacher(config.teacher.names[0], dtype="bf16")
-    share_text_tower(config, student, [teacher])
-    hold_teachers([teacher])
+    student = initial_student(config)
+    (teacher,) = load_teachers(config, student).encoders
     assert student.training
     assert student.text_is_frozen == (text != "trained")
-    assert isinstance(teacher.model, Encoder)
-    assert teacher.model.dtype == torch.bfloat16
+    assert teacher.dtype == torch.bfloat16
     expected = make(6 if text == "teacher" else 5).model.state_dict()
     found = student.model.state_dict()
     assert [n for n in found if tower_of(n) == "text" and not torch.equal(found[n], expected[n])] == []

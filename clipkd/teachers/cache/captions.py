@@ -1,4 +1,4 @@
-"""All captions of a data set, each distinct one counted once."""
+"""Number all captions of a data set, equal ones once."""
 
 import hashlib
 import itertools
@@ -11,44 +11,40 @@ from clipkd.data import UNREADABLE_SHARD, BadSample, PairSet
 from clipkd.errors import RunStopped
 from clipkd.teachers.store.manifest import Shard
 
-MANY_SAMPLES = 50_000
-"""From which on reading their captions shows its progress."""
+NOTICEABLE_SAMPLES = 50_000
+"""Samples from which on reading their captions shows a progress bar."""
 
 DIGEST_BYTES = 16
-"""Two captions of a billion have the same with a probability of 10⁻²¹."""
+"""Two of a billion captions share a digest with a probability of 10⁻²¹."""
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Captions are numbered through the samples in order, and distinct ones by where they are first met."""
+    """Captions are numbered in the order of their samples, texts (distinct captions) in the order of first occurrence."""
 
     starts: np.ndarray
-    """[samples + 1] number of each sample's first caption; it has none if it cannot be read."""
-    rows: np.ndarray
-    """[captions] which of the distinct ones it is."""
+    """[samples + 1] number of each sample's first caption. A sample that cannot be read has no captions."""
+    texts: np.ndarray
+    """[captions] the text of each caption."""
     firsts: np.ndarray
-    """[distinct] number of the caption that is the first of its kind, rising."""
+    """[texts] caption at which each text occurs first, ascending."""
 
-    @staticmethod
-    def none() -> "Captions":
-        """For who encodes samples by themselves."""
-        empty = np.empty(0, np.int64)
-        return Captions(empty, empty, empty)
+    def starts_of(self, shard: Shard) -> np.ndarray:
+        return self.starts[shard.first : shard.first + shard.rows + 1]
 
     def most(self, shard: Shard) -> int:
-        """Captions of the sample that has most of them."""
-        return max(1, int(np.diff(self.starts[shard.first : shard.first + shard.rows + 1]).max()))
+        """Largest number of captions of a sample in a shard, at least 1."""
+        return max(1, int(np.diff(self.starts_of(shard)).max()))
 
     def table(self, shard: Shard) -> np.ndarray:
-        """[rows, most captions] rows of distinct captions; −1 where a sample has no more."""
-        starts = self.starts[shard.first : shard.first + shard.rows + 1]
+        """[samples, most captions] texts of each sample in a shard, padded with −1."""
         table = np.full((shard.rows, self.most(shard)), -1, np.int64)
-        for row, (begin, end) in enumerate(itertools.pairwise(starts.tolist())):
-            table[row, : end - begin] = self.rows[begin:end]
+        for row, (begin, end) in enumerate(itertools.pairwise(self.starts_of(shard).tolist())):
+            table[row, : end - begin] = self.texts[begin:end]
         return table
 
     def read_texts(self, shard: Shard, pairs: PairSet) -> list[str]:
-        """Those that are first met in a shard. Raises: RunStopped if the data has changed since it was surveyed."""
+        """The texts that occur first in a shard. Raises: RunStopped if the data have changed since they were numbered."""
         numbers = self.firsts[shard.first_text : shard.first_text + shard.texts]
         samples = np.searchsorted(self.starts, numbers, "right") - 1
         try:
@@ -58,50 +54,55 @@ class Captions:
             ]
         except (BadSample, IndexError) as error:
             raise RunStopped(
-                f"captions changed while the cache was made ({error}); give the same command again"
+                f"captions changed while the cache was made ({error}); run the same command again"
             ) from error
 
 
-def survey(pairs: PairSet, stretches: list[tuple[int, int]]) -> Captions:
-    """Reads every caption once, without images. stretches: first sample and number of samples. Call on every process.
+def number_captions(pairs: PairSet, ranges: list[tuple[int, int]]) -> Captions:
+    """Read every caption once, without images. Call on every process; the processes share the ranges.
 
-    Takes some 60 bytes of memory per caption. Raises: RunStopped if a shard cannot be read for now.
+    Needs about 60 bytes of memory per caption. ranges: first sample and number of samples.
+    Raises: RunStopped if a shard cannot be read at the moment.
     """
-    own = range(distributed.rank(), len(stretches), distributed.world_size())
+    share = range(distributed.rank(), len(ranges), distributed.world_size())
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for part in distributed.gather_objects(distributed.together(lambda: digest_captions(pairs, stretches, own))):
+    for part in distributed.gather_objects(distributed.together(lambda: digest_captions(pairs, ranges, share))):
         found |= part
-    counts = np.concatenate([found[number][0] for number in range(len(stretches))])
-    digests = np.concatenate([found[number][1] for number in range(len(stretches))])
+    counts, digests = (np.concatenate([found[number][part] for number in range(len(ranges))]) for part in range(2))
+    # np.unique sorts by digest; number the texts by their first occurrence instead.
     _, first_of, kinds = np.unique(digests, return_index=True, return_inverse=True)
-    order = np.argsort(first_of)  # distinct captions sorted by where they are first met, not by their digest
-    row_of_kind = np.empty_like(order)
-    row_of_kind[order] = np.arange(len(order))
-    return Captions(np.concatenate([[0], np.cumsum(counts)]), row_of_kind[kinds], first_of[order])
+    order = np.argsort(first_of)
+    text_of_kind = np.empty_like(order)
+    text_of_kind[order] = np.arange(len(order))
+    return Captions(np.concatenate([[0], np.cumsum(counts)]), text_of_kind[kinds], first_of[order])
 
 
 def digest_captions(
-    pairs: PairSet, stretches: list[tuple[int, int]], own: range
+    pairs: PairSet, ranges: list[tuple[int, int]], share: range
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Number of a stretch → captions of each of its samples, and their digests."""
+    """Number of a range → number of captions of each sample, and the digest of each caption."""
     parts = {}
-    visible = distributed.rank() == 0 and sum(rows for _, rows in stretches) >= MANY_SAMPLES
-    for number in progress.track(own, "read captions", len(own), visible=visible):
-        first, rows = stretches[number]
-        counts, digests = [], []
-        for index in range(first, first + rows):
-            try:
-                captions = pairs.read_captions(index)
-            except BadSample as bad:
-                require_readable(bad)
-                captions = ()
-            counts.append(len(captions))
-            digests += [hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest() for text in captions]
-        parts[number] = (np.array(counts, np.int64), np.array(digests, f"S{DIGEST_BYTES}"))
+    visible = distributed.rank() == 0 and sum(rows for _, rows in ranges) >= NOTICEABLE_SAMPLES
+    for number in progress.track(share, "read captions", len(share), visible=visible):
+        first, rows = ranges[number]
+        captions = [read_captions(pairs, index) for index in range(first, first + rows)]
+        digests = [
+            hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest() for texts in captions for text in texts
+        ]
+        parts[number] = (np.array([len(texts) for texts in captions], np.int64), np.array(digests, f"S{DIGEST_BYTES}"))
     return parts
 
 
+def read_captions(pairs: PairSet, index: int) -> tuple[str, ...]:
+    """A sample's captions; none if they cannot be used."""
+    try:
+        return pairs.read_captions(index)
+    except BadSample as bad:
+        require_readable(bad)
+        return ()
+
+
 def require_readable(bad: BadSample) -> None:
-    """Raises: RunStopped for a fault that may pass: what is stored stays."""
+    """Raises: RunStopped if the sample may become readable, as on a disk or network that fails."""
     if bad.skip.cause == UNREADABLE_SHARD:
-        raise RunStopped(f"{bad}; give the same command again when it can be read") from bad
+        raise RunStopped(f"{bad}; run the same command again when it can be read") from bad

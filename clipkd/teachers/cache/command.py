@@ -1,14 +1,11 @@
-"""`clipkd cache`: the teachers' features of every view and caption, computed once and kept."""
+"""`clipkd cache`: compute the teachers' features of every view and caption once, and store them."""
 
 import contextlib
 import dataclasses
 import shutil
-import time
-from collections.abc import Callable, Sequence
-from datetime import timedelta
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,116 +13,57 @@ import torch
 from clipkd import data, distributed, files, progress
 from clipkd.config import train as configuration
 from clipkd.errors import RunStopped
-from clipkd.files import claim
 from clipkd.models.create import initial_student
-from clipkd.models.encoder import Encoder
 from clipkd.models.text_tower import text_sha256
 from clipkd.objective.closed_set import class_vectors
 from clipkd.objective.distiller import require_fitting_teachers
 from clipkd.progress import mib
-from clipkd.teachers.cache.encode import TEXTS_AT_A_TIME, EncodedViews, Job, collate, encode_shard
+from clipkd.teachers.cache.captions import Captions
+from clipkd.teachers.cache.encode import FeatureEncoder, ViewBatch
 from clipkd.teachers.cache.options import CacheConfig
 from clipkd.teachers.cache.plan import make_plan, planned_files
 from clipkd.teachers.cache.readme import describe_folder
-from clipkd.teachers.loaded import Teacher, configured_teachers, hold_teachers, load_teacher, loaded, share_text_tower
+from clipkd.teachers.loaded import load_teachers
 from clipkd.teachers.store import writer
-from clipkd.teachers.store.manifest import CONFIG, MANIFEST, PLAN, Manifest, Shard, read_manifest, require_same
-from clipkd.teachers.store.reader import find_faults
+from clipkd.teachers.store.compare import require_same
+from clipkd.teachers.store.faults import find_faults
+from clipkd.teachers.store.manifest import CONFIG, MANIFEST, PLAN, Manifest, Shard, read_manifest, to_json
 
 __all__ = ["CacheConfig", "run"]
 
+TEXTS_AT_A_TIME = 512
+
 
 def run(config: CacheConfig) -> Path:
-    """Make a cache, or what is missing of it; returns its folder. Call on every process that was launched.
+    """Make a cache, or its missing and damaged shards; return its folder. Call on every process that was launched.
 
-    Raises: ValueError or FileNotFoundError before anything is computed if it cannot work, or the folder holds another
-        cache; OSError that names the file if one cannot be written; RunStopped if too much of the data is damaged.
-        Finished shards stay: the same call goes on.
+    Raises: ValueError or FileNotFoundError before anything is computed if the options cannot work or the folder holds
+        another cache; OSError that names a file that cannot be written; RunStopped if too many samples are damaged.
+        Finished shards stay, and the next call continues after them.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     accelerator = distributed.make_accelerator(config.precision)
-    teachers = [load_teacher(model, dtype=config.teacher.dtype) for model in configured_teachers(config)]
-    student = find_frozen_student(config, teachers)
-    require_fitting_teachers(config.objective, loaded(teachers))
+    student = initial_student(config) if config.student.text != "trained" else None
+    teachers = load_teachers(config, student)
+    if student is not None and text_sha256(student) in [text_sha256(teacher) for teacher in teachers.encoders]:
+        student = None  # its text features are stored as the teacher's
+    require_fitting_teachers(config.objective, teachers.models)
     pairs = data.open_pairs(config.data)
     if not isinstance(pairs, data.PairSet):
-        raise ValueError(
-            "a cache needs data that can be read at any place; data.path names shards behind URLs or pipes: copy them"
-        )
+        raise ValueError("a cache needs local data; data.path names shards behind URLs or pipes: copy them")
     plan, captions = make_plan(config, teachers, student, pairs, precision=accelerator.mixed_precision)
-    encoders = [encoder.to(accelerator.device) for encoder in loaded(teachers)]
-    job = Job(config, pairs, captions, encoders, student and student.to(accelerator.device), accelerator)
-    folder = Path(config.output)
+    teachers.to(accelerator.device)
+    encoder = FeatureEncoder(config, pairs, teachers.encoders, student and student.to(accelerator.device), accelerator)
+    job = Job(encoder, Path(config.output), plan, captions)
     with contextlib.ExitStack() as stack:
-        if distributed.from_main(lambda: open_folder(config, folder, plan, stack)):
-            reopen_if_damaged(folder, plan)
-        done = distributed.from_main(lambda: read_done(folder, plan))
-        todo = [number for number in range(len(plan.shards)) if number not in done]
-        distributed.from_main(lambda: announce(job, folder, plan, todo))
-        make_shards(job, folder, plan, todo)
-        distributed.from_main(lambda: finish(job, folder, plan))
-    return folder
-
-
-def find_frozen_student(config: CacheConfig, teachers: list[Teacher]) -> Encoder | None:
-    """A student whose text features are stored beside the teachers': its text tower is frozen, and none of theirs.
-
-    Rounds the teachers to the dtype that they are held in.
-    """
-    student = initial_student(config) if config.student.text != "trained" else None
-    if student is not None:
-        share_text_tower(config, student, teachers)
-    hold_teachers(teachers)
-    known = [text_sha256(teacher) for teacher in loaded(teachers)]
-    return None if student is None or text_sha256(student) in known else student
-
-
-def open_folder(config: CacheConfig, folder: Path, plan: Manifest, stack: contextlib.ExitStack) -> bool:
-    """Claim it, if it is new, empty or holds this cache; returns whether that is finished. Main process only.
-
-    Raises: ValueError if it holds another cache, or anything else, or another process writes it.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output {folder} is a file; name a folder")
-    if folder.is_dir() and not ((folder / MANIFEST).is_file() or (folder / PLAN).is_file()):
-        others = sorted(path.name for path in folder.iterdir() if path.name != ".lock" and path.suffix != ".tmp")
-        if "features" in others and CONFIG in others:
-            raise ValueError(f"{folder} is a cache that has lost its {MANIFEST}; remove it and make the cache again")
-        if others:
-            raise ValueError(f"{folder} is no cache: it holds {others[0]}; choose another --output")
-    folder.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(claim(folder))
-    finished = (folder / MANIFEST).is_file()
-    before = read_manifest(folder).plan() if finished else writer.read_plan(folder)
-    if before is not None:
-        require_same(folder, before, plan.plan())
-    writer.remove_leftovers(folder)
-    if not finished:
-        files.write_json(
-            folder / PLAN, plan.plan(), durable=True
-        )  # first: by it the next start knows the folder for its own
-        files.write_text(folder / CONFIG, configuration.to_yaml(config))
-        files.write_text(folder / "README.md", describe_folder(plan))
-    return finished
-
-
-def reopen_if_damaged(folder: Path, plan: Manifest) -> None:
-    """A finished cache with damaged files becomes an unfinished one without them. Call on every process."""
-    manifest = distributed.from_main(lambda: read_manifest(folder))
-    faults = find_faults(folder, manifest, track=progress.track_on_main, trust=False)
-    for fault in faults.values():
-        say(f"made anew: {fault}")
-    shards = enumerate(manifest.shards)
-    whole = {n: shard for n, shard in shards if not any(file.name in faults for file in shard.files.values())}
-    distributed.from_main(lambda: writer.reopen(folder, plan.plan(), whole if faults else None))
-
-
-def read_done(folder: Path, plan: Manifest) -> set[int]:
-    """Shards that need not be made."""
-    if (folder / MANIFEST).is_file():
-        return set(range(len(plan.shards)))
-    return {number for number in range(len(plan.shards)) if writer.read_record(folder, number) is not None}
+        if distributed.from_main(lambda: job.open_folder(stack)):
+            job.reopen_if_damaged()
+        todo = distributed.from_main(job.find_missing)
+        distributed.from_main(lambda: job.announce(todo))
+        job.make_shards(todo)
+        distributed.from_main(job.finish)
+    return job.folder
 
 
 def say(text: str) -> None:
@@ -133,121 +71,158 @@ def say(text: str) -> None:
         progress.console.print(text, soft_wrap=True, markup=False)
 
 
-def announce(job: Job, folder: Path, plan: Manifest, todo: list[int]) -> None:
-    """What will be stored, where, and how long it takes. Main process only. Raises: ValueError if the disk has no room."""
-    samples, texts = plan.num_samples, plan.num_texts
-    files = {number: planned_files(plan, number, job.captions) for number in range(len(plan.shards))}
-    sizes = {number: sum(file.bytes for file in own.values()) for number, own in files.items()}
-    total, needed = sum(sizes.values()), sum(sizes[number] for number in todo)
-    free = shutil.disk_usage(folder).free
-    names = ", ".join(teacher.name for teacher in plan.teachers)
-    say(
-        f"{folder}: {samples:,} samples × {plan.num_views} views and {plan.num_captions:,} captions ({texts:,} distinct) "
-        f"of {names}, {plan.dtype}"
-    )
-    if not todo:
-        say("every shard is there already")
-        return
-    say(f"{total / samples:,.0f} bytes per sample, {mib(total)} in all; free there: {mib(free)}")
-    if needed > free:
-        raise ValueError(
-            f"{folder} lacks {mib(needed - free)} of disk for the cache; free space, or choose another --output, fewer "
-            "--views or --dtype float16"
+@dataclass
+class Job:
+    """A cache in the making."""
+
+    encoder: FeatureEncoder
+    folder: Path
+    plan: Manifest
+    captions: Captions
+    made: list[Shard] = field(default_factory=list)
+    """Shards that this process has made."""
+
+    def open_folder(self, stack: contextlib.ExitStack) -> bool:
+        """Lock the folder if it is new, empty or holds this cache; return whether the cache is finished. Main process only.
+
+        Raises: ValueError if the folder holds another cache or other files, or another process writes it.
+        """
+        folder, plan = self.folder, self.plan.plan()
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"output {folder} is a file; name a folder")
+        before = writer.read_plan(folder)
+        others = [path.name for path in folder.glob("*") if path.name != ".lock" and path.suffix != ".tmp"]
+        if before is None and others:
+            raise ValueError(f"{folder} holds {min(others)} and no {PLAN} of a cache; choose another --output")
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(files.claim(folder))
+        if before is not None:
+            require_same(folder, before, plan)
+        for path in folder.rglob("*.tmp"):  # a kill left them
+            path.unlink()
+        if (folder / MANIFEST).is_file():
+            return True
+        files.write_json(folder / PLAN, plan, durable=True)  # first: the next start recognises the folder by it
+        files.write_text(folder / CONFIG, configuration.to_yaml(self.encoder.config))
+        files.write_text(folder / "README.md", describe_folder(self.plan))
+        return False
+
+    def reopen_if_damaged(self) -> None:
+        """Turn a finished cache with damaged files into an unfinished one without their shards. Call on every process."""
+        manifest = distributed.from_main(lambda: read_manifest(self.folder))
+        faults = find_faults(self.folder, manifest, trust=False)
+
+        def reopen() -> None:
+            for number, shard in enumerate(manifest.shards):
+                if any(file.name in faults for file in shard.files.values()):
+                    writer.record_path(self.folder, number).unlink(missing_ok=True)
+            (self.folder / MANIFEST).unlink()
+            files.sync(self.folder)
+
+        for fault in faults.values():
+            say(f"rebuilding: {fault}")
+        if faults:
+            distributed.from_main(reopen)
+
+    def find_missing(self) -> list[int]:
+        """Numbers of the shards that are not complete."""
+        if (self.folder / MANIFEST).is_file():
+            return []
+        return [number for number in range(len(self.plan.shards)) if writer.read_record(self.folder, number) is None]
+
+    def announce(self, todo: list[int]) -> None:
+        """Print what will be stored. Main process only. Raises: ValueError if the disk has too little space."""
+        plan, numbers = self.plan, range(len(self.plan.shards))
+        sizes = [sum(file.bytes for file in planned_files(plan, n, self.captions).values()) for n in numbers]
+        needed, free = sum(sizes[number] for number in todo), shutil.disk_usage(self.folder).free
+        say(
+            f"{self.folder}: {plan.num_samples:,} samples × {plan.num_views} views and {plan.num_captions:,} captions "
+            f"({plan.num_texts:,} distinct) of {', '.join(teacher.name for teacher in plan.teachers)}, {plan.dtype}"
         )
-    rows = sum(plan.shards[number].rows for number in todo)
-    texts_todo = sum(plan.shards[number].texts for number in todo)
-    needs = estimate_seconds(job, plan.shards[todo[0]], samples=rows, texts=texts_todo) / distributed.world_size()
-    say(f"{len(todo)} of {len(plan.shards)} shards to make, in about {timedelta(seconds=round(needs))} (h:min:s)")
-
-
-def estimate_seconds(job: Job, shard: Shard, *, samples: int, texts: int) -> float:
-    """Of one process, from one batch of images and one of texts."""
-    dataset, ids = job.dataset(), job.batches(shard)[0]
-    words = job.captions.read_texts(shard, job.pairs)[:TEXTS_AT_A_TIME] or ["a"]
-    started = time.perf_counter()
-    batch = collate([dataset[id] for id in ids])
-    read = (time.perf_counter() - started) / len(ids)
-    images, per_text = seconds(lambda: job.encode_images(batch)) / len(ids), seconds(lambda: job.encode_texts(words))
-    workers = job.config.data.num_workers
-    per_sample = max(images, read / workers) if workers else images + read
-    return samples * per_sample + texts * per_text / len(words)
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    """Of a second call: the first is slow."""
-    call()
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
-def make_shards(job: Job, folder: Path, plan: Manifest, todo: list[int]) -> None:
-    """All of them, a round of one for each process after the other: none waits for long, and all learn of an error.
-
-    Raises: RunStopped if more samples cannot be used than data.max_skipped allows.
-    """
-    world_size, allowed = distributed.world_size(), job.config.data.max_skipped
-    own: list[int | None] = [*todo[distributed.rank() :: world_size]]
-    own += [None] * (-(-len(todo) // world_size) - len(own))
-    shards = [plan.shards[number] for number in own if number is not None]
-    skips, seen = data.Skips(), 0
-    with (
-        job.feed(shards) as feed,
-        progress.Bar(
-            f"{folder.name}: batches", sum(map(job.num_batches, shards)), visible=distributed.rank() == 0
-        ) as bar,
-    ):
-        for number in own:
-            bad = distributed.together(
-                lambda n=number: [] if n is None else make_shard(job, folder, plan, n, feed, bar.advance)
+        say(f"{sum(sizes) / plan.num_samples:,.0f} bytes per sample, {mib(sum(sizes))} in all; free there: {mib(free)}")
+        if needed > free:
+            raise ValueError(
+                f"{self.folder} lacks {mib(needed - free)} of disk for the cache; free space, or choose another --output, "
+                "fewer --views or --dtype float16"
             )
-            skips.add(bad)
-            seen += 0 if number is None else plan.shards[number].rows
-            distributed.together(partial(require_few_skipped, skips.counts.total(), seen, allowed, skips.examples))
+        say(f"{len(todo)} of {len(sizes)} shards to make")
 
+    def make_shards(self, todo: list[int]) -> None:
+        """Make shards in rounds of one per process; after each round all processes learn of an error."""
+        world_size = distributed.world_size()
+        share = todo[distributed.rank() :: world_size]
+        shards = [self.plan.shards[number] for number in share]
+        num_batches = sum(len(self.encoder.batches(shard)) for shard in shards)
+        with (
+            self.encoder.feed(shards) as feed,
+            progress.Bar(f"{self.folder.name}: batches", num_batches, visible=distributed.rank() == 0) as bar,
+        ):
+            for turn in range(-(-len(todo) // world_size)):
+                own = share[turn : turn + 1]
+                distributed.together(lambda own=own: [self.make_shard(number, feed, bar) for number in own])
 
-def make_shard(
-    job: Job, folder: Path, plan: Manifest, number: int, feed: data.Feed[EncodedViews], advance: Callable[[], Any]
-) -> list[data.Skip]:
-    """Its unusable samples. Raises: OSError that names the file that cannot be written."""
-    arrays, bad = encode_shard(job, plan.shards[number], feed, advance)
-    planned = planned_files(plan, number, job.captions)
-    files = {kind: writer.write_array(folder, planned[kind], array) for kind, array in arrays.items()}
-    writer.write_record(folder, number, dataclasses.replace(plan.shards[number], files=files))
-    return bad
+    def make_shard(self, number: int, feed: data.Feed[ViewBatch], bar: progress.Bar) -> None:
+        """Compute and write a shard.
 
+        Raises: OSError that names the file; ValueError if features are not finite; RunStopped if captions have changed, a
+            loader process dies, or too many samples cannot be used.
+        """
+        shard, planned = self.plan.shards[number], planned_files(self.plan, number, self.captions)
+        texts = self.captions.read_texts(shard, self.encoder.pairs)
+        parts = [
+            self.encoder.encode_texts(texts[n : n + TEXTS_AT_A_TIME]) for n in range(0, len(texts), TEXTS_AT_A_TIME)
+        ]
+        fingerprints: list[int] = []
+        skips: list[data.Skip | None] = []
+        for _ in self.encoder.batches(shard):
+            batch = next(feed)
+            parts.append(self.encoder.encode_images(batch))
+            fingerprints += batch.fingerprints
+            skips += batch.skips
+            bar.advance()
+        usable = np.array([skip is None for skip in skips])
+        table = np.where(usable[:, None], self.captions.table(shard), -1)
+        parts.append({"samples": np.concatenate([np.array(fingerprints, np.int64)[:, None], table], axis=1)})
+        written = {}
+        for kind, file in planned.items():
+            array = np.concatenate([np.empty((0, *file.shape[1:]), file.dtype), *(p[kind] for p in parts if kind in p)])
+            if kind.startswith("image"):
+                array[~usable] = 0
+            written[kind] = writer.write_array(self.folder, file, array)
+        made = dataclasses.replace(shard, files=written, unusable=int((~usable).sum()))
+        writer.write_record(self.folder, number, made)
+        self.made.append(made)
+        self.require_few_unusable(self.made, next(filter(None, skips), None))
 
-def require_few_skipped(num_skipped: int, seen: int, allowed: float, examples: Sequence[data.Skip] = ()) -> None:
-    """Raises: RunStopped."""
-    if data.exceeds(num_skipped, seen, allowed):
-        named = f", such as {examples[0].key}: {examples[0].message}" if examples else ""
-        raise RunStopped(
-            f"{num_skipped} of {seen} samples cannot be used{named}; more than data.max_skipped allows ({allowed:.1%}). Mend "
-            "the data and make another cache, or raise it and give the same command again"
-        )
+    def require_few_unusable(self, shards: Sequence[Shard], example: data.Skip | None = None) -> None:
+        """Raises: RunStopped if more samples of these shards cannot be used than data.max_skipped allows."""
+        allowed, unusable = self.encoder.config.data.max_skipped, sum(shard.unusable for shard in shards)
+        if data.exceeds(unusable, seen := sum(shard.rows for shard in shards), allowed):
+            named = "" if example is None else f", such as {example.key}: {example.message}"
+            raise RunStopped(
+                f"{unusable} of {seen} samples cannot be used{named}; more than data.max_skipped allows ({allowed:.1%}). "
+                "Mend the data and make another cache, or raise it and run the same command again"
+            )
 
+    def finish(self) -> None:
+        """Write the class vectors, and the manifest that makes the cache usable. Main process only.
 
-def finish(job: Job, folder: Path, plan: Manifest) -> None:
-    """Class vectors, and the manifest that makes a cache of the shards. Main process only.
-
-    Raises: RunStopped if more samples cannot be used than data.max_skipped allows.
-    """
-    if (folder / MANIFEST).is_file():
-        return
-    shards = tuple(filter(None, (writer.read_record(folder, number) for number in range(len(plan.shards)))))
-    assert len(shards) == len(plan.shards)
-    unusable = [shard.first + row for shard in shards for row in find_unusable(folder, shard)]
-    skips = (job.dataset()[id][2] for id in unusable[:1])
-    require_few_skipped(len(unusable), plan.num_samples, job.config.data.max_skipped, [*filter(None, skips)])
-    classes = plan.classes
-    if classes is not None:
-        vectors = class_vectors(job.config.objective.closed_set, job.teachers[0], job.device)
-        classes = dataclasses.replace(classes, file=writer.write_array(folder, classes.file, vectors.cpu().numpy()))
-    if unusable:
-        say(f"{len(unusable)} samples could not be used; training skips them")
-    writer.finish(folder, dataclasses.replace(plan, shards=shards, classes=classes, num_unusable=len(unusable)))
-
-
-def find_unusable(folder: Path, shard: Shard) -> list[int]:
-    """Rows."""
-    return np.flatnonzero(np.load(folder / shard.files["samples"].name)[:, 1] < 0).tolist()
+        Raises: RunStopped if more samples cannot be used than data.max_skipped allows.
+        """
+        if (self.folder / MANIFEST).is_file():
+            return
+        records = (writer.read_record(self.folder, number) for number in range(len(self.plan.shards)))
+        shards = tuple(shard for shard in records if shard is not None)
+        assert len(shards) == len(self.plan.shards)
+        self.require_few_unusable(shards)
+        classes = self.plan.classes
+        if classes is not None:
+            closed_set, device = self.encoder.config.objective.closed_set, self.encoder.accelerator.device
+            vectors = class_vectors(closed_set, self.encoder.teachers[0], device)
+            classes = writer.write_array(self.folder, classes, vectors.cpu().numpy())
+        manifest = dataclasses.replace(self.plan, shards=shards, classes=classes)
+        if manifest.num_unusable:
+            say(f"{manifest.num_unusable} samples could not be used; training skips them")
+        files.sync(self.folder / "features")
+        files.write_json(self.folder / MANIFEST, to_json(manifest), durable=True)
+        files.sync(self.folder)

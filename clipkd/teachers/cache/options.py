@@ -1,4 +1,4 @@
-"""The options of `clipkd cache`: those of the training that will use it, and how much to store."""
+"""The options of `clipkd cache`: a training configuration, how much to store, and where."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,11 +10,11 @@ from clipkd.errors import require
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig(TrainConfig):
     output: str = ""
-    """Folder to make, named on the command line: the output in a training's YAML is its run."""
+    """Folder of the cache, named on the command line: the output in a training's YAML is its run folder."""
     views: int = 1
-    """Augmented views per sample: as many passes over the data see new crops; then they come again in the same order."""
+    """Augmented views per sample: so many passes over the data see new crops, then the crops repeat in the same order."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """What features are stored in. float32 gives the losses of a run without a cache to the bit (on a CPU)."""
+    """Type of the stored features. On a CPU, float32 gives the losses of a run without a cache to the bit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -27,4 +27,4 @@ class CacheConfig(TrainConfig):
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig(CacheConfig):
     recompute: int = 0
-    """Samples, spread over all shards, whose features the real teachers compute again; 0 loads no teacher."""
+    """Samples, spread over all shards, whose features the teachers compute again; 0 loads no teacher."""

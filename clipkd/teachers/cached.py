@@ -1,0 +1,152 @@
+"""Teachers whose features `clipkd cache` has stored; no model is loaded."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipkd import distributed, files
+from clipkd.config.objective import require_number_of_teachers
+from clipkd.config.terms import ClosedSetTerm
+from clipkd.config.train import TrainConfig
+from clipkd.data import Pairs, PairSet
+from clipkd.models.encoder import Encoder
+from clipkd.models.load import weight_files
+from clipkd.models.text_tower import copy_text_tower, text_sha256
+from clipkd.objective.closed_set import closed_set_fingerprint
+from clipkd.teachers.loaded import load_teacher
+from clipkd.teachers.store.compare import require_same
+from clipkd.teachers.store.faults import find_faults
+from clipkd.teachers.store.manifest import TeacherRecord, augmentation_of, read_manifest, sources_of
+from clipkd.teachers.store.reader import TeacherCache
+from clipkd.views import Batch, Features, View
+
+
+@dataclass(frozen=True)
+class StoredTeacher:
+    """What the manifest of a cache says of a teacher."""
+
+    name: str
+    dim: int
+    logit_scale: Tensor
+    logit_bias: Tensor | None
+
+
+class CachedTeachers:
+    """Teachers whose features come with every batch. It has the methods of `LoadedTeachers`."""
+
+    encoders: Sequence[Encoder] = ()
+
+    def __init__(self, stored: TeacherCache) -> None:
+        self.stored = stored
+        self.to(torch.device("cpu"))
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+        self.models = [
+            StoredTeacher(
+                record.name,
+                record.dim,
+                torch.tensor(record.logit_scale, device=device),
+                None if record.logit_bias is None else torch.tensor(record.logit_bias, device=device),
+            )
+            for record in self.stored.manifest.teachers
+        ]
+
+    def features(self, batch: Batch, views: Sequence[View]) -> tuple[Features, ...]:
+        return tuple(
+            Features(
+                self.read(batch, f"image.{number}"),
+                self.read(batch, f"text.{number}"),
+                teacher.logit_scale,
+                teacher.logit_bias,
+            )
+            for number, teacher in enumerate(self.models)
+        )
+
+    def student_view(self, batch: Batch, view: View) -> View:
+        kind = self.stored.student_kind
+        return view if kind is None else view._replace(text_features=self.read(batch, kind))
+
+    def read(self, batch: Batch, kind: str) -> Tensor:
+        """One kind of stored vectors of a batch → float32; half precision is normalised again, since rounding moves the norm."""
+        stored = batch.features[self.stored.kinds.index(kind)].to(self.device, non_blocking=True)
+        features = self.stored.as_float(stored)
+        return features if self.stored.manifest.dtype == "float32" else F.normalize(features, dim=-1)
+
+    def class_vectors(self, closed_set: ClosedSetTerm) -> Tensor:
+        return self.stored.classes().to(self.device)
+
+    def identity(self) -> dict[str, Any]:
+        teachers = {str(number): record.identity for number, record in enumerate(self.stored.manifest.teachers)}
+        return {"teachers": teachers, "teacher_cache": self.stored.identity()}
+
+    def fill_in(self, config: TrainConfig) -> TrainConfig:
+        records = self.stored.manifest.teachers
+        models, dtype = tuple(record.model for record in records), records[0].identity["dtype"]
+        return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, models=models, dtype=dtype))
+
+    def describe(self) -> str:
+        return f"{self.stored.describe()}, from {self.stored.folder}"
+
+
+def open_cache(config: TrainConfig, student: Encoder, pairs: Pairs) -> CachedTeachers:
+    """Open teacher.cache; check that it is undamaged and was made for this configuration. Call on every process.
+
+    A student that shares the first teacher's text tower gets it from that teacher, which is loaded for the copy.
+
+    Raises: FileNotFoundError or ValueError naming the file or option that does not fit.
+    """
+    if config.student.text == "teacher":
+        copy_text_tower(load_teacher(config.teacher.names[0]), student)
+    folder = Path(config.teacher.cache or "")
+    manifest = distributed.together(lambda: read_manifest(folder))
+    if not isinstance(pairs, PairSet):
+        raise ValueError("teacher.cache works with local data; data.path names shards behind URLs or pipes: copy them")
+    now, plan = {"augmentation": augmentation_of(config), "data": sources_of(pairs)}, manifest.plan()
+    require_same(folder, {name: plan[name] for name in now}, now)
+    if faults := find_faults(folder, manifest):
+        raise ValueError(
+            f"{next(iter(faults.values()))}; {len(faults)} of {len(manifest.files())} files of the cache are damaged: run "
+            "the same clipkd cache command again to rebuild them"
+        )
+    distributed.from_main(lambda: require_same_teachers(config, folder, manifest.teachers))
+    require_number_of_teachers(config.objective, len(manifest.teachers))
+    closed_set = config.objective.closed_set
+    if closed_set.weight and manifest.classes_fingerprint != closed_set_fingerprint(closed_set):
+        raise ValueError(
+            f"{folder} holds no class vectors for objective.closed_set's classes and templates; make a cache with this "
+            "objective"
+        )
+    student_text = text_sha256(student) if student.text_is_frozen else None
+    return CachedTeachers(TeacherCache(folder, manifest, student_text=student_text))
+
+
+def require_same_teachers(config: TrainConfig, folder: Path, records: Sequence[TeacherRecord]) -> None:
+    """Compare the teachers that the configuration names with the teachers of the cache. Raises: ValueError."""
+    named = config.teacher.names
+    if named and len(named) != len(records):
+        raise ValueError(
+            f"{folder} holds {len(records)} teachers, teacher.models names {len(named)}; leave it out, or make another "
+            "cache"
+        )
+    for number, (model, record) in enumerate(zip(named, records, strict=False)):
+        digests = {str(path): files.sha256(path) for path in weight_files(model)}
+        other = [path for path, digest in digests.items() if digest not in record.files.values()]
+        if not (record.files and digests):  # one of them comes from a hub
+            other = [model] if model != record.model else []
+        if other:
+            raise ValueError(
+                f"{folder} holds features of {record.model}, but teacher.models[{number}] has other weights, {other[0]}; "
+                "leave it out, or make another cache"
+            )
+        if config.teacher.dtype != record.identity["dtype"]:
+            raise ValueError(
+                f"{folder} was made with teacher.dtype {record.identity['dtype']}, now it is {config.teacher.dtype}; "
+                "change it back"
+            )

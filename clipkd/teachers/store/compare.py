@@ -1,0 +1,80 @@
+"""Compare what a cache was made from with what a command is given now."""
+
+from pathlib import Path
+from typing import Any
+
+from clipkd.config.train import flatten
+
+OPTIONS = {
+    "num_views": "--views",
+    "dtype": "--dtype",
+    "augmentation.version": "augmentation version",
+    "augmentation.seed": "seed",
+    "augmentation.min_crop": "data.min_crop",
+    "augmentation.background": "data.background",
+}
+"""Keys of a flattened plan → what a user calls them."""
+
+
+def require_same(folder: Path, made_with: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compare two plans, or equal parts of them. Data and weights are compared by content, wherever they lie.
+
+    Raises: ValueError naming the first option or file that differs.
+    """
+    for name, what in (("data", "data sources (data, data.mix)"), ("teachers", "teachers (teacher.models)")):
+        before, after = made_with.get(name, []), now.get(name, [])
+        if len(before) != len(after):
+            raise ValueError(
+                f"{folder} was made with {len(before)} {what}, now there are {len(after)}; make another cache"
+            )
+    for number, (before, after) in enumerate(zip(made_with.get("data", []), now.get("data", []), strict=True)):
+        require_same_parts(folder, number, before["parts"], after["parts"])
+    for before, after in zip(made_with.get("teachers", []), now.get("teachers", []), strict=True):
+        if before["identity"]["sha256"] != after["identity"]["sha256"]:
+            where = ", ".join(after["files"]) or after["model"]
+            raise ValueError(
+                f"{folder} was made with other weights than {where} holds; put the weights back, or make another cache"
+            )
+    before, after = (flatten(without_places(plan)) for plan in (made_with, now))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            raise ValueError(
+                f"{folder} was made with {OPTIONS.get(key, key)} = {before.get(key)}, now it is {after.get(key)}; change it "
+                "back, or make another cache"
+            )
+
+
+def without_places(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan without names and paths, its lists as dictionaries, so that `flatten` reaches every value."""
+    places = {"data": ("parts",), "teachers": ("model", "name", "files")}
+    lists = {
+        name: {
+            str(number): {key: value for key, value in record.items() if key not in places.get(name, ())}
+            for number, record in enumerate(plan[name])
+        }
+        for name in ("data", "teachers", "shards")
+        if name in plan
+    }
+    return plan | lists
+
+
+def require_same_parts(folder: Path, number: int, before: dict[str, str], after: dict[str, str]) -> None:
+    """Compare the files of one data source: path → digest of its samples.
+
+    Raises: ValueError naming a file that holds other samples, is missing or is new.
+    """
+    option = f"data.mix[{number - 1}].path" if number else "data.path"
+    if len(before) != len(after):
+        missing = [path for path, digest in before.items() if digest not in after.values()]
+        added = [path for path, digest in after.items() if digest not in before.values()]
+        named = (f"; {missing[0]} is missing" if missing else "") + (f"; {added[0]} is new" if added else "")
+        raise ValueError(
+            f"{option} holds {len(after)} files, {folder} was made from {len(before)}{named}; put them back, or make another "
+            "cache"
+        )
+    for (was, old_digest), (now, new_digest) in zip(before.items(), after.items(), strict=True):
+        if old_digest != new_digest:
+            raise ValueError(
+                f"{now} does not hold the samples that {was} held when {folder} was made, in that order; put the file back, "
+                "or make another cache"
+            )
