@@ -29,8 +29,8 @@ from tests.e2e.forked import Command, running
 @dataclass(frozen=True)
 class Event:
     place: Literal["write", "half", "written", "batch", "unlink", "step"]
-    """Before, in the middle of, or right after a file of a cache is written; before a batch of images is encoded (the
-    first two are for the estimate), a file of the folder is removed, or a training step."""
+    """Before, in the middle of, or right after a file of a cache is written; before a batch of images is encoded, a file
+    is removed, or a training step."""
     number: int
     """Which of them, from 1."""
     what: Literal["SIGKILL", "SIGINT", "SIGTERM", "sleep", "fill"] = "SIGKILL"
@@ -107,7 +107,7 @@ def run_with(event: Event, arguments: list[str], environment: dict[str, str], ou
         if event.place in ("write", "half", "written"):
             break_writing(event)
         elif event.place == "batch":
-            wrap(encode.Job, "encode_images", event)
+            wrap(encode.FeatureEncoder, "encode_images", event)
         elif event.place == "unlink":
             wrap(Path, "unlink", event)
         else:

@@ -6,27 +6,20 @@ import random
 import shutil
 import signal
 import subprocess
-import tarfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 from clipkd.config.data import DataConfig
-from clipkd.config.train import StudentConfig, TrainConfig
-from clipkd.data import PairSet, open_feed, open_pairs
+from clipkd.config.train import StudentConfig
+from clipkd.data import PairSet, open_pairs
 from clipkd.data.crops import decoding_scale
 from clipkd.images import open_image
 from clipkd.models.create import create_student
 from clipkd.models.load import load_model
-from clipkd.teachers.store.manifest import read_manifest
-from clipkd.teachers.store.reader import TeacherCache
-from clipkd.views import Views
-from tests.data.samples import write_tar
 from tests.e2e.cache_runs import Event, tree, with_event, write_samples, write_teacher
 from tests.e2e.conftest import SMALL, Run
 from tests.e2e.forked import running
@@ -159,12 +152,13 @@ def assert_cache_survives(setting: Setting, folder: Path, events: list[Event], *
 
 
 KILLS = [
-    Event("batch", 3),  # nothing is there yet
+    Event("half", 1),  # plan.json, by which the next start recognises the folder
+    Event("batch", 1),
     Event("half", 3),  # the first features
-    Event("half", 5),  # the record that makes the first shard count
+    Event("half", 5),  # the record that completes the first shard
     Event("written", 5),
-    Event("half", 7),  # the last shard's features: the first is not made again, the second is done
-    Event("half", 6),  # class vectors, when all shards are done
+    Event("half", 7),  # features of the last shard; the second is complete by then
+    Event("half", 6),  # class vectors, when all shards are complete
 ]
 
 
@@ -172,16 +166,19 @@ def test_a_cache_killed_anywhere_and_made_again_is_the_uninterrupted_one(setting
     assert_cache_survives(setting, tmp_path / "cache", KILLS, processes=(1, 1))
 
 
+@pytest.mark.parametrize(
+    ("kill", "processes"),
+    [(Event("half", 3, rank=1), (2, 1)), pytest.param(Event("half", 7), (1, 2), marks=slow)],
+)
 def test_two_processes_write_the_cache_of_one_and_either_finishes_what_a_kill_left(
-    setting: Setting, tmp_path: Path
+    setting: Setting, tmp_path: Path, kill: Event, processes: tuple[int, int]
 ) -> None:
-    kill = Event("half", 3, rank=1)
-    assert_cache_survives(setting, tmp_path / "by_one", [kill], processes=(2, 1))
-    assert_cache_survives(setting, tmp_path / "by_two", [Event("half", 7)], processes=(1, 2))
+    assert_cache_survives(setting, tmp_path / "cache", [kill], processes=processes)
 
 
+@slow
 def test_the_main_process_waits_for_the_others_shards(setting: Setting, tmp_path: Path) -> None:
-    """The second of two takes its time; the manifest needs its shard."""
+    """The second of two is late; the manifest needs its shard."""
     folder, late = tmp_path / "cache", Event("batch", 1, "sleep", rank=1)
     words = (*setting.caching, "--output", folder)
     with with_event(late, *words, environment=setting.environment, folder=tmp_path / "out", processes=2) as command:
@@ -189,31 +186,11 @@ def test_the_main_process_waits_for_the_others_shards(setting: Setting, tmp_path
     assert_same_cache(setting.cache, folder)
 
 
-@pytest.fixture(scope="module")
-def damaged_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def test_damage_that_one_of_two_processes_finds_ends_both_with_a_line(setting: Setting, tmp_path: Path) -> None:
     """No image of the second shard can be decoded."""
-    folder = write_samples(tmp_path_factory.mktemp("damaged") / "pairs")
-    shard = folder / "00001.tar"
+    shard = write_samples(tmp_path / "pairs") / "00001.tar"
     shard.write_bytes(shard.read_bytes().replace(b"\x89PNG\r\n\x1a\n", b"no image"))
-    return folder
-
-
-def test_too_much_damage_stops_the_same_command_each_time(
-    setting: Setting, damaged_pairs: Path, tmp_path: Path
-) -> None:
-    """12 of 48 samples; the shard that was finished before it was noticed counts the next time, too."""
-    words = (*setting.caching, "--data.path", damaged_pairs, "--output", tmp_path / "cache")
-    for _ in range(2):
-        done = setting.clipkd(*words, check=False)
-        assert done.returncode == 1, done.stderr
-        assert "more than data.max_skipped allows (1.0%)" in done.stderr
-    assert not (tmp_path / "cache" / "manifest.json").exists()
-
-
-def test_damage_that_one_of_two_processes_finds_ends_both_with_a_line(
-    setting: Setting, damaged_pairs: Path, tmp_path: Path
-) -> None:
-    words = (*setting.caching, "--data.path", damaged_pairs, "--output", tmp_path / "cache")
+    words = (*setting.caching, "--data.path", tmp_path / "pairs", "--output", tmp_path / "cache")
     with running(*words, environment=setting.environment, folder=tmp_path / "out", processes=2) as command:
         assert command.wait(60) == 1, command.stderr
         assert [process.exitcode for process in command.processes] == [1, 1]
@@ -236,27 +213,8 @@ def test_a_disk_that_fills_up_ends_both_of_two_processes(setting: Setting, tmp_p
         assert_same_cache(setting.cache, small / "cache")
 
 
-def test_a_kill_before_the_plan_is_written_does_not_lock_the_folder(setting: Setting, tmp_path: Path) -> None:
-    """config.yaml and README.md are there by then: they are this cache's own."""
-    assert_cache_survives(setting, tmp_path / "cache", [Event("half", 1)], processes=(1, 1))
-
-
-@pytest.mark.parametrize(
-    "number",
-    [pytest.param(1, id="first record"), pytest.param(3, id="last record", marks=slow), pytest.param(4, id="plan")],
-)
-def test_a_kill_while_the_finished_cache_is_tidied_leaves_nothing_for_good(
-    setting: Setting, tmp_path: Path, number: int
-) -> None:
-    code, said = end(setting, Event("unlink", number), tmp_path / "cache", setting.caching)
-    assert code == -signal.SIGKILL, said
-    assert (tmp_path / "cache" / "manifest.json").is_file()
-    setting.clipkd(*setting.caching, "--output", tmp_path / "cache")
-    assert_same_cache(setting.cache, tmp_path / "cache")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(2))
 def test_kills_at_random_times_change_nothing(setting: Setting, tmp_path: Path, number: int) -> None:
     rng, folder, kills = random.Random(number), tmp_path / "cache", 0
     processes, words = 1 + number % 2, (*setting.caching, "--output", folder, "--data.num_workers", number // 2 * 2)
@@ -277,8 +235,7 @@ def test_kills_at_random_times_change_nothing(setting: Setting, tmp_path: Path, 
     ("number", "workers"),
     [
         pytest.param(signal.SIGINT, 2, id="SIGINT to loader processes too"),
-        pytest.param(signal.SIGTERM, 0, id="SIGTERM"),
-        pytest.param(signal.SIGTERM, 2, id="SIGTERM to loader processes too", marks=slow),
+        pytest.param(signal.SIGTERM, 0, id="SIGTERM", marks=slow),
     ],
 )
 def test_a_signal_keeps_finished_shards_and_leaves_nothing_half_written(
@@ -327,9 +284,8 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(setting
 @pytest.mark.parametrize(
     "number",
     [
-        pytest.param(1, id="plan"),
+        pytest.param(1, id="plan", marks=slow),
         pytest.param(3, id="features"),
-        pytest.param(5, id="record", marks=slow),
         pytest.param(14, id="class vectors", marks=slow),
     ],
 )
@@ -340,7 +296,7 @@ def test_a_disk_that_fills_up_is_said_and_the_same_command_goes_on(
         full = Event("write", number, "fill", path=str(small / "other"))
         code, said = end(setting, full, small / "cache", setting.caching)
         told = said.splitlines()[-1]
-        name = {1: "plan.json", 3: "features/00000.image.0.npy", 5: "records/00000.json", 14: "classes.npy"}[number]
+        name = {1: "plan.json", 3: "features/00000.image.0.npy", 14: "classes.npy"}[number]
         assert (code, told.count(str(small / "cache" / name))) == (1, 1), said
         assert "No space left on device" in told
         assert "; free space, then give the same command again" in told
@@ -351,16 +307,16 @@ def test_a_disk_that_fills_up_is_said_and_the_same_command_goes_on(
         assert_same_cache(setting.cache, small / "cache")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("name", ["features/00001.image.0.npy", "classes.npy"])
-def test_the_same_command_mends_a_damaged_cache(setting: Setting, tmp_path: Path, name: str, processes: int) -> None:
-    folder = tmp_path / "cache"
+def test_the_same_command_rebuilds_a_damaged_cache_on_two_processes(setting: Setting, tmp_path: Path) -> None:
+    """Even after a kill between the two steps that turn it into an unfinished one."""
+    folder, name = tmp_path / "cache", "features/00001.image.0.npy"
     shutil.copytree(setting.cache, folder)
     flip(folder / name)
-    words = (*setting.caching, "--output", folder)
-    with running(*words, environment=setting.environment, folder=tmp_path / "out", processes=processes) as command:
-        assert command.wait(60) == 0, command.stderr
-    assert f"made anew: {folder / name}" in command.stderr
+    code, said = end(setting, Event("unlink", 2), folder, setting.caching)
+    assert code == -signal.SIGKILL, said
+    assert (folder / "manifest.json").exists()
+    done = setting.clipkd(*setting.caching, "--output", folder, processes=2)
+    assert f"rebuilding: {folder / name}" in done.stderr
     assert_same_cache(setting.cache, folder)
 
 
@@ -389,6 +345,7 @@ def test_two_processes_train_from_a_cache_as_one_does_and_as_they_do_online(sett
         assert [row[name] for row in one] == pytest.approx([row[name] for row in two], rel=1e-5, abs=1e-5), name
 
 
+@slow
 def test_the_student_reads_the_frozen_teachers_text_features_too_in_micro_batches(
     setting: Setting, tmp_path: Path
 ) -> None:
@@ -407,6 +364,7 @@ def test_the_student_reads_the_frozen_teachers_text_features_too_in_micro_batche
     assert_same_run(online, cached)
 
 
+@slow
 def test_a_student_with_a_frozen_text_tower_of_its_own_finds_it_in_a_cache_made_for_it(
     setting: Setting, tmp_path: Path
 ) -> None:
@@ -426,12 +384,13 @@ def test_a_student_with_a_frozen_text_tower_of_its_own_finds_it_in_a_cache_made_
     assert_same_run(online, tmp_path / "run")
 
 
+@slow
 def test_two_teachers_of_other_resolutions_on_large_jpegs(setting: Setting, clip_folder: Path, tmp_path: Path) -> None:
     """Which student and first teacher decode at other scales: 8 for 32 pixels, 4 for 48. The second is held in bf16."""
     write_samples(tmp_path / "pairs", jpeg=True)
     pairs = open_pairs(DataConfig(path=str(tmp_path / "pairs"), caption_key="captions", num_workers=0))
     assert isinstance(pairs, PairSet)
-    image = open_image(pairs.read(0).image)
+    image = open_image(pairs.read(0).image, "first")
     specs = [create_student(StudentConfig(model="demo-student")).spec, load_model(str(clip_folder)).spec]
     assert [decoding_scale(image, (10.0, 10.0, 470.0, 350.0), spec) for spec in specs] == [8, 4]
 
@@ -462,6 +421,7 @@ def test_a_cached_run_that_was_stopped_killed_and_moved_is_the_uninterrupted_one
     assert_same_run(setting.cached, run)
 
 
+@slow
 def test_a_cached_run_goes_on_with_its_own_features_only(setting: Setting, half: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(setting.cached, run)
@@ -506,6 +466,7 @@ def half(setting: Setting) -> Path:
     return folder
 
 
+@slow
 @pytest.mark.parametrize(("dtype", "of_the_loss", "of_a_term"), [("float16", 2e-5, 5e-4), ("bfloat16", 4e-4, 9e-3)])
 def test_half_precision_moves_the_losses_a_little(
     setting: Setting, half: Path, tmp_path: Path, dtype: str, of_the_loss: float, of_a_term: float
@@ -524,123 +485,40 @@ def test_half_precision_moves_the_losses_a_little(
     assert 0 < max(terms.values()) < of_a_term, terms
 
 
-def test_more_passes_than_views_see_the_stored_views_again_in_order(setting: Setting, tmp_path: Path) -> None:
-    """Three passes over two views: the third has the pixels and features of the first, with captions of its own."""
-    words = (*setting.training, "--steps", 9, "--teacher.cache", setting.cache, "--output", tmp_path / "run")
-    setting.clipkd(*words)
-    assert [row["epoch"] for row in read_metrics(tmp_path / "run")] == pytest.approx(np.arange(1, 10) / 3)
-
-    manifest = read_manifest(setting.cache)
-    cache = TeacherCache(setting.cache, manifest)
-    pairs = DataConfig(path=str(setting.pairs), caption_key="captions", num_workers=0)
-    config = TrainConfig(data=pairs, batch_size=16)
-    views = Views([create_student(StudentConfig(model="demo-student")).spec])
-    opened = open_pairs(config.data)
-    images = np.concatenate([np.load(setting.cache / shard.files["image.0"].name) for shard in manifest.shards])
-    texts = np.concatenate([np.load(setting.cache / shard.files["text.0"].name) for shard in manifest.shards])
-    samples = [np.load(setting.cache / shard.files["samples"].name) for shard in manifest.shards]
-    assert [len(part) for part in samples] == [20, 12, 16]
-    rows = np.concatenate(samples)[:, 1:]
-    passes: list[dict[int, tuple[bytes, int]]] = [{}, {}, {}]
-    with open_feed(opened, config, views, stored=cache) as feed:
-        for step in range(9):
-            batch = next(feed)
-            image, text = batch.features
-            for place, id in enumerate(batch.ids.tolist()):
-                assert np.array_equal(image[place], images[id, step // 3 % 2])
-                (caption,) = [n for n in range(3) if np.array_equal(text[place], texts[rows[id, n]])]
-                passes[step // 3][id] = (batch.pixels[0][place].numpy().tobytes(), caption)
-    first, second, third = ([one[id] for id in range(48)] for one in passes)
-    assert all(a[0] == b[0] for a, b in zip(first, third, strict=True))
-    assert not any(a[0] == b[0] for a, b in zip(first, second, strict=True))
-    assert 8 < sum(a[1] == b[1] for a, b in zip(first, third, strict=True)) < 26  # by chance 16
-
-
-def damage_truncated(cache: Path) -> str:
-    path = cache / "features" / "00001.image.0.npy"
-    path.write_bytes(path.read_bytes()[:-1])
-    return str(path)
-
-
-def damage_missing(cache: Path) -> str:
-    path = cache / "features" / "00002.text.0.npy"
-    path.unlink()
-    return str(path)
-
-
-def damage_flipped(cache: Path) -> str:
-    flip(cache / "features" / "00000.samples.npy")
-    return str(cache / "features" / "00000.samples.npy")
-
-
-def damage_classes(cache: Path) -> str:
-    flip(cache / "classes.npy")
-    return str(cache / "classes.npy")
-
-
-def damage_version(cache: Path) -> str:
-    manifest = json.loads((cache / "manifest.json").read_text())
-    (cache / "manifest.json").write_text(json.dumps({**manifest, "version": 2}))
-    return str(cache / "manifest.json")
-
-
-def damage_manifest(cache: Path) -> str:
-    content = (cache / "manifest.json").read_bytes()
-    (cache / "manifest.json").write_bytes(content[: len(content) // 2])
-    return str(cache / "manifest.json")
-
-
-def damage_unfinished(cache: Path) -> str:
-    (cache / "manifest.json").rename(cache / "plan.json")
-    return f"{cache} is not finished"
-
-
-DAMAGES = [
-    *(damage_truncated, damage_missing, damage_flipped, damage_version, damage_unfinished),
-    *(pytest.param(damage, marks=slow) for damage in (damage_classes, damage_manifest)),
-]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_cache_is_refused_by_the_name_of_the_file(
-    setting: Setting, tmp_path: Path, damage: Callable[[Path], str]
-) -> None:
+def test_a_damaged_cache_is_refused_by_the_name_of_the_file(setting: Setting, tmp_path: Path) -> None:
     cache, run = tmp_path / "cache", tmp_path / "run"
     shutil.copytree(setting.cache, cache)
-    named = damage(cache)
+    path = cache / "features" / "00000.samples.npy"
+    flip(path)
     words = (*setting.common, "--steps", STEPS, "--teacher.cache", cache, "--output", run)
-    assert_refused(setting.clipkd("train", *words, check=False), named)
+    assert_refused(setting.clipkd("train", *words, check=False), str(path))
     assert not run.exists()
-    verified = setting.clipkd("cache", "verify", cache, check=False)
-    assert verified.returncode == 2
-    (line,) = [line for line in verified.stderr.splitlines() if named in line]
-    assert line.startswith(("clipkd cache verify: problem: ", "clipkd cache: error: "))
-    assert "Traceback" not in verified.stderr
+    (cache / "manifest.json").unlink()
+    assert_refused(setting.clipkd("cache", "verify", cache, check=False), f"{cache} is not finished")
 
 
-def test_a_bit_that_rots_unseen_is_found_by_verify(setting: Setting, tmp_path: Path) -> None:
-    """Size and time of change are as they were when the file was last found right."""
+def test_verify_computes_features_again_and_finds_a_bit_that_changed_unseen(setting: Setting, tmp_path: Path) -> None:
+    """Size and time of change are those of the intact file."""
+    done = setting.clipkd("cache", "verify", setting.cache, "--recompute", 8)
+    assert done.stderr.count("problem") == 0
+    assert "10 of 10 files have their size and SHA-256" in done.stdout  # 3 of each of 3 shards, and class vectors
+    assert "48 samples usable" in done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if "recomputed" in line]
+    assert line.startswith("8 samples recomputed, 2 views each: largest difference ")
+    assert float(line.split()[8].rstrip(",")) < 1e-6
     cache = tmp_path / "cache"
     shutil.copytree(setting.cache, cache)
-    assert setting.clipkd("cache", "verify", cache).returncode == 0
     path = cache / "features" / "00001.text.0.npy"
     stat = path.stat()
     flip(path)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     done = setting.clipkd("cache", "verify", cache, check=False)
-    assert (done.returncode, str(path) in done.stderr) == (2, True)
+    (problem,) = [line for line in done.stderr.splitlines() if line.startswith("clipkd cache verify: problem: ")]
+    assert (done.returncode, str(path) in problem, "Traceback" in done.stderr) == (2, True, False)
     assert "9 of 10 files have their size and SHA-256" in done.stdout
 
 
-def test_a_good_cache_is_verified_and_computed_again(setting: Setting) -> None:
-    done = setting.clipkd("cache", "verify", setting.cache, "--recompute", 8)
-    assert done.stderr.count("problem") == 0
-    assert "10 of 10 files have their size and SHA-256" in done.stdout  # 3 of each of 3 shards, and class vectors
-    assert "48 of 48 samples usable" in done.stdout
-    (line,) = [line for line in done.stdout.splitlines() if "computed again" in line]
-    assert line.startswith("8 samples computed again, 2 views each: largest difference 0")
-
-
+@slow
 def test_another_teacher_at_the_same_path_is_named_by_its_weight_file(setting: Setting, tmp_path: Path) -> None:
     teacher, cache, run = tmp_path / "teacher", tmp_path / "cache", tmp_path / "run"
     shutil.copytree(setting.teacher, teacher)
@@ -654,40 +532,13 @@ def test_another_teacher_at_the_same_path_is_named_by_its_weight_file(setting: S
     assert setting.clipkd("cache", "verify", cache).returncode == 0  # loads no teacher
     verified = setting.clipkd("cache", "verify", cache, "--recompute", 8, check=False)
     assert verified.returncode == 2
-    told = f"problem: nothing was computed again: {cache} was made with other weights than those of {weights}"
+    told = f"problem: nothing was recomputed: {cache} was made with other weights than {weights} holds"
     assert told in verified.stderr
     assert "files have their size and SHA-256" in verified.stdout
     before = tree(cache)
     again = setting.clipkd(*setting.caching, *words, "--output", cache, check=False)
     assert_refused(again, str(cache), str(weights))
     assert tree(cache) == before
-
-
-def test_other_samples_or_another_augmentation_than_the_caches_are_refused(setting: Setting, tmp_path: Path) -> None:
-    shutil.copytree(setting.pairs, tmp_path / "pairs")
-    tar = tmp_path / "pairs" / "00001.tar"
-    swap_first_samples(tar)
-    words = (*setting.training, "--teacher.cache", setting.cache, "--output", tmp_path / "run")
-    for options, told in (
-        (("--data.path", tmp_path / "pairs"), (str(tar), "in that order")),
-        (("--data.path", setting.pairs / "00000.tar"), ("data.path holds 1 files", "made from 3")),
-        (("--seed", 1), ("seed = 0, now it is 1",)),
-        (("--data.min_crop", 0.5), ("data.min_crop = 0.9, now it is 0.5",)),
-        (("--teacher.dtype", "bf16"), ("teacher.dtype fp32", "bf16")),
-    ):
-        assert_refused(setting.clipkd(*words, *options, check=False), str(setting.cache), *told)
-        assert not (tmp_path / "run").exists()
-    for options, told in ((("--seed", 1), "seed = 0, now it is 1"), (("--views", 3), "--views = 2, now it is 3")):
-        again = setting.clipkd(*setting.caching, *options, "--output", setting.cache, check=False)
-        assert_refused(again, str(setting.cache), told)
-
-
-def swap_first_samples(tar: Path) -> None:
-    """Bytes and all: the tar is as long as before."""
-    with tarfile.open(tar) as opened:
-        members = [(member.name, opened.extractfile(member)) for member in opened]
-        contents = [(name, file.read()) for name, file in members if file is not None]
-    write_tar(tar, [*contents[2:4], *contents[:2], *contents[4:]])
 
 
 def test_check_describes_the_cache_and_lists_a_wrong_one_beside_other_problems(
@@ -705,11 +556,12 @@ def test_check_describes_the_cache_and_lists_a_wrong_one_beside_other_problems(
     assert not (tmp_path / "run").exists()
     cache = tmp_path / "cache"
     shutil.copytree(setting.cache, cache)
-    named = damage_truncated(cache)
+    path = cache / "features" / "00001.image.0.npy"
+    path.write_bytes(path.read_bytes()[:-1])
     wrong = ("--teacher.cache", cache, "--optim.clip_norm", -1, "--evaluation.data", "[/no/set]")
     done = setting.clipkd(*words, *wrong, check=False)
     assert done.returncode == 2
     problems = [line for line in done.stderr.splitlines() if line.startswith("clipkd check: problem: ")]
     assert len(problems) == 3
-    for part in (named, "optim.clip_norm is -1", "/no/set"):
+    for part in (str(path), "optim.clip_norm is -1", "/no/set"):
         assert sum(part in problem for problem in problems) == 1, part

@@ -30,6 +30,7 @@ def saved(run: Path, step: int, file: str = "model.safetensors") -> dict[str, to
     return load_file(run / "checkpoints" / f"step_{step:06d}" / file)
 
 
+@pytest.mark.slow
 def test_the_teachers_text_tower_stays_while_all_else_learns(
     clipkd: Run, data: Path, teacher: Path, mixed: Path, tmp_path: Path
 ) -> None:
@@ -113,7 +114,7 @@ def test_a_text_tower_that_is_not_the_teachers_is_one_problem_among_the_others(
     options = ("--teacher.models", f"local-dir:{teacher}", "--objective.gkl.weight", 1)
     done = clipkd("check", *arguments, *options, check=False)
     assert done.returncode == 2
-    first, second = (line.removeprefix("clipkd check: problem: ") for line in done.stderr.splitlines())
+    second, first = (line.removeprefix("clipkd check: problem: ") for line in done.stderr.splitlines())
     assert first.startswith(
         "student.text is teacher, but the student demo-student has text_cfg.width 64 (teacher 96), "
     )
