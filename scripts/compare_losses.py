@@ -27,7 +27,7 @@ from clipkd import files
 from clipkd.config.parse import parse
 from clipkd.config.train import TrainConfig
 from clipkd.demo import pairs
-from clipkd.export import ExportConfig, export
+from clipkd.export.command import ExportConfig, export
 from clipkd.teachers.open import Teachers
 from clipkd.training.loop import train, training_step
 from clipkd.training.run import evaluate_tasks, open_run

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,16 +32,14 @@ class Event:
     is removed, or a training step."""
     number: int
     """Which of them, from 1."""
-    what: Literal["SIGKILL", "SIGINT", "SIGTERM", "sleep", "fill"] = "SIGKILL"
+    what: Literal["SIGKILL", "SIGINT", "SIGTERM", "fill"] = "SIGKILL"
     rank: int = 0
     """The process to which it happens."""
     path: str = ""
     """What fills the disk."""
 
     def happen(self) -> None:
-        if self.what == "sleep":
-            time.sleep(2)
-        elif self.what == "fill":
+        if self.what == "fill":
             fill_disk(Path(self.path))
         else:
             os.killpg(0, signal.Signals[self.what])  # its loader processes too, as a terminal or a scheduler does

@@ -119,6 +119,6 @@ def test_a_text_tower_that_is_not_the_teachers_is_one_problem_among_the_others(
         "student.text is teacher, but the student demo-student has text_cfg.width 64 (teacher 96), "
     )
     assert "no shard" in second
-    done = clipkd("train", *arguments, *options, check=False)
+    done = clipkd("train", *arguments, *options, "--data.path", data / "pairs", check=False)
     assert (done.returncode, "text_cfg.width 64 (teacher 96)" in done.stderr) == (2, True)
     assert not (tmp_path / "run").exists()
