@@ -172,7 +172,7 @@ def test_a_shard_that_is_cut_or_damaged_or_lacks_a_member_is_refused(tmp_path: P
     complete = shard.read_bytes()
     for broken in (complete[: len(complete) // 2], complete[:700], complete[:4096] + b"x" * 512 + complete[4608:]):
         shard.write_bytes(broken)
-        refused(root, r"0\.tar is not a whole uncompressed tar")
+        refused(root, r"0\.tar is not a complete uncompressed tar")
     twice = sampled("cls", b"0", b"1") + sampled("cls", b"1")
     for members in (twice, twice[:2] * 2):  # apart, and side by side
         write_tar(shard, members)
