@@ -1,4 +1,4 @@
-"""Errors and early ends: checked options, all problems at once, a run that stops, signals that wait for the step at hand."""
+"""Errors and early ends: checked options, all problems at once, a run that stops, signals that wait for the current step."""
 
 import contextlib
 import signal
@@ -21,7 +21,7 @@ def require(condition: bool, message: str) -> None:
 
 @contextlib.contextmanager
 def collecting() -> Iterator[list[str]]:
-    """All that is wrong with options built within, instead of an error at the first."""
+    """Collect the messages of all failed `require` calls within, instead of raising at the first."""
     problems: list[str] = []
     token = COLLECTED.set(problems)
     try:
@@ -31,15 +31,15 @@ def collecting() -> Iterator[list[str]]:
 
 
 PATIENCE = 3.0
-"""Seconds within which a repeated signal is the same one: launchers pass on what the terminal sent already."""
+"""Seconds within which a repeated signal counts as the same one: launchers pass on what the terminal already sent."""
 
 
 class RunStopped(Exception):
-    """The run cannot go on, whatever its configuration: exit status 1. What is saved stays."""
+    """The run cannot continue, whatever its configuration: exit status 1. Saved checkpoints stay."""
 
 
 class Interrupted(BaseException):
-    """A signal ended the run, as a rule after it was saved: exit status 128 + its number (130 for Ctrl-C, 143 for SIGTERM)."""
+    """A signal ended the run, usually after a save: exit status 128 + its number (130 for Ctrl-C, 143 for SIGTERM)."""
 
     def __init__(self, number: int, message: str = "") -> None:
         super().__init__(message or f"{signal.Signals(number).name}")
@@ -47,28 +47,34 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """Whether SIGINT or SIGTERM has asked for an end; `number` is 0 until then."""
-
-    number = 0
-    immediate = False
-    """Whether a signal ends the run where it is: while nothing would be lost."""
+    """The first SIGINT or SIGTERM that asked for an end; `number` is 0 until then."""
 
     def __init__(self) -> None:
-        self.since = 0.0
+        self.number, self.since, self.immediate = 0, 0.0, False
 
     def handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if self.immediate:
-            raise Interrupted(number, f"{signal.Signals(number).name} during an evaluation; go on with --resume latest")
+            name = signal.Signals(number).name
+            raise Interrupted(number, f"{name} during an evaluation; continue with --resume latest")
         if self.number and now - self.since > PATIENCE:
             raise Interrupted(number)
         if not self.number:
             self.number, self.since = number, now
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let a signal raise where it arrives, for work that a resumed run repeats."""
+        self.immediate = True
+        try:
+            yield
+        finally:
+            self.immediate = False
+
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[Interruption]:
-    """Within it SIGINT and SIGTERM wait for the step at hand; sent again after some seconds they end it at once."""
+    """Within it SIGINT and SIGTERM wait for the current step; repeated after PATIENCE they end it at once."""
     interruption = Interruption()
     before = {number: signal.signal(number, interruption.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -15,7 +15,7 @@ are timed), which do not count: its queue is then as full as it stays. --steps m
 third as many go part by part, the device synchronised between them: shares of data (waiting, moving, normalising), teacher,
 student (forward and backward), loss (both, from features that are leaves), optimizer (clipping, checks and bounds, too).
 
-clipkd's step is the product's: clipkd.training.loop.training_step, without log and checkpoint. What differs in the open_clip
+clipkd's step is the product's: clipkd.training.learner.Learner.step, without log and checkpoint. What differs in the open_clip
 loop: it draws shards with replacement, shuffles within a buffer of 1,000, crops at torchvision's ratios, normalises in the
 loader and sends floats, computes the loss under autocast, looks for no loss that is not finite, a fixed rate. `first_loss`
 of online and open_clip, on one batch, are the same number to rounding. of_plain, of_open_clip: median over rounds of the

@@ -29,8 +29,8 @@ from clipkd.config.train import TrainConfig
 from clipkd.demo import pairs
 from clipkd.export.command import ExportConfig, export
 from clipkd.teachers.open import Teachers
-from clipkd.training.loop import train, training_step
-from clipkd.training.run import evaluate_tasks, open_run
+from clipkd.training.loop import train
+from clipkd.training.run import open_run
 from clipkd.views import Batch, Features, View
 
 ROOT = Path(__file__).parents[1]
@@ -138,19 +138,18 @@ def train_side_by_side(output: Path, table: dict[str, str], seed: int) -> None:
     runs = [open_run(configure(output, name, options, seed)) for name, options in table.items()]
     asked: AskedOnce | None = None
     for run in runs:
-        if run.teachers.models:
-            asked = asked or AskedOnce(run.teachers)
-            run.teachers.features = asked.features
-    leader = next(run for run in runs if run.teachers.models or run is runs[-1])
+        if run.learner.teachers.models:
+            asked = asked or AskedOnce(run.learner.teachers)
+            run.learner.teachers.features = asked.features
+    leader = next(run for run in runs if run.learner.teachers.models or run is runs[-1])
     start, metrics = time.perf_counter(), {}
-    for step in range(leader.config.steps):
-        batch = next(leader.feed)  # the student's view comes first in it, and all students are alike
+    for step, batch in enumerate(leader.batches()):  # the student's view comes first in it, and all students are alike
         for number, run in enumerate(runs):
-            metrics[number] = training_step(run, batch, step)
+            metrics[number] = run.step(batch)
         if step % 20 == 19:
             print(f"seed {seed}: step {step + 1}, {time.perf_counter() - start:.0f} s", flush=True)
     for number, run in enumerate(runs):
-        evaluate_tasks(run, run.config.steps)
+        run.evaluator.evaluate(run.done)
         (run.folder / "last.json").write_text(json.dumps({key: value.item() for key, value in metrics[number].items()}))
 
 

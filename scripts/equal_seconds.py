@@ -27,7 +27,7 @@ from clipkd.config.train import TrainConfig
 from clipkd.demo import pairs
 from clipkd.teachers.cache import command as cache
 from clipkd.training.assemble import assemble
-from clipkd.training.loop import train, training_step
+from clipkd.training.loop import train
 from clipkd.training.run import build_run
 
 NUM_VIEWS, ROUNDS, STEPS_OF_A_ROUND = 8, 12, 5
@@ -67,14 +67,13 @@ def seconds_per_step(demo: Path, output: Path, seed: int) -> dict[str, float]:
     runs = {}
     for kind in KINDS:
         config = configure(kind, demo, output, seed, f"timing {kind}")
-        runs[kind] = build_run(config, assemble(config))
-        runs[kind].dry = True
+        runs[kind] = build_run(config, assemble(config), dry=True)
     took: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for number in range(ROUNDS + 1):
+    for _ in range(ROUNDS + 1):
         for kind, run in runs.items():
             started = time.perf_counter()
-            for step in range(number * STEPS_OF_A_ROUND, (number + 1) * STEPS_OF_A_ROUND):
-                training_step(run, next(run.feed), step)
+            for _ in range(STEPS_OF_A_ROUND):
+                run.step(next(run.feed))
             took[kind].append((time.perf_counter() - started) / STEPS_OF_A_ROUND)
     return {kind: statistics.median(seconds[1:]) for kind, seconds in took.items()}  # the first warms up
 

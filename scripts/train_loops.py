@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from webdataset.compat import WebDataset, WebLoader
 
 from clipkd.config.parse import parse
-from clipkd.training import loop as train
 from clipkd.training import optim
 from clipkd.training.assemble import assemble
 from clipkd.training.run import build_run
@@ -41,40 +40,36 @@ class Clipkd:
 
     def __init__(self, arguments: list[str]) -> None:
         config = parse(arguments)
-        self.run, self.done = build_run(config, assemble(config)), 0
-        self.run.dry = True
+        self.run = build_run(config, assemble(config), dry=True)
         self.batches, self.close = self.run.feed, self.run.feed.close
 
     def step(self, batch: Any, lap: Lap | None = None) -> Tensor:
-        loss = self.step_by_parts(batch, lap) if lap else train.training_step(self.run, batch, self.done)["loss"]
-        self.done += 1
-        return loss
+        return self.step_by_parts(batch, lap) if lap else self.run.step(batch)["loss"]
 
     def step_by_parts(self, batch: Any, lap: Lap) -> Tensor:
-        """What training_step does, with the borders between its parts."""
-        run = self.run
-        optim.set_learning_rate(run.optimizer, RATE)
-        view, *teacher_views = run.views.of(batch, run.accelerator.device)
+        """What `Learner.step` does, with the borders between its parts."""
+        learner = self.run.learner
+        optim.set_learning_rate(learner.optimizer, RATE)
+        view, *teacher_views = learner.views.of(batch, learner.accelerator.device)
         lap("data")
-        targets = train.find_targets(run, batch, view, teacher_views)
+        targets = learner.targets(batch, view, teacher_views)
         lap("teacher")
-        features, _ = run.model(view, None)
+        features, _ = learner.model(view, None)
         lap("student")
         outputs = [features.image, features.text, features.logit_scale]
         leaves = [output.detach().requires_grad_() for output in outputs]
         image, text, scale = leaves
         seen = features._replace(image=image, text=text, logit_scale=scale)
-        loss, _ = run.distiller.loss(seen, targets, step=self.done)
-        run.accelerator.backward(loss)
+        loss, _ = learner.distiller.loss(seen, targets, step=self.run.done)
+        learner.accelerator.backward(loss)
         lap("loss")
         torch.autograd.backward(outputs, [leaf.grad for leaf in leaves])
         lap("student")
-        norm = run.accelerator.clip_grad_norm_(run.distiller.parameters(), CLIP_NORM)
+        norm = learner.accelerator.clip_grad_norm_(learner.distiller.parameters(), CLIP_NORM)
         assert norm is not None
-        train.require_finite(run, self.done, loss, norm, targets, batch)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        run.distiller.finish_step()
+        learner.require_finite(self.run.done, loss, norm, targets, batch)
+        learner.update()
+        self.run.done += 1
         lap("optimizer")
         return loss.detach()
 
@@ -173,5 +168,5 @@ def first_batch(variant: str, task: Task) -> Any:
     """The same pixels and tokens for every variant, as its step takes them."""
     loop = open_clipkd("plain" if variant == "open_clip" else variant, task._replace(workers=0))
     batch = next(loop.batches)
-    view = loop.run.views.of(batch, "cpu")[0]
+    view = loop.run.learner.views.of(batch, "cpu")[0]
     return (view.images, view.texts) if variant == "open_clip" else batch

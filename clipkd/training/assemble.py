@@ -1,8 +1,9 @@
-"""The parts of a run, each built from the configuration by itself, so that `check` can go on where one fails."""
+"""The parts of a run, each opened from the configuration by itself, so that `check` can continue where one fails."""
 
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,37 @@ from clipkd.objective.closed_set import closed_set_fingerprint, open_closed_set
 from clipkd.objective.distiller import Distiller
 from clipkd.teachers.open import Teachers, open_teachers
 from clipkd.training import optim
+from clipkd.training.evaluator import parse_best
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, still on the CPU."""
+
+    accelerator: Accelerator
+    student: Encoder
+    pairs: data.Pairs
+    teachers: Teachers
+    subjects: list[Subject]
+
+
+def assemble(config: TrainConfig) -> Parts:
+    """Raises: ValueError or FileNotFoundError for the first thing that is wrong."""
+    return Parts(**open_parts(config, lambda make: make()))
+
+
+def open_parts(config: TrainConfig, attempt: Callable[[Callable[[], Any]], Any]) -> dict[str, Any]:
+    """The fields of Parts. attempt: calls its argument; where it returns None instead of raising, the field is missing."""
+    attempt(lambda: require_installed(config))
+    parts: dict[str, Any] = {
+        "accelerator": attempt(lambda: make_accelerator(config)),
+        "student": (student := attempt(lambda: initial_student(config))),
+        "pairs": (pairs := attempt(lambda: data.open_pairs(config.data))),
+    }
+    if config.teacher.cache is None or (student is not None and pairs is not None):
+        parts["teachers"] = attempt(lambda: open_teachers(config, student, pairs))
+    parts["subjects"] = attempt(lambda: open_tasks(config))
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -32,7 +64,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def require_installed(config: TrainConfig) -> None:
-    """Raises: ValueError if a tracker's package, or the compiler that objective.compile needs on a CPU, is not there."""
+    """Raises: ValueError if a tracker's package or, for objective.compile on a CPU, a C++ compiler is missing."""
     for tracker in config.log.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise ValueError(f"log.trackers names {tracker}, which is not installed: pip install 'clipkd[{tracker}]'")
@@ -46,7 +78,7 @@ def require_installed(config: TrainConfig) -> None:
 
 
 def open_tasks(config: TrainConfig) -> list[Subject]:
-    """The evaluations on the way, with their data. Raises: ValueError if the best checkpoint's metric is none of theirs."""
+    """The tasks of evaluation during training, with their data. Raises: ValueError if evaluation.best fits none of them."""
     options = config.evaluation
     subjects = open_subjects(as_tuple(options.task), as_tuple(options.data)) if options.data else []
     if options.best is not None:
@@ -59,26 +91,18 @@ def open_tasks(config: TrainConfig) -> list[Subject]:
     return subjects
 
 
-def parse_best(best: str) -> tuple[str, str]:
-    """TASK or TASK:METRIC → task, metric."""
-    task, _, metric = best.partition(":")
-    return task, metric or "main_metric"
-
-
-def identify(
-    config: TrainConfig, student: Encoder, teachers: Teachers, pairs: data.Pairs, precision: str
-) -> dict[str, Any]:
-    """What a resumed run must share beyond its configuration."""
-    closed_set = config.objective.closed_set
+def identify(config: TrainConfig, parts: Parts) -> dict[str, Any]:
+    """Everything beyond the configuration that a resumed run must share."""
+    student, closed_set = parts.student, config.objective.closed_set
     identity: dict[str, Any] = {
         "student": {
             "name": student.name,
             "model_cfg": student.model_config,
             "preprocess_cfg": student.preprocess_config,
         },
-        **teachers.identity(),
-        "pairs": {str(number): source for number, source in enumerate(pairs.identity())},
-        "mixed_precision": precision,
+        **parts.teachers.identity(),
+        "pairs": {str(number): source for number, source in enumerate(parts.pairs.identity())},
+        "mixed_precision": parts.accelerator.mixed_precision,
         "augmentation": data.AUGMENTATION_VERSION,
     }
     if closed_set.weight:
@@ -86,18 +110,15 @@ def identify(
     return identity
 
 
-def make_distiller(config: TrainConfig, student: Encoder, teachers: Teachers, device: torch.device) -> Distiller:
-    """Student, teachers and all that the objective needs, on the device."""
-    teachers.to(device)
-    term, closed_set = config.objective.closed_set, None
+def make_distiller(config: TrainConfig, parts: Parts) -> Distiller:
+    """Move student and teachers to the device, and build the objective on them."""
+    term, closed_set, device = config.objective.closed_set, None, parts.accelerator.device
+    parts.teachers.to(device)
     if term.weight:
-        classes = teachers.class_vectors(term)
-        closed_set = open_closed_set(term, student=student, teacher_classes=classes, device=device)
-    dim = teachers.models[0].dim if teachers.models else None
-    return Distiller(student, config.objective, teacher_dim=dim, closed_set=closed_set, device=device).to(device)
-
-
-ADAM_EPS = 1e-6  # as CLIP trains
+        classes = parts.teachers.class_vectors(term)
+        closed_set = open_closed_set(term, student=parts.student, teacher_classes=classes, device=device)
+    dim = parts.teachers.models[0].dim if parts.teachers.models else None
+    return Distiller(parts.student, config.objective, teacher_dim=dim, closed_set=closed_set, device=device).to(device)
 
 
 def make_optimizer(distiller: Distiller, config: TrainConfig) -> torch.optim.Optimizer:
@@ -105,25 +126,5 @@ def make_optimizer(distiller: Distiller, config: TrainConfig) -> torch.optim.Opt
     groups = optim.parameter_groups(
         distiller.named_parameters(), weight_decay=options.weight_decay, logit_scale_lr=options.logit_scale_lr
     )
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=ADAM_EPS, fused=True)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a run is made of, on the CPU still."""
-
-    accelerator: Accelerator
-    student: Encoder
-    teachers: Teachers
-    pairs: data.Pairs
-    subjects: list[Subject]
-
-
-def assemble(config: TrainConfig) -> Parts:
-    """Raises: ValueError or FileNotFoundError for the first thing that is wrong."""
-    require_installed(config)
-    accelerator = make_accelerator(config)
-    student = initial_student(config)
-    pairs = data.open_pairs(config.data)
-    teachers = open_teachers(config, student, pairs)
-    return Parts(accelerator, student, teachers, pairs, open_tasks(config))
+    # Epsilon as CLIP trains with it.
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=1e-6, fused=True)

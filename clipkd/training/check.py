@@ -1,11 +1,11 @@
-"""`clipkd check`: what a configuration will run, what it will take, and everything that is wrong with it, before a first step."""
+"""`clipkd check`: describe what a configuration will run and cost, and list all its problems, before a first step."""
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,21 +16,18 @@ from clipkd.config.train import TrainConfig
 from clipkd.errors import RunStopped, collecting
 from clipkd.models import students
 from clipkd.models.cost import count_saved
-from clipkd.models.create import initial_student
 from clipkd.models.encoder import Encoder
 from clipkd.objective.loss_memory import measure_loss_memory
 from clipkd.progress import mib
-from clipkd.teachers.open import Teachers, open_teachers
-from clipkd.training import assemble
-from clipkd.training import loop as train
-from clipkd.training.assemble import Parts
+from clipkd.training.assemble import Parts, open_parts
 from clipkd.training.resume import find_checkpoint
-from clipkd.training.run import Run, build_run, record_skips, skipped_too_much
+from clipkd.training.run import Run, build_run
 from clipkd.views import Batch, ViewSpec
 
 T = TypeVar("T")
 TIMED_STEPS = 3
-SLOW_STEP = 60.0  # seconds of a first step after which no more are timed
+SLOW_STEP = 60.0
+"""Seconds of a first step after which no more are timed."""
 
 CHANCE_TIMES = 3
 """A teacher that finds its pairs less than this many times as often as chance does not know these data."""
@@ -38,7 +35,7 @@ CHANCE_TIMES = 3
 
 @dataclass
 class Findings:
-    """Problems and notes. Only the main process prints."""
+    """Problems, which forbid the run, and notes, which the user should read. Only the main process prints."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -47,7 +44,7 @@ class Findings:
         self.notes += [f"{skip.cause}: {skip.key[-200:]!r} {skip.message[:200]}" for skip in skips]
 
     def attempt(self, make: Callable[[], T]) -> T | None:
-        """What `make` returns, or None and a problem more."""
+        """The result of `make`; None if it fails, which adds a problem."""
         try:
             return make()
         except torch.OutOfMemoryError as error:
@@ -55,25 +52,25 @@ class Findings:
             self.add(f"the device's memory is too small: {advice} ({error})")
         except (ValueError, OSError, FloatingPointError, RunStopped, RuntimeError) as error:
             self.add(str(error))
-        except SystemExit:  # a task file's parser has said what is wrong
+        except SystemExit:  # raised by a task file's parser, which has printed the reason
             self.add("evaluation.task cannot be used, as said above")
         return None
 
     def add(self, problem: str) -> None:
-        if "Original Traceback" in problem:  # raised in a loader process; its last line is what happened
+        if "Original Traceback" in problem:  # raised in a loader process; the last line has the message
             problem = problem.strip().splitlines()[-1].split(": ", 1)[-1]
         self.problems.append(" ".join(problem.split())[:2000])
 
     def share(self) -> None:
-        """What any process found, all have found. Call on every process."""
+        """Give every process the problems of all. Call on every process."""
         found = distributed.gather_objects(self.problems)
         self.problems = list(dict.fromkeys(problem for problems in found for problem in problems))
 
 
 def check(arguments: list[str]) -> list[str]:
-    """Arguments of `clipkd train` → this process's problems; prints what would run.
+    """Arguments of `clipkd train` → this process's problems; prints a description of the run.
 
-    Writes nothing but indexes of shards, and in a teacher cache which of its files were found right.
+    Writes only indexes of shards, and in a teacher cache the list of verified files.
     """
     findings = Findings()
     with collecting() as wrong_options:
@@ -81,29 +78,29 @@ def check(arguments: list[str]) -> list[str]:
     findings.problems += dict.fromkeys(wrong_options)
     if config.threads is not None and config.threads > 0:
         torch.set_num_threads(config.threads)
-    parts = find_parts(config, findings)
+    parts = open_parts(config, findings.attempt)
+    describe_parts(config, parts, findings, sound=not wrong_options)
     findings.attempt(lambda: find_checkpoint(config))
     findings.share()
-    if parts is not None and not findings.problems:
-        try_run(config, parts, findings)
+    if not findings.problems:
+        try_run(config, Parts(**parts), findings)
     elif distributed.rank() > 0:
-        findings.problems = []  # the main process tells them
+        findings.problems = []  # the main process prints them
     for note in dict.fromkeys(findings.notes):
         tell("note", note)
     return findings.problems
 
 
 def try_run(config: TrainConfig, parts: Parts, findings: Findings) -> None:
-    run = findings.attempt(lambda: build_run(config, parts))
+    run = findings.attempt(lambda: build_run(config, parts, dry=True))
     if run is None:
         return
-    run.dry = True
-    memory = measure_loss_memory(
-        run.distiller, [teacher.dim for teacher in run.teachers.models], batch_size=config.batch_size
-    )
+    describe_memory(run)
+    dims = [teacher.dim for teacher in parts.teachers.models]
+    memory = measure_loss_memory(run.learner.distiller, dims, batch_size=config.batch_size)
     tell("", f"logits of the loss: {memory.describe()}")
-    if run.start >= config.steps:
-        tell("step", f"nothing left to do: {run.start:,} of {config.steps:,} steps are done")
+    if run.done >= config.steps:
+        tell("step", f"nothing left to do: {run.done:,} of {config.steps:,} steps are done")
         return
     with run.feed:
         findings.attempt(lambda: try_steps(run, findings))
@@ -114,36 +111,21 @@ def tell(topic: str, text: str) -> None:
         print(f"{topic:<10}{text}", flush=True)
 
 
-def find_parts(config: TrainConfig, findings: Findings) -> Parts | None:
-    """Open every part by itself, describe it if the options make sense, and return them if all could be opened."""
-    sound = not findings.problems
-    findings.attempt(lambda: assemble.require_installed(config))
-    accelerator = findings.attempt(lambda: assemble.make_accelerator(config))
-    student = findings.attempt(lambda: initial_student(config))
-    pairs = findings.attempt(lambda: data.open_pairs(config.data))
-    teachers = None
-    if config.teacher.cache is None or (student is not None and pairs is not None):
-        teachers = findings.attempt(lambda: open_teachers(config, student, pairs))
+def describe_parts(config: TrainConfig, parts: dict[str, Any], findings: Findings, *, sound: bool) -> None:
+    """Describe every part that could be opened, and note weights that are not finite. sound: the options make sense."""
+    pairs, student, teachers = (parts.get(name) for name in ("pairs", "student", "teachers"))
     if sound and pairs is not None:
         describe_data(config, pairs, findings)
     if sound:
         describe_batch(config, pairs)
     if student is not None:
-        describe_model("student", student)
-        findings.problems += find_broken_weights(student)
+        describe_model("student", student, findings)
     if teachers is not None and teachers.stored is not None:
         tell("teacher", teachers.describe())
-    for number, teacher in enumerate(teachers.encoders if teachers is not None else ()):
-        describe_model(f"teacher {number}" if number else "teacher", teacher)
+    for number, teacher in enumerate(() if teachers is None else teachers.encoders):
+        describe_model(f"teacher {number}" if number else "teacher", teacher, findings)
         if student is not None:
             tell("", compare_views(student.spec, teacher.spec))
-        findings.problems += find_broken_weights(teacher)
-    subjects = findings.attempt(lambda: assemble.open_tasks(config))
-    if accelerator is None or student is None or pairs is None or subjects is None or teachers is None:
-        return None
-    if sound:
-        describe_memory(config, student, teachers)
-    return Parts(accelerator, student, teachers, pairs, subjects)
 
 
 def describe_data(config: TrainConfig, pairs: data.Pairs, findings: Findings) -> None:
@@ -175,7 +157,7 @@ def describe_batch(config: TrainConfig, pairs: data.Pairs | None) -> None:
     tell("batch", text)
 
 
-def describe_model(role: str, encoder: Encoder) -> None:
+def describe_model(role: str, encoder: Encoder, findings: Findings) -> None:
     sizes = students.count_parameters(encoder.model)
     spec, configured = encoder.spec, encoder.model_config
     parts = [f"{encoder.name}: {sizes['image'] / 1e6:.2f}M image + {sizes['text'] / 1e6:.2f}M text parameters"]
@@ -187,10 +169,14 @@ def describe_model(role: str, encoder: Encoder) -> None:
     if encoder.text_is_frozen:
         parts.append("text tower frozen")
     tell(role, ", ".join(parts))
+    tensors = encoder.model.state_dict().items()
+    broken = [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        findings.add(f"{encoder.name}: weights that are not finite: {', '.join(broken[:3])}")
 
 
 def compare_views(student: ViewSpec, teacher: ViewSpec) -> str:
-    """What the teacher sees otherwise than the student, each of which costs time in the loader."""
+    """The inputs that the teacher does not share with the student; each costs time in the loader."""
     own = [
         f"{name} {theirs} (student {ours})"
         for name, ours, theirs in (
@@ -205,72 +191,63 @@ def compare_views(student: ViewSpec, teacher: ViewSpec) -> str:
     return f"sees its own {', '.join(own)}" if own else "sees the student's pixels and tokens"
 
 
-def find_broken_weights(encoder: Encoder) -> list[str]:
-    broken = [name for name, tensor in encoder.model.state_dict().items() if not finite(tensor)]
-    return [f"{encoder.name}: weights that are not finite: {', '.join(broken[:3])}"] if broken else []
+def describe_memory(run: Run) -> None:
+    """Bytes per process that the architecture fixes; those of activations are measured by a step."""
+    distiller, ema = run.learner.distiller, run.learner.ema
+    gradients = num_bytes(each for each in distiller.parameters() if each.requires_grad)
+    sizes = {
+        "weights": num_bytes(distiller.parameters()),
+        "gradients": gradients,
+        "AdamW": 2 * gradients,
+        "average": 0 if ema is None else num_bytes(ema.parameters()),
+        "DDP": gradients if distributed.world_size() > 1 else 0,
+        "teachers": sum(num_bytes(teacher.parameters()) for teacher in run.learner.teachers.encoders),
+        "queue": num_bytes(distiller.memory().values()),
+    }
+    tell("memory", ", ".join(f"{name} {mib(size)}" for name, size in sizes.items() if size))
 
 
-def finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
-
-
-def describe_memory(config: TrainConfig, student: Encoder, teachers: Teachers) -> None:
-    """Bytes per process that do not depend on the architecture's inner workings; activations are measured by a step."""
-    weights = sum(parameter.numel() for parameter in student.parameters())
-    trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
-    own = {"weights": 4 * weights, "gradients": 4 * trained, "AdamW": 8 * trained}
-    own |= {"average": 4 * weights} if config.optim.ema_momentum else {}
-    own |= {"DDP": 4 * trained} if distributed.world_size() > 1 else {}
-    frozen = sum(p.numel() * p.element_size() for encoder in teachers.encoders for p in encoder.parameters())
-    capacity = config.objective.queue.capacity
-    widths = [student.dim if ring == "momentum" else teachers.models[0].dim for ring in config.objective.queues]
-    parts = [f"student {mib(sum(own.values()))} ({', '.join(f'{k} {mib(v)}' for k, v in own.items())})"]
-    parts += [f"teachers {mib(frozen)}"] if frozen else []
-    parts += [f"queue {mib(8 * capacity * sum(widths))}"] if capacity else []
-    tell("memory", ", ".join(parts))
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def try_steps(run: Run, findings: Findings) -> None:
-    """A first step, measured, then some more for their time. Nothing of it is kept."""
-    batch = next(run.feed)
+    """Measure a first step, then time some more. Nothing of them is kept."""
+    batches, left = run.batches(), run.config.steps - run.done
+    batch = next(batches)
     describe_retrieval(run, batch, findings)
-    seconds: list[float] = []
     with count_saved() as saved:
-        seconds.append(timed_step(run, batch, run.start))
-    peak = f", peak {mib(torch.cuda.max_memory_allocated())}" if run.accelerator.device.type == "cuda" else ""
+        seconds = [time_step(run, iter([batch]))]
+    peak = f", peak {mib(torch.cuda.max_memory_allocated())}" if run.learner.accelerator.device.type == "cuda" else ""
     tell("", f"kept between the passes of a step, forward and backward, {mib(saved.peak)}{peak}")
-    (slow,) = distributed.maximum([int(seconds[0] > SLOW_STEP)], run.accelerator.device)
-    while len(seconds) <= TIMED_STEPS and not slow and run.start + len(seconds) < run.config.steps:
-        started = time.perf_counter()
-        batch = next(run.feed)
-        waited = time.perf_counter() - started
-        seconds.append(waited + timed_step(run, batch, run.start + len(seconds)))
-    steps = run.start + len(seconds)
-    findings.note_skips(record_skips(run, steps).examples)
-    if damage := skipped_too_much(run, steps):
-        findings.add(f"{damage}, more than data.max_skipped allows; mend the data, or raise data.max_skipped")
+    (slow,) = distributed.maximum([int(seconds[0] > SLOW_STEP)], run.learner.accelerator.device)
+    while len(seconds) <= TIMED_STEPS and not slow and len(seconds) < left:
+        seconds.append(time_step(run, batches))
+    findings.note_skips(run.ledger.share(run.done).examples)
+    if damage := run.ledger.describe_damage(run.done * run.config.batch_size, run.config.data.max_skipped):
+        findings.add(f"{damage}, more than data.max_skipped allows; repair the data, or raise data.max_skipped")
     typical = statistics.median(seconds[1:] or seconds)
-    left = timedelta(seconds=round(typical * (run.config.steps - run.start)))
-    rate = run.config.batch_size / typical
-    tell("step", f"{typical:.3g} s, {rate:.4g} images/s; {run.config.steps - run.start:,} steps in {left} (h:min:s)")
+    rate, time_left = run.config.batch_size / typical, timedelta(seconds=round(typical * left))
+    tell("step", f"{typical:.3g} s, {rate:.4g} images/s; {left:,} steps in {time_left} (h:min:s)")
 
 
-def timed_step(run: Run, batch: Batch, step: int) -> float:
+def time_step(run: Run, batches: Iterator[Batch]) -> float:
+    """Seconds of a step and of the wait for its batch; prints the loss of the first step."""
     started = time.perf_counter()
-    metrics = train.training_step(run, batch, step)
+    metrics = run.step(next(batches))
     loss = metrics["loss"].item()  # waits for the device
     took = time.perf_counter() - started
-    if step == run.start:
-        terms = ", ".join(f"{name} {metrics[name].item():.4g}" for name in run.distiller.active)
+    if run.done == run.learner.start + 1:
+        terms = ", ".join(f"{name} {metrics[name].item():.4g}" for name in run.learner.distiller.active)
         tell("loss", f"{loss:.4g} ({terms})")
     return took
 
 
 @torch.no_grad()
 def describe_retrieval(run: Run, batch: Batch, findings: Findings) -> None:
-    """How many images of a batch each teacher gives its own caption: the quickest sign of a wrong preprocessing."""
-    student_view, *teacher_views = run.views.of(batch, run.accelerator.device)
-    for number, features in enumerate(train.find_targets(run, batch, student_view, teacher_views).teachers):
+    """The number of images for which each teacher finds the caption: the quickest sign of wrong preprocessing."""
+    view, *teacher_views = run.learner.views.of(batch, run.learner.accelerator.device)
+    for number, features in enumerate(run.learner.targets(batch, view, teacher_views).teachers):
         best = torch.cat([(some @ features.text.T).argmax(dim=1) for some in features.image.split(1024)]).cpu()
         found, size = int((best == torch.arange(len(best))).sum()), len(best)
         role = f"teacher.models[{number}]"

@@ -99,7 +99,7 @@ def run_with(event: Event, arguments: list[str], environment: dict[str, str], ou
     """What a fork does in place of forked.run_command, which it calls."""
     if int(environment.get("RANK", "0")) == event.rank:
         from clipkd.teachers.cache import encode
-        from clipkd.training import loop as train
+        from clipkd.training.learner import Learner
 
         if event.place in ("write", "half", "written"):
             break_writing(event)
@@ -108,7 +108,7 @@ def run_with(event: Event, arguments: list[str], environment: dict[str, str], ou
         elif event.place == "unlink":
             wrap(Path, "unlink", event)
         else:
-            wrap(train, "training_step", event)
+            wrap(Learner, "step", event)
     forked.run_command(arguments, environment, out, err)
 
 

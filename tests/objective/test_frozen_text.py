@@ -11,7 +11,7 @@ from clipkd.models.students import tower_of
 from clipkd.objective import memory as momentum
 from clipkd.objective.distiller import Distiller
 from clipkd.objective.loss_memory import measure_loss_memory
-from clipkd.training import gradient_cache, optim
+from clipkd.training import grad_cache, optim
 from tests.objective.tiny_clip import (
     OBJECTIVES,
     OFF,
@@ -61,7 +61,7 @@ def test_training_leaves_the_text_tower_bit_by_bit(name: str, micro_batches: int
         if micro_batches == 1:
             take_loss(distiller, view, targets, step)[0].backward()
         else:
-            gradient_cache.backward(
+            grad_cache.backward(
                 distiller, view, targets, step=step, micro_batches=micro_batches, reseed=torch.manual_seed
             )
         optimizer.step()
@@ -113,7 +113,7 @@ def test_micro_batches_without_anything_to_train_are_passed_over() -> None:
                 calls.append(product)
                 product.backward()
 
-            gradient_cache.backward(
+            grad_cache.backward(
                 distiller, view, targets, step=0, micro_batches=4, reseed=torch.manual_seed, start_backward=start
             )
             assert len(calls) == 1
@@ -171,7 +171,7 @@ def test_texts_that_lead_to_nothing_trained_keep_no_logits() -> None:
         with count_saved() as whole:
             take_loss(distiller, view, targets)[0].backward()
         with count_saved() as parts:
-            gradient_cache.backward(distiller, view, targets, step=0, micro_batches=3, reseed=torch.manual_seed)
+            grad_cache.backward(distiller, view, targets, step=0, micro_batches=3, reseed=torch.manual_seed)
         taken.append((whole.peak, parts.peak))
     assert announced[1] == announced[0] / 2 > 0
     assert all(frozen < 0.6 * trained for trained, frozen in zip(*taken, strict=True))

@@ -26,7 +26,7 @@ from clipkd.models.encoder import Encoder
 from clipkd.objective.closed_set import ClosedSet
 from clipkd.objective.comparison import Targets
 from clipkd.objective.distiller import Distiller
-from clipkd.training import gradient_cache
+from clipkd.training import grad_cache
 from clipkd.views import Features, View
 
 STUDENT_WIDTH, TEACHER_WIDTH, PAIRS = 6, 9, 8
@@ -248,7 +248,7 @@ def steps(
             loss, metrics = take_loss(distiller, *own, step, model=model)
             loss.backward()
         else:
-            _, metrics = gradient_cache.backward(
+            _, metrics = grad_cache.backward(
                 distiller, *own, step=step, micro_batches=micro_batches, reseed=torch.manual_seed, model=model
             )
         if step < number - 1:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from clipkd import distributed
-from clipkd.training import gradient_cache
+from clipkd.training import grad_cache
 from clipkd.views import join
 from tests import nccl_rules
 from tests.objective.tiny_clip import OBJECTIVES, make_batch, make_distiller, needs, share, steps, take_loss
@@ -79,7 +79,7 @@ def exchanges(rank: int, micro_batches: int) -> int:
 
     model.register_comm_hook(None, count)
     own = share(*make_batch(dtype=torch.float64), rank, WORLD_SIZE)
-    gradient_cache.backward(distiller, *own, step=0, micro_batches=micro_batches, reseed=torch.manual_seed, model=model)
+    grad_cache.backward(distiller, *own, step=0, micro_batches=micro_batches, reseed=torch.manual_seed, model=model)
     return len(calls)
 
 
@@ -99,7 +99,7 @@ def dropped(rank: int) -> dict[str, Tensor]:
 
         if way == "parts":
             model = torch.nn.parallel.DistributedDataParallel(distiller)
-            gradient_cache.backward(distiller, view, targets, step=0, micro_batches=4, reseed=reseed, model=model)
+            grad_cache.backward(distiller, view, targets, step=0, micro_batches=4, reseed=reseed, model=model)
         else:
             outputs = []
             for number, part in enumerate(view.split(4)):

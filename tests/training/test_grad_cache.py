@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from clipkd.models.cost import count_saved
 from clipkd.objective.comparison import Targets
 from clipkd.objective.distiller import Distiller
-from clipkd.training import gradient_cache
+from clipkd.training import grad_cache
 from clipkd.views import View, join
 from tests.objective.tiny_clip import OBJECTIVES, make_batch, make_distiller, needs, steps, take_loss
 
@@ -15,7 +15,7 @@ DOUBLE = torch.float64
 
 
 def take(distiller: Distiller, view: View, targets: Targets, micro_batches: int) -> tuple[Tensor, dict[str, Tensor]]:
-    loss, _ = gradient_cache.backward(
+    loss, _ = grad_cache.backward(
         distiller, view, targets, step=0, micro_batches=micro_batches, reseed=torch.manual_seed
     )
     return loss, gradients(distiller)
