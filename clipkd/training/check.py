@@ -26,9 +26,6 @@ from clipkd.views import Batch, ViewSpec
 
 T = TypeVar("T")
 TIMED_STEPS = 3
-SLOW_STEP = 60.0
-"""Seconds of a first step after which no more are timed."""
-
 CHANCE_TIMES = 3
 """A teacher that finds its pairs less than this many times as often as chance does not know these data."""
 
@@ -129,20 +126,15 @@ def describe_parts(config: TrainConfig, parts: dict[str, Any], findings: Finding
 
 
 def describe_data(config: TrainConfig, pairs: data.Pairs, findings: Findings) -> None:
-    readers = distributed.world_size() * max(1, config.data.num_workers)
-    if not isinstance(pairs, data.PairSet):
-        tell("data", f"{pairs.describe()} for {readers} readers")
-        if len(pairs.shards) < readers:
-            findings.notes.append(
-                f"{len(pairs.shards)} streamed shards are fewer than {readers} readers: some read ahead"
-            )
-        return
     tell("data", pairs.describe())
+    if not isinstance(pairs, data.PairSet):
+        readers = distributed.world_size() * max(1, config.data.num_workers)
+        if len(pairs.shards) < readers:
+            findings.notes.append(f"{readers} readers share {len(pairs.shards)} streamed shards: some read ahead")
+        return
     for source, options in zip(pairs.sources, pairs.configs, strict=True):
-        count, where = int(source.shard_sizes.sum()), " ".join(options.paths)
         times = f", {options.weight:g} × per epoch" if options.weight != 1 else ""
-        shards = f" in {len(source.shard_sizes)} shards" if options.format == "webdataset" else ""
-        tell("", f"{where}: {count:,} pairs{shards}{times}")
+        tell("", f"{' '.join(options.paths)}: {int(source.shard_sizes.sum()):,} pairs{times}")
     findings.note_skips([*(skip for source in pairs.sources for skip in source.damaged), *pairs.left_out.examples][:5])
 
 
@@ -179,14 +171,8 @@ def compare_views(student: ViewSpec, teacher: ViewSpec) -> str:
     """The inputs that the teacher does not share with the student; each costs time in the loader."""
     own = [
         f"{name} {theirs} (student {ours})"
-        for name, ours, theirs in (
-            ("resolution", student.size, teacher.size),
-            ("interpolation", student.interpolation, teacher.interpolation),
-            ("mean", student.mean, teacher.mean),
-            ("std", student.std, teacher.std),
-            ("tokens", student.tokenizer_name, teacher.tokenizer_name),
-        )
-        if ours != theirs
+        for name in ("size", "interpolation", "mean", "std", "tokenizer_name")
+        if (theirs := getattr(teacher, name)) != (ours := getattr(student, name))
     ]
     return f"sees its own {', '.join(own)}" if own else "sees the student's pixels and tokens"
 
@@ -220,9 +206,7 @@ def try_steps(run: Run, findings: Findings) -> None:
         seconds = [time_step(run, iter([batch]))]
     peak = f", peak {mib(torch.cuda.max_memory_allocated())}" if run.learner.accelerator.device.type == "cuda" else ""
     tell("", f"kept between the passes of a step, forward and backward, {mib(saved.peak)}{peak}")
-    (slow,) = distributed.maximum([int(seconds[0] > SLOW_STEP)], run.learner.accelerator.device)
-    while len(seconds) <= TIMED_STEPS and not slow and len(seconds) < left:
-        seconds.append(time_step(run, batches))
+    seconds += [time_step(run, batches) for _ in range(min(TIMED_STEPS, left - 1))]
     findings.note_skips(run.ledger.share(run.done).examples)
     if damage := run.ledger.describe_damage(run.done * run.config.batch_size, run.config.data.max_skipped):
         findings.add(f"{damage}, more than data.max_skipped allows; repair the data, or raise data.max_skipped")

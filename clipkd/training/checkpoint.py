@@ -1,11 +1,10 @@
-"""Checkpoints: whole or absent, versioned, safetensors and JSON only, so that loading one never runs code from it."""
+"""Checkpoints: complete or absent, versioned, safetensors and JSON only, so that loading one never runs code from it."""
 
 import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,39 +21,35 @@ def save(
     model: nn.Module,
     ema: nn.Module | None,
     optimizer: torch.optim.Optimizer,
-    state: dict,
-    memory: Mapping[str, Tensor] = MappingProxyType({}),
+    memory: Mapping[str, Tensor],
+    state: dict[str, Any],
 ) -> Path:
     """Write RUN/checkpoints/step_N under a temporary name, then rename it. Call on one process only.
 
-    model.safetensors holds everything trainable, ema.safetensors the averaged student, optimizer.safetensors AdamW's
-    moments by parameter name, memory.safetensors the queue and the class prior where there are any, state.json the rest,
-    with length and SHA-256 of the others.
+    model.safetensors: everything trainable. ema.safetensors: the averaged student. optimizer.safetensors: AdamW's moments
+    by parameter name. memory.safetensors: the queue and the class prior. state.json: `state`, with length and SHA-256 of
+    the other files.
 
-    Raises: OSError that names what could not be written; then nothing of it stays.
+    Raises: OSError that names what could not be written; nothing of the checkpoint stays.
     """
     folder = checkpoint_folder(run, step)
     temporary = folder.with_name(folder.name + ".tmp")
-    for leftover in folder.parent.glob("step_*.tmp"):  # of kills, and of a disk that was full
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(run)
     temporary.mkdir(parents=True)
+    tensors = {"model": model.state_dict(), "ema": {} if ema is None else ema.state_dict(), "memory": memory}
+    tensors["optimizer"] = optimizer_tensors(model, optimizer)
     try:
-        write_tensors(temporary / "model.safetensors", model.state_dict())
-        if ema is not None:
-            write_tensors(temporary / "ema.safetensors", ema.state_dict())
-        write_tensors(temporary / "optimizer.safetensors", optimizer_tensors(model, optimizer))
-        if memory:
-            write_tensors(temporary / "memory.safetensors", memory)
+        for name, content in tensors.items():
+            if content or name == "optimizer":
+                write_tensors(temporary / f"{name}.safetensors", content)
         files = {path.name: [path.stat().st_size, sha256(path)] for path in sorted(temporary.iterdir())}
         text = json.dumps({"format_version": FORMAT_VERSION, "step": step, "files": files, **state}, indent=1)
         (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             sync(path)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)  # a full disk must not stay full of halves
-        if error.filename is None:
-            raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
-        raise
+        shutil.rmtree(temporary, ignore_errors=True)  # it would keep a full disk full
+        raise OSError(error.errno, error.strerror or str(error), error.filename or str(folder)) from error
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     sync(folder.parent)
@@ -62,37 +57,29 @@ def save(
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest checkpoints and what a kill left half written or half deleted.
-
-    Call after the new one is complete.
-    """
+    """Delete all but the newest checkpoints and the best one. Call after the newest is complete."""
+    best = best_step(run)
     for folder in whole_checkpoints(run)[:-keep]:
-        folder.rename(folder.with_name(folder.name + ".tmp"))  # half deleted, it must not look whole
+        if best is None or folder != checkpoint_folder(run, best):
+            folder.rename(folder.with_name(folder.name + ".tmp"))  # half deleted, it must not look complete
+    remove_leftovers(run)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Delete what a kill or a full disk left half written or half deleted."""
     for leftover in (run / "checkpoints").glob("step_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def keep_best(run: Path, step: int) -> Path:
-    """RUN/best becomes that step's checkpoint: the same files under a second name, which pruning leaves alone."""
-    folder, temporary = run / "best", run / "best.tmp"
-    for leftover in (temporary, run / "best_before.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        shutil.copytree(checkpoint_folder(run, step), temporary, copy_function=os.link)
-    except OSError:  # a file system without hard links, which copytree tells of as one error of many
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(checkpoint_folder(run, step), temporary)
-    if folder.is_dir():  # there is a moment without either; the run evaluates that step again after a kill
-        os.replace(folder, old := run / "best_before.tmp")
-        os.replace(temporary, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(temporary, folder)
-    return folder
+    """Make RUN/best a link to that step's checkpoint, which `prune` then leaves alone."""
+    (run / "best.tmp").unlink(missing_ok=True)
+    (run / "best.tmp").symlink_to(checkpoint_folder(run, step).relative_to(run))
+    return (run / "best.tmp").replace(run / "best")
 
 
 def best_step(run: Path) -> int | None:
-    """Step of RUN/best; None where there is none."""
+    """Step of RUN/best; None if there is none."""
     try:
         return int(read_state(run / "best")["step"])
     except (OSError, ValueError):
@@ -101,23 +88,17 @@ def best_step(run: Path) -> int | None:
 
 def restore(
     folder: Path, *, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Load a checkpoint into freshly built objects; returns its state.json.
+) -> dict[str, Tensor]:
+    """Load a checkpoint into newly built objects; returns the tensors of the queue and the class prior.
 
     Raises: ValueError if a file is damaged or was written for another model.
     """
-    state = read_state(folder)
     load_into(model, folder / "model.safetensors")
     if ema is not None:
         load_into(ema, folder / "ema.safetensors")
     load_optimizer(model, optimizer, read_tensors(folder / "optimizer.safetensors"))
-    return state
-
-
-def read_memory(folder: Path) -> dict[str, Tensor]:
-    """State beyond weights, empty if the run keeps none. Raises: ValueError if the file is damaged."""
-    path = folder / "memory.safetensors"
-    return read_tensors(path) if path.exists() else {}
+    memory = folder / "memory.safetensors"
+    return read_tensors(memory) if memory.exists() else {}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """GradCache (arXiv 2101.06983): batches whose activations do not fit, with all their negatives and the same gradient.
 
-Towers treat every pair by itself; only the loss looks at the whole batch. So the features are made without activations,
-a micro-batch at a time; the loss of the whole batch gives their gradients; and each micro-batch passes the towers once
-more, from where these gradients flow back.
+Towers treat each pair separately; only the loss looks at the whole batch. So the features are computed without
+activations, one micro-batch at a time; the loss of the whole batch gives their gradients; and each micro-batch passes
+the towers a second time, through which these gradients flow back.
 """
 
 from collections.abc import Callable
@@ -32,11 +32,11 @@ def backward(
     model: Callable[..., Encoded] | None = None,
     start_backward: Callable[[Tensor], Any] = Tensor.backward,
 ) -> tuple[Float[Tensor, ""], Metrics]:
-    """Loss and series of a batch; its gradients are added to the parameters', as one backward pass would add them.
+    """Loss and metrics of a batch; adds its gradients to the parameters', as one backward pass would add them.
 
-    reseed: called with a micro-batch's number before each of its two passes, to give both the same dropout. model: the
-    distiller as DDP wraps it; gradients are exchanged once, with the last micro-batch. start_backward: of a
-    scalar (Accelerator.backward scales it under fp16). A BatchNorm sees micro-batches, and counts each once in its averages.
+    reseed: called with a micro-batch's number before each of its two passes, so that both draw the same dropout. model:
+    the distiller as DDP wraps it; gradients are exchanged once, with the last micro-batch. start_backward: of a scalar
+    (Accelerator.backward scales it under fp16). A BatchNorm sees micro-batches, and counts each once in its averages.
     """
     views, prompts = view.split(micro_batches), split(distiller.prompts_at(step), micro_batches)
 
@@ -44,7 +44,7 @@ def backward(
         reseed(number)
         return encoder(views[number], prompts[number])
 
-    encoded = without_traces(distiller.student, lambda n: encode(distiller, n), micro_batches)
+    encoded = encode_all(distiller.student, lambda number: encode(distiller, number), micro_batches)
     features, classes = as_leaves(encoded, distiller.student)
     loss, metrics = distiller.loss(features, targets, step=step, class_features=classes)
     # What the loss reads besides the towers: projections and scales of single terms.
@@ -53,9 +53,8 @@ def backward(
         loss, [features.image, features.text, classes, features.logit_scale, features.logit_bias, *beside]
     )
     # DDP's exchange waits for every parameter, so the last part reaches both towers even if the loss reads one alone.
-    image, text = (
-        torch.zeros_like(each) if g is None else g for each, g in ((features.image, image), (features.text, text))
-    )
+    image = torch.zeros_like(features.image) if image is None else image
+    text = torch.zeros_like(features.text) if text is None else text
     upstream = [split(gradient, micro_batches) for gradient in (image, text, class_gradient)]
     for number in range(micro_batches):
         last = number == micro_batches - 1
@@ -64,14 +63,17 @@ def backward(
         if last:
             outputs += [features.logit_scale, features.logit_bias, *beside]
             their_gradients += rest
-        if (product := inner_product(outputs, their_gradients)) is not None:
-            start_backward(product)
+        pairs = zip(outputs, their_gradients, strict=True)
+        # The gradient of this sum with respect to each output is the upstream gradient.
+        products = [(o * g).sum() for o, g in pairs if o is not None and g is not None and o.requires_grad]
+        if products:
+            start_backward(torch.stack(products).sum())
     return loss.detach(), metrics
 
 
 @torch.no_grad()
-def without_traces(student: nn.Module, encode: Callable[[int], Encoded], micro_batches: int) -> list[Encoded]:
-    """Features of every micro-batch; buffers (BatchNorm's averages) are left as they were."""
+def encode_all(student: nn.Module, encode: Callable[[int], Encoded], micro_batches: int) -> list[Encoded]:
+    """Features of every micro-batch, without activations; restores buffers (BatchNorm's averages)."""
     buffers = [buffer.clone() for buffer in student.buffers()]
     encoded = [encode(number) for number in range(micro_batches)]
     for buffer, before in zip(student.buffers(), buffers, strict=True):
@@ -80,7 +82,7 @@ def without_traces(student: nn.Module, encode: Callable[[int], Encoded], micro_b
 
 
 def as_leaves(encoded: list[Encoded], student: Encoder) -> Encoded:
-    """Of the whole batch, cut off from the student: where the gradient of the loss shall end, constants what is frozen."""
+    """Detached features of the whole batch; leaves where the student trains, constants where it is frozen."""
     features = join([part for part, _ in encoded])
     classes = [part for _, part in encoded if part is not None]
     trains_text, scale, bias = not student.text_is_frozen, student.logit_scale, student.logit_bias
@@ -94,19 +96,12 @@ def as_leaves(encoded: list[Encoded], student: Encoder) -> Encoded:
 
 
 def split(rows: Tensor | None, parts: int) -> list[Tensor | None]:
-    """As `View.split` does it; None for a part without rows."""
+    """Split as `View.split` does; None for a part without rows."""
     return [None] * parts if rows is None else [part if len(part) else None for part in rows.tensor_split(parts)]
 
 
 def gradients(loss: Float[Tensor, ""], leaves: list[Tensor | None]) -> list[Tensor | None]:
-    """None where the loss does not depend on a leaf, it is a constant, or there is none."""
+    """Gradient of each leaf; None for a constant, a missing leaf, or one that the loss does not depend on."""
     wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
     found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
     return [next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
-
-
-def inner_product(outputs: list[Tensor | None], upstream: list[Tensor | None]) -> Float[Tensor, ""] | None:
-    """What has the upstream gradients as its own with respect to the outputs; None if all of them are constants."""
-    pairs = zip(outputs, upstream, strict=True)
-    products = [(o * g).sum() for o, g in pairs if o is not None and g is not None and o.requires_grad]
-    return torch.stack(products).sum() if products else None

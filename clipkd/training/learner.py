@@ -111,9 +111,9 @@ class Learner:
         value = norm if scaler is None else distributed.mean(loss)
         if torch.isfinite(value) and (scaler is None or scaler.get_scale() >= 1):
             return
-        broken = [part for parts in distributed.gather_objects(find_nonfinite(targets)) for part in parts]
-        keys = [key for part in distributed.gather_objects(batch.keys) for key in part]
-        losses = distributed.gather_objects(loss.item())
+        parts = distributed.gather_objects((loss.item(), batch.keys, find_nonfinite(targets)))
+        losses, keys = [loss for loss, _, _ in parts], [key for _, keys, _ in parts for key in keys]
+        broken = [name for _, _, names in parts for name in names]
         advice = "Lower optim.learning_rate or check the data"
         if broken:
             advice = f"{broken[0]} features are not finite: its weights are damaged or overflow at this precision"
@@ -164,9 +164,5 @@ def find_nonfinite(targets: Targets) -> list[str]:
     named = {f"teacher.models[{n}]'s": features for n, features in enumerate(targets.teachers)}
     if targets.momentum is not None:
         named["the moving average's"] = targets.momentum
-    return [
-        f"{name} {side}"
-        for name, model in named.items()
-        for side, part in (("image", model.image), ("text", model.text))
-        if not part.isfinite().all()
-    ]
+    sides = [(f"{name} {side}", getattr(model, side)) for name, model in named.items() for side in ("image", "text")]
+    return [name for name, features in sides if not features.isfinite().all()]

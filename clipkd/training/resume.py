@@ -1,4 +1,4 @@
-"""Where a run starts from, and whether what it resumes is the same run."""
+"""The checkpoint that a run starts from, and whether it belongs to the same run."""
 
 import json
 from pathlib import Path
@@ -10,21 +10,15 @@ from clipkd.models import run_folder
 
 RESUME_MAY_DIFFER = (
     *("output", "resume", "threads", "checkpoint.", "evaluation.", "log.", "data.num_workers", "data.max_skipped"),
-    # The same numbers to rounding (but for dropout's masks and a BatchNorm's parts), in another memory.
+    # These change numbers by rounding only (but for dropout's masks and a BatchNorm's parts).
     *("micro_batches", "objective.tile_size", "objective.compile"),
-    # Compared by what they hold, not by where it lies.
-    *(
-        "data.path",
-        "data.mix",
-        "teacher.models",
-        "teacher.cache",
-        "objective.closed_set.classes",
-    ),
+    # The identity compares the content of these.
+    *("data.path", "data.mix", "teacher.models", "teacher.cache", "objective.closed_set.classes"),
 )
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
-    """Where to start from: None is step 0.
+    """The checkpoint to start from; None is step 0.
 
     Raises: ValueError if the output already holds a run that this one would overwrite or mix with.
     """
@@ -47,7 +41,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
 
 
 def require_same_run(folder: Path, state: dict[str, Any], config: TrainConfig, identity: dict[str, Any]) -> None:
-    """Raises: ValueError naming the first thing that would make the resumed run another run."""
+    """Raises: ValueError naming the first option or part of the identity that differs from the checkpoint's."""
     flatten = configuration.flatten
     defaults = flatten(configuration.to_dict(TrainConfig()))  # for options that came after the checkpoint
     before, now = defaults | flatten(state["config"]), flatten(configuration.to_dict(config))
@@ -55,17 +49,7 @@ def require_same_run(folder: Path, state: dict[str, Any], config: TrainConfig, i
     now |= flatten(json.loads(json.dumps(identity)))  # as it reads after a checkpoint: lists for tuples
     for key in sorted(before.keys() | now.keys(), key=lambda key: (not key.endswith(".pairs"), key)):  # counts say most
         if not key.startswith(RESUME_MAY_DIFFER) and before.get(key) != now.get(key):
-            if key.startswith("teacher_cache."):
-                raise ValueError(
-                    f"{folder} was trained {described(before, key)}, this would go on {described(now, key)}; a run keeps the "
-                    "teacher.cache that it began with, or goes on without one: change it back, or start another run"
-                )
             raise ValueError(
                 f"{folder} was made with {key} = {before.get(key)}, now it is {now.get(key)}; "
                 "a resumed run must keep it: change it back, or start another run"
             )
-
-
-def described(flat: dict[str, Any], key: str) -> str:
-    name = key.removeprefix("teacher_cache.")
-    return f"from a teacher cache with {name} {flat[key]}" if key in flat else "without a teacher cache"

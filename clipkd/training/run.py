@@ -107,31 +107,28 @@ class Run:
         """Write a complete checkpoint, then delete the oldest ones."""
         with self.watch.paused():
             self.ledger.share(self.done)
-            readers = distributed.gather_objects(self.feed.places)
+            # Of streamed shards: the first one that each reader has not read completely.
+            places = distributed.gather_objects(self.feed.places)
             if distributed.rank() == 0:
-                self.write_checkpoint({reader: place for part in readers for reader, place in part.items()})
+                scaler = self.learner.accelerator.scaler
+                state = {
+                    "seconds": self.watch.seconds,
+                    "stream": {reader: place for part in places for reader, place in part.items()},
+                    "config": configuration.to_dict(self.config),
+                    "identity": self.identity,
+                    "scaler": None if scaler is None else scaler.state_dict(),
+                }
+                checkpoint.save(
+                    self.folder,
+                    self.done,
+                    model=self.learner.distiller,
+                    ema=self.learner.ema,
+                    optimizer=self.learner.optimizer,
+                    memory=self.learner.distiller.memory(),
+                    state=state | self.ledger.state(),
+                )
+                checkpoint.prune(self.folder, self.config.checkpoint.keep)
             distributed.barrier()
-
-    def write_checkpoint(self, places: dict[int, int]) -> None:
-        """places: of streamed shards, the first shard that each reader has not read completely."""
-        learner, scaler = self.learner, self.learner.accelerator.scaler
-        checkpoint.save(
-            self.folder,
-            self.done,
-            model=learner.distiller,
-            ema=learner.ema,
-            optimizer=learner.optimizer,
-            memory=learner.distiller.memory(),
-            state={
-                "seconds": self.watch.seconds,
-                "stream": places,
-                **self.ledger.state(),
-                "config": configuration.to_dict(self.config),
-                "identity": self.identity,
-                "scaler": None if scaler is None else scaler.state_dict(),
-            },
-        )
-        checkpoint.prune(self.folder, self.config.checkpoint.keep)
 
 
 def open_run(config: TrainConfig) -> Run:
@@ -175,8 +172,7 @@ def build_run(config: TrainConfig, parts: Parts, *, dry: bool = False) -> Run:
     ema = momentum.copy_for_average(distiller.student) if config.optim.ema_momentum else None
     optimizer = make_optimizer(distiller, config)
     if resumed is not None:
-        checkpoint.restore(resumed, model=distiller, ema=ema, optimizer=optimizer)
-        distiller.load_memory(checkpoint.read_memory(resumed))
+        distiller.load_memory(checkpoint.restore(resumed, model=distiller, ema=ema, optimizer=optimizer))
     start, folder = state["step"], Path(config.output)
     views = Views([parts.student.spec, *(encoder.spec for encoder in teachers.encoders)])
     feed = data.open_feed(
@@ -211,13 +207,15 @@ def open_folder(run: Run, parts: Parts, loss_memory: LossMemory) -> None:
     Raises: ValueError if another process writes into the folder.
     """
     start, steps, pairs = run.done, run.config.steps, parts.pairs
-    where = f"from step {start} of {steps}" if start == 0 else f"resumed from step {start} of {steps}"
-    progress.console.print(f"{run.folder}: {where}, {pairs.describe()}", soft_wrap=True, markup=False)
-    if teachers := parts.teachers.describe():
-        epochs = f"for {run.feed.epoch(steps):.3g} epochs"
-        progress.console.print(f"teacher: {teachers}, {epochs}", soft_wrap=True, markup=False)
     compiles = "; the first steps compile it, which takes minutes" if run.config.objective.compile else ""
-    progress.console.print(f"loss: {loss_memory.describe()}{compiles}", soft_wrap=True, markup=False)
+    lines = [
+        f"{run.folder}: {'resumed ' if start else ''}from step {start} of {steps}, {pairs.describe()}",
+        f"loss: {loss_memory.describe()}{compiles}",
+    ]
+    if teachers := parts.teachers.describe():
+        lines.insert(1, f"teacher: {teachers}, for {run.feed.epoch(steps):.3g} epochs")
+    for line in lines:
+        progress.console.print(line, soft_wrap=True, markup=False)
     run.folder.mkdir(parents=True, exist_ok=True)
     run.lock = files.claim(run.folder)
     configuration.save(run.config, run.folder / "config.yaml")
