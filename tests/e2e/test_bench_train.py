@@ -1,6 +1,5 @@
 """`scripts/bench_train.py` at a size that says nothing about time: every variant has a row, and both losses are one number."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -40,9 +39,7 @@ def test_rates_ratios_and_shares_fit_together(rows: dict[str, dict[str, Any]]) -
     for row in rows.values():
         assert (row["student"], row["teacher"], row["batch"]) == ("demo-student", "demo-teacher", 8)
         assert (row["precision"], row["threads"], row["workers"], row["rounds"]) == ("fp32", 1, 1, 2)
-    measured = {name: row for name, row in rows.items() if "error" not in row}
-    assert {"plain", "online", "online_gkl", "open_clip"} <= measured.keys()
-    for name, row in measured.items():
+    for name, row in rows.items():
         one, two = row["seconds_per_step_rounds"]
         assert row["seconds_per_step"] == pytest.approx((one + two) / 2)
         assert row["seconds_per_step_min"] == min(one, two)
@@ -60,37 +57,21 @@ def test_rates_ratios_and_shares_fit_together(rows: dict[str, dict[str, Any]]) -
 
 def test_clipkd_and_open_clip_start_from_one_loss(rows: dict[str, dict[str, Any]]) -> None:
     assert rows["online"]["first_loss"] == pytest.approx(rows["open_clip"]["first_loss"], rel=1e-6)
+    assert rows["cached"]["first_loss"] == pytest.approx(rows["online"]["first_loss"], rel=1e-2)
     assert abs(rows["online_gkl"]["first_loss"] - rows["online"]["first_loss"]) > 1e-3
     assert rows["plain"]["first_loss"] < 3  # the logarithm of 8 pairs is 2.08
+    assert rows["cached"]["cache_bytes"] >= 2 * 32 * 128 * 2  # 32 images and texts of 128 numbers of 2 bytes
 
 
-def test_the_cache_has_a_size_or_its_row_an_error(rows: dict[str, dict[str, Any]]) -> None:
-    if "error" in rows["cached"]:
-        assert "images_per_second" not in rows["cached"]
-    else:
-        # 32 images and texts of 128 numbers of 2 bytes.
-        assert rows["cached"]["cache_bytes"] >= 2 * 32 * 128 * 2
-        assert rows["cached"]["first_loss"] == pytest.approx(rows["online"]["first_loss"], rel=1e-2)
-
-
-def load_script(monkeypatch: pytest.MonkeyPatch) -> Any:
+def test_the_table_has_a_line_per_variant_and_parts_of_a_step_make_the_same_step(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("bench_train", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    import bench_train as script
 
-
-def test_the_table_has_a_line_per_variant(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = load_script(monkeypatch).table(results).splitlines()
-    assert [line.split("|")[3].strip() for line in lines[2:]] == [f"`{name}`" for name in VARIANTS]
-    assert len({line.count("|") for line in lines}) == 1
-
-
-def test_parts_of_a_step_make_the_same_step(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = load_script(monkeypatch)
+    table = script.table(results).splitlines()
+    assert [line.split("|")[3].strip() for line in table[2:]] == [f"`{name}`" for name in VARIANTS]
+    assert len({line.count("|") for line in table}) == 1
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     setting = script.SETTINGS["demo"]._replace(batch=8, images=16)
     script.write_files(setting, tmp_path)
@@ -104,7 +85,7 @@ def test_parts_of_a_step_make_the_same_step(results: Path, tmp_path: Path, monke
             seen: list[str] = []
             loop.step(batch, seen.append if by_parts else None)
             assert len(seen) == (6 if by_parts else 0)
-            module = loop.model if variant == "open_clip" else loop.run.distiller
+            module = loop.model if variant == "open_clip" else loop.run.learner.distiller
             weights[by_parts] = {name: each.clone() for name, each in module.state_dict().items()}
         for name, whole in weights[False].items():
             torch.testing.assert_close(weights[True][name], whole, rtol=0, atol=1e-6)

@@ -9,17 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from clipkd.config.data import DataConfig
-from clipkd.config.objective import ObjectiveConfig
-from clipkd.config.parse import parse
-from clipkd.config.terms import InfoNCETerm
-from clipkd.config.train import StudentConfig, TrainConfig
-from clipkd.data import open_feed, open_pairs
-from clipkd.models.create import create_student
+from clipkd import files
 from clipkd.models.load import load_model
-from clipkd.objective.closed_set import closed_set_fingerprint
-from clipkd.training.resume import require_same_run
-from clipkd.views import Views
 from tests.e2e.conftest import SMALL, Run
 
 ALL_TERMS = tuple(
@@ -50,26 +41,16 @@ def with_all_terms(data: Path) -> tuple[str, ...]:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return files.read_rows(run / "metrics.jsonl")
 
 
 def test_two_processes_log_the_losses_of_one(clipkd: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
     """Two of them in micro-batches and a query at a time, one with the whole batch."""
-    arguments = (
-        *SMALL,
-        *with_all_terms(data),
-        "--steps",
-        6,
-        "--teacher.models",
-        f"local-dir:{teacher}",
-        "--data.path",
-        data / "pairs",
-    )
-    whole = clipkd("train", *arguments, "--output", tmp_path / "one")
-    assert "loss: 16 × 56 logits at once" in whole.stderr + whole.stdout
+    arguments = (*SMALL, *with_all_terms(data), "--steps", 6, "--teacher.models", f"local-dir:{teacher}")
+    arguments += ("--data.path", data / "pairs")
+    clipkd("train", *arguments, "--output", tmp_path / "one")
     small = ("--micro_batches", 4, "--objective.tile_size", 10, "--log.trackers", "[tensorboard]")
     done = clipkd("train", *arguments, *small, "--output", tmp_path / "two", processes=2)
-    assert "loss: 8 × 56 logits, 1 row at a time" in done.stderr + done.stdout
     assert "trained 6 steps" in done.stdout
     assert done.stdout.count("trained") == 1  # one process speaks
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
@@ -78,139 +59,124 @@ def test_two_processes_log_the_losses_of_one(clipkd: Run, data: Path, teacher: P
     for name in one[0].keys() - VARYING:
         assert [row[name] for row in one] == pytest.approx([row[name] for row in two], rel=1e-5, abs=1e-5), name
     assert one[0]["loss"] != one[5]["loss"]
-    logged = {
-        "loss",
-        "info_nce",
-        "gkl",
-        "gkl_kl",
-        "gkl_wmse",
-        "kl",
-        "soft_ce",
-        "soft_ce_kl",
-        "features",
-        "closed_set_kl",
-        "itc",
-    }
-    assert (
-        logged | {"logit_scale", "cross_logit_scale", "grad_norm", "vrd", "xrd", "afd", "gd", "sigmoid"}
-        <= one[0].keys()
-    )
+    logged = {"loss", "gkl_kl", "gkl_wmse", "closed_set_kl", "itc", "logit_scale", "cross_logit_scale", "grad_norm"}
+    assert logged <= one[0].keys()
     assert any((tmp_path / "two").rglob("events.out.tfevents*"))
 
 
-def test_a_run_is_not_overwritten_and_resumes_only_as_itself(clipkd: Run, data: Path, tmp_path: Path) -> None:
-    arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 2, "--output", tmp_path / "run")
-    clipkd("train", *arguments)
+def test_a_run_is_not_overwritten_and_a_full_disk_says_what_to_do(clipkd: Run, data: Path, tmp_path: Path) -> None:
+    """The configuration file may stand first."""
+    (tmp_path / "recipe.yaml").write_text("steps: 2\n")
+    arguments = (tmp_path / "recipe.yaml", *SMALL, "--data.path", data / "pairs", "--output", tmp_path / "run")
+    assert "trained 2 steps" in clipkd("train", *arguments).stdout
     again = clipkd("train", *arguments, check=False)
-    assert again.returncode == 2
-    assert "--resume latest" in again.stderr
+    assert (again.returncode, "--resume latest" in again.stderr) == (2, True)
     other = clipkd("train", *arguments, "--resume", "latest", "--optim.learning_rate", "1e-4", check=False)
     assert other.returncode == 2
     assert "optim.learning_rate = 0.001, now it is 0.0001" in other.stderr
     assert len(read_metrics(tmp_path / "run")) == 2
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "config.yaml").symlink_to("/dev/full")
+    done = clipkd("train", *arguments, "--output", full, check=False)
+    assert done.returncode == 1
+    (line,) = (line for line in done.stderr.splitlines() if "error" in line)
+    assert "No space left on device" in line
+    assert "; free space, then " in line
 
 
-def test_a_resumed_run_keeps_its_teachers_and_its_classes(
-    clipkd: Run, data: Path, teacher: Path, tmp_path: Path
+def test_evaluation_on_the_way_keeps_the_best_checkpoint_and_is_made_up_for_after_a_kill(
+    clipkd: Run, data: Path, tmp_path: Path
 ) -> None:
-    """By what they hold: another path is no other run, another content is."""
-    shutil.copytree(teacher, tmp_path / "moved")
-    shutil.copy(data / "noto" / "classnames.txt", tmp_path / "classes.txt")
-    arguments = [*SMALL, "--data.path", data / "pairs", "--output", tmp_path / "run", "--data.label_key", "label"]
-    arguments += ["--teacher.models", teacher, "--objective.closed_set.weight", 1]
-    classes = ["--objective.closed_set.classes", data / "noto" / "classnames.txt"]
-    clipkd("train", *arguments, *classes, "--steps", 1)
-    moved = ["--teacher.models", tmp_path / "moved", "--objective.closed_set.classes", tmp_path / "classes.txt"]
-    state = json.loads((tmp_path / "run" / "checkpoints" / "step_000001" / "state.json").read_text())
-    config = parse([*map(str, arguments), *map(str, moved), "--steps", "1", "--resume", "latest"])
-    identity = {**state["identity"], "classes": closed_set_fingerprint(config.objective.closed_set)}
-    require_same_run(tmp_path, state, config, identity)
-    names = (tmp_path / "classes.txt").read_text().splitlines()
-    (tmp_path / "classes.txt").write_text("\n".join([names[1], names[0], *names[2:]]))
-    identity["classes"] = closed_set_fingerprint(config.objective.closed_set)
-    with pytest.raises(ValueError, match="was made with classes = "):
-        require_same_run(tmp_path, state, config, identity)
-    second = {**state["identity"], "teachers": {**state["identity"]["teachers"], "1": {"sha256": "x"}}}
-    with pytest.raises(ValueError, match=r"was made with teachers\.1\.sha256 = None"):
-        require_same_run(tmp_path, state, config, second)
-    first = {**state["identity"]["teachers"]["0"], "dtype": "bf16"}
-    with pytest.raises(ValueError, match=r"was made with teachers\.0\.dtype = fp32, now it is bf16"):
-        require_same_run(tmp_path, state, config, {**state["identity"], "teachers": {"0": first}})
-
-
-def test_checkpoints_are_pruned_and_evaluation_runs_on_the_way(clipkd: Run, data: Path, tmp_path: Path) -> None:
-    arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 5, "--output", tmp_path / "run")
-    options = ("--checkpoint.every_steps", 1, "--checkpoint.keep", 2, "--optim.ema_momentum", 0.5)
-    evaluation = ("--evaluation.data", f"[{data / 'noto'}]", "--evaluation.every_steps", 2)
-    clipkd("train", *arguments, *options, *evaluation, processes=2)
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_000004", "step_000005"]
-    rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    run = tmp_path / "run"
+    arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 5, "--optim.ema_momentum", 0.5, "--output", run)
+    arguments += ("--checkpoint.every_steps", 1, "--checkpoint.keep", 2, "--evaluation.data", f"[{data / 'noto'}]")
+    arguments += ("--evaluation.every_steps", 2)
+    done = clipkd("train", *arguments, "--evaluation.best", "noto:acc5", processes=2)
+    rows = files.read_rows(run / "results.jsonl")
     assert [(row["step"], row["weights"]) for row in rows] == [(s, w) for s in (2, 4, 5) for w in ("student", "ema")]
     assert {row["n"] for row in rows} == {32}
+    scores = {row["step"]: row["metrics"]["acc5"] for row in rows if row["weights"] == "ema"}
+    best = min(step for step, score in scores.items() if score == max(scores.values()))
+    assert json.loads((run / "best" / "state.json").read_text())["step"] == best
+    assert f"step {best} is the best so far" in done.stderr
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        f"step_{n:06d}" for n in sorted({best, 4, 5})
+    ]
+    clipkd(
+        "eval", "--model", run / "best", "--weights", "ema", "--data", data / "noto", "--output", tmp_path / "results"
+    )
+    (row,) = files.read_rows(tmp_path / "results" / "eval_results.jsonl")
+    assert row["metrics"]["acc5"] == scores[best]
+    shutil.rmtree(run / "checkpoints" / "step_000005")
+    (run / "results.jsonl").write_text("")
+    clipkd("train", *arguments, "--resume", "latest")
+    assert [row["step"] for row in files.read_rows(run / "results.jsonl")] == [4, 4, 5, 5]
 
 
-def test_non_finite_gradient_stops_the_run_before_the_weights(clipkd: Run, data: Path, tmp_path: Path) -> None:
+def test_a_non_finite_loss_stops_the_run_before_the_weights_and_names_the_samples(
+    clipkd: Run, data: Path, tmp_path: Path
+) -> None:
     arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 5, "--output", tmp_path / "run")
-    done = clipkd("train", *arguments, "--optim.learning_rate", "1e30", "--optim.clip_norm", 0, check=False)
+    done = clipkd(
+        "train", *arguments, "--optim.learning_rate", "1e30", "--optim.clip_norm", 0, check=False, processes=2
+    )
     assert done.returncode == 1
     assert "stopped before the weights were touched" in done.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()
+    (record,) = (tmp_path / "run").glob("nonfinite_step_*.json")
+    assert str(record) in done.stderr
+    stop = json.loads(record.read_text())
+    assert len(set(stop["keys"])) == 16
+    assert len(stop["loss"]) == 2
+    assert all(".tar/" in key for key in stop["keys"])
 
 
-def test_a_transformers_teacher_sees_its_own_resolution_and_tokens(
-    clipkd: Run, data: Path, clip_folder: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "options", "scale", "width"),
+    [
+        ("clip", "gkl.weight=1 features.weight=1", 14.2857, 8),
+        (
+            "siglip",
+            "sigmoid.weight=1 soft_bce.weight=1 features.weight=10 info_nce.weight=0 logit_scale.init=10",
+            9.974,
+            16,
+        ),
+    ],
+    ids=["CLIP of transformers", "SigLIP"],
+)
+def test_a_teacher_sees_its_own_resolution_and_tokens(
+    clipkd: Run,
+    data: Path,
+    clip_folder: Path,
+    siglip_folder: Path,
+    tmp_path: Path,
+    name: str,
+    options: str,
+    scale: float,
+    width: int,
 ) -> None:
-    arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 2, "--output", tmp_path / "run")
-    teacher = ("--teacher.models", clip_folder, "--objective.gkl.weight", 1, "--objective.features.weight", 1)
-    clipkd("train", *arguments, *teacher, "--precision", "bf16")
+    arguments = (
+        *SMALL,
+        "--data.path",
+        data / "pairs",
+        "--steps",
+        2,
+        "--output",
+        tmp_path / "run",
+        "--precision",
+        "bf16",
+    )
+    arguments += tuple(f"--objective.{option}" for option in options.split())
+    folder = clip_folder if name == "clip" else siglip_folder
+    clipkd("train", *arguments, "--teacher.models", folder, "--teacher.dtype", "bf16" if name == "siglip" else "fp32")
     rows = read_metrics(tmp_path / "run")
-    assert [row["teacher_logit_scale"] for row in rows] == pytest.approx([14.2857] * 2, rel=1e-3)
-    assert all(0 < row["gkl_kl"] < 10 for row in rows)
+    assert [row["teacher_logit_scale"] for row in rows] == pytest.approx([scale] * 2, rel=1e-3)
+    term = options.split(".")[0] if name == "clip" else "soft_bce"
+    assert all(row[term] > 0 and row["features"] > 0 for row in rows)
     weights = load_file(tmp_path / "run" / "checkpoints" / "step_000002" / "model.safetensors")
-    assert weights["image_projection.weight"].shape == (8, 128)
+    assert weights["image_projection.weight"].shape == (width, 128)
     assert not any(name.startswith("teacher") for name in weights)
-
-    encoder = load_model(str(clip_folder))
-    student = create_student(StudentConfig(model="demo-student"))
-    assert (encoder.spec.size, student.spec.size) == ((48, 48), (32, 32))
-    pairs = DataConfig(path=str(data / "pairs"), caption_key="captions", num_workers=0)
-    config = TrainConfig(data=pairs, batch_size=4, objective=ObjectiveConfig(info_nce=InfoNCETerm(weight=1)))
-    feed = open_feed(open_pairs(config.data), config, Views([student.spec, encoder.spec]))
-    views = Views([student.spec, encoder.spec]).of(next(feed), "cpu")
-    assert [view.images.shape for view in views] == [(4, 3, 32, 32), (4, 3, 48, 48)]
-    assert [view.texts.shape for view in views] == [(4, 12), (4, 16)]
-
-
-def test_accelerate_launch_runs_the_module(environment: dict[str, str], data: Path, tmp_path: Path) -> None:
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-        "--cpu",
-    ]
-    options = ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "clipkd", "train", *SMALL]
-    paths = ["--steps", "1", "--data.path", str(data / "pairs"), "--output", str(tmp_path / "run")]
-    done = subprocess.run([*launch, *options, *paths], env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert len(read_metrics(tmp_path / "run")) == 1
-
-
-def test_a_siglip_teacher_with_its_own_words_and_resolution_trains(
-    clipkd: Run, data: Path, siglip_folder: Path, tmp_path: Path
-) -> None:
-    arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 2, "--output", tmp_path / "run")
-    terms = ("sigmoid.weight=1", "soft_bce.weight=1", "features.weight=10", "info_nce.weight=0", "logit_scale.init=10")
-    options = [f"--objective.{term}" for term in terms]
-    clipkd("train", *arguments, *options, "--teacher.models", siglip_folder, "--teacher.dtype", "bf16")
-    rows = read_metrics(tmp_path / "run")
-    assert [row["teacher_logit_scale"] for row in rows] == pytest.approx([9.974] * 2, rel=1e-3)
-    assert all(row["soft_bce"] > 0 and row["features"] > 0 for row in rows)
-    weights = load_file(tmp_path / "run" / "checkpoints" / "step_000002" / "model.safetensors")
-    assert weights["image_projection.weight"].shape == (16, 128)
 
 
 def test_several_teachers_of_other_resolutions_train_one_student(
@@ -222,6 +188,17 @@ def test_several_teachers_of_other_resolutions_train_one_student(
     assert all(0 < row["kl"] < 10 for row in read_metrics(tmp_path / "run"))
 
 
+def test_accelerate_launch_runs_the_module(environment: dict[str, str], data: Path, tmp_path: Path) -> None:
+    launch = "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --cpu"
+    launch = [sys.executable, *launch.split()]
+    options = ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "clipkd", "train", *SMALL]
+    paths = ["--steps", "1", "--data.path", str(data / "pairs"), "--output", str(tmp_path / "run")]
+    done = subprocess.run([*launch, *options, *paths], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert len(read_metrics(tmp_path / "run")) == 1
+
+
+@pytest.mark.slow
 def test_a_timm_tower_is_a_student(clipkd: Run, data: Path, tmp_path: Path) -> None:
     config = {
         "embed_dim": 32,
@@ -250,15 +227,11 @@ def test_damaged_samples_are_skipped_counted_and_above_a_share_end_the_run(
         (tmp_path / "pairs" / shard.name).write_bytes(content)
     arguments = (*SMALL, "--data.path", tmp_path / "pairs", "--output", tmp_path / "run", "--steps", 8)
     clipkd("train", *arguments, "--data.max_skipped", 0.05, processes=2)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    rows = files.read_rows(tmp_path / "run" / "skipped.jsonl")
     assert {cause for row in rows for cause in row["counts"]} == {"undecodable image"}
     # Two epochs of 64 pairs of which 8 are damaged; a substitute may be damaged too.
-    assert (
-        16
-        <= sum(row["counts"]["undecodable image"] for row in rows)
-        == read_metrics(tmp_path / "run")[-1]["skipped"]
-        <= 24
-    )
+    counted = sum(row["counts"]["undecodable image"] for row in rows)
+    assert 16 <= counted == read_metrics(tmp_path / "run")[-1]["skipped"] <= 24
     assert all("tar/" in example["key"] for row in rows for example in row["examples"])
 
     stopped = clipkd("train", *arguments, "--output", tmp_path / "strict", "--data.max_skipped", 0, check=False)
@@ -268,24 +241,9 @@ def test_damaged_samples_are_skipped_counted_and_above_a_share_end_the_run(
     assert "skipped.jsonl names some" in stopped.stderr
     (saved,) = (tmp_path / "strict" / "checkpoints").iterdir()
     assert f"({'saved ' + str(saved)})" in stopped.stderr
-    again = clipkd(
-        "train", *arguments, "--output", tmp_path / "strict", "--data.max_skipped", 0.05, "--resume", "latest"
-    )
+    arguments += ("--output", tmp_path / "strict", "--data.max_skipped", 0.05, "--resume", "latest")
+    again = clipkd("train", *arguments)
     assert "trained 8 steps" in again.stdout
-
-
-def test_a_non_finite_loss_names_the_samples_of_its_batch(clipkd: Run, data: Path, tmp_path: Path) -> None:
-    arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 5, "--output", tmp_path / "run")
-    done = clipkd(
-        "train", *arguments, "--optim.learning_rate", "1e30", "--optim.clip_norm", 0, check=False, processes=2
-    )
-    assert done.returncode == 1
-    (record,) = (tmp_path / "run").glob("nonfinite_step_*.json")
-    assert str(record) in done.stderr
-    stop = json.loads(record.read_text())
-    assert len(set(stop["keys"])) == 16
-    assert len(stop["loss"]) == 2
-    assert all(".tar/" in key for key in stop["keys"])
 
 
 def test_streamed_shards_that_are_not_there_end_the_run(clipkd: Run, data: Path, tmp_path: Path) -> None:
@@ -295,69 +253,9 @@ def test_streamed_shards_that_are_not_there_end_the_run(clipkd: Run, data: Path,
     done = clipkd("train", *arguments, check=False)
     assert done.returncode == 1
     assert "streamed shards could not be read to their end, more than data.max_skipped allows (1.0%)" in done.stderr
-    whole = clipkd(
-        "train",
-        *SMALL,
-        "--data.path",
-        f"pipe:cat {data}/pairs/{{00000..00001}}.tar",
-        "--steps",
-        3,
-        "--output",
-        tmp_path / "whole",
-        processes=2,
-    )
+    arguments = ("--data.path", f"pipe:cat {data}/pairs/{{00000..00001}}.tar", "--output", tmp_path / "whole")
+    whole = clipkd("train", *SMALL, *arguments, "--steps", 3, processes=2)
     assert "trained 3 steps" in whole.stdout
     state = json.loads((tmp_path / "whole" / "checkpoints" / "step_000003" / "state.json").read_text())
     assert state["stream"].keys() == {"0", "1"}
     assert state["streamed_shards"][1] == 0 < state["streamed_shards"][0]
-
-
-def test_a_config_file_may_stand_first_and_a_full_disk_says_what_to_do(clipkd: Run, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("steps: 2\n")
-    arguments = (tmp_path / "recipe.yaml", *SMALL, "--data.path", data / "pairs", "--output", tmp_path / "run")
-    assert "trained 2 steps" in clipkd("train", *arguments).stdout
-    full = tmp_path / "full"
-    full.mkdir()
-    (full / "config.yaml").symlink_to("/dev/full")
-    done = clipkd("train", *arguments, "--output", full, check=False)
-    assert done.returncode == 1
-    (line,) = (line for line in done.stderr.splitlines() if "error" in line)
-    assert "No space left on device" in line
-    assert "; free space, then go on with --resume latest" in line
-
-
-def test_an_evaluation_that_a_kill_took_is_made_up_for(clipkd: Run, data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 4, "--output", run)
-    evaluation = ("--evaluation.data", f"[{data / 'noto'}]", "--evaluation.every_steps", 2)
-    clipkd("train", *arguments, *evaluation)
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
-    shutil.rmtree(run / "checkpoints" / "step_000004")
-    (run / "results.jsonl").write_text("")
-    clipkd("train", *arguments, *evaluation, "--resume", "latest")
-    assert [json.loads(line)["step"] for line in (run / "results.jsonl").read_text().splitlines()] == [2, 4]
-
-
-def test_the_best_checkpoint_by_a_metric_stays(clipkd: Run, data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 6, "--checkpoint.keep", 1, "--output", run)
-    evaluation = ("--evaluation.data", f"[{data / 'noto'}]", "--evaluation.every_steps", 1, "--optim.ema_momentum", 0.5)
-    done = clipkd("train", *arguments, *evaluation, "--evaluation.best", "noto:acc5")
-    rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
-    scores = {row["step"]: row["metrics"]["acc5"] for row in rows if row["weights"] == "ema"}
-    assert len(scores) == 6
-    best = min(step for step, score in scores.items() if score == max(scores.values()))
-    assert json.loads((run / "best" / "state.json").read_text())["step"] == best
-    assert f"step {best} is the best so far" in done.stderr
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000006"]
-    clipkd(
-        "eval", "--model", run / "best", "--weights", "ema", "--data", data / "noto", "--output", tmp_path / "results"
-    )
-    (row,) = [json.loads(line) for line in (tmp_path / "results" / "eval_results.jsonl").read_text().splitlines()]
-    assert row["metrics"]["acc5"] == scores[best]
-    for wrong, words in (("fluent", "tasks here: ['noto']"), ("noto:recall", "metrics of noto")):
-        refused = clipkd(
-            "train", *arguments, *evaluation, "--evaluation.best", wrong, "--output", tmp_path / "x", check=False
-        )
-        assert refused.returncode == 2
-        assert words in refused.stderr

@@ -1,20 +1,18 @@
 """Every wrong input: one clear line that names it, a non-zero exit, nothing half-written."""
 
-import json
 import math
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from clipkd import files
 from clipkd.cli import main
 from clipkd.config.objective import ObjectiveConfig
 from clipkd.config.train import TrainConfig
-from clipkd.models.students import MODEL_CONFIGS
 from clipkd.training.assemble import require_installed
 from tests.e2e.conftest import SMALL, Run
 
@@ -48,12 +46,9 @@ def assert_refused(done: subprocess.CompletedProcess[str], output: Path, *words:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--stpes", "3"), ("stpes", "did you mean 'steps'?")),
         (("--objective.gkl.wieght", "1"), ("wieght", "did you mean 'objective.gkl.weight'?")),
         (("--steps", "0"), ("steps is 0",)),
-        (("--steps", "many"), ("steps", "many")),
         (("--batch_size", "128"), ("batch_size is 128", "64 pairs")),
-        (("--data.path", "/no/such/folder"), ("/no/such/folder",)),
         (("--data.caption_key", "caption"), ("no key 'caption'", "data.caption_key")),
         (("--student.model", "ViT-X-99"), ("ViT-X-99", "did you mean")),
         (("--teacher.models", "nowhere", "--objective.gkl.weight", "1"), ("nowhere",)),
@@ -88,51 +83,13 @@ def test_compiling_without_a_compiler(tmp_path: Path, monkeypatch: pytest.Monkey
         require_installed(TrainConfig(objective=ObjectiveConfig(compile=True)))
 
 
-def test_unknown_key_in_yaml(here: Run, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "typo.yaml").write_text("objective:\n  gkl:\n    weigth: 1\n")
-    output = tmp_path / "run"
-    done = here(
-        "train", "--config", tmp_path / "typo.yaml", "--data.path", data / "pairs", "--output", output, check=False
-    )
-    assert_refused(done, output, "gkl.weigth", "did you mean 'objective.gkl.weight'?")
-
-
-def test_empty_and_truncated_tars(here: Run, data: Path, tmp_path: Path) -> None:
+def test_a_truncated_tar(here: Run, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     (tmp_path / "shards").mkdir()
-    arguments = ("train", *SMALL, "--data.path", tmp_path / "shards", "--output", output, "--steps", 1)
-    assert_refused(here(*arguments, check=False), output, "no .tar in the folder")
-    with tarfile.open(tmp_path / "shards" / "0.tar", "w"):
-        pass
-    assert_refused(here(*arguments, check=False), output, "0.tar holds no samples")
     whole = (data / "pairs" / "00000.tar").read_bytes()
     (tmp_path / "shards" / "0.tar").write_bytes(whole[: len(whole) // 2])
-    assert_refused(
-        here(*arguments, check=False), output, "0.tar is not a complete uncompressed tar", "data.max_skipped"
-    )
-
-
-def test_widths_that_differ_need_a_projection(here: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
-    config = tmp_path / "wide.json"
-    text = (MODEL_CONFIGS / "demo-student.json").read_text()
-    config.write_text(text.replace('"embed_dim": 128', '"embed_dim": 192'))
-    output = tmp_path / "run"
-    arguments = (
-        "train",
-        *SMALL,
-        "--student.model",
-        config,
-        "--data.path",
-        data / "pairs",
-        "--output",
-        output,
-        "--steps",
-        1,
-    )
-    options = ("--teacher.models", teacher, "--objective.features.weight", 1)
-    refused = here(*arguments, *options, "--objective.projection", "none", check=False)
-    assert_refused(refused, output, "192", "128", "objective.projection")
-    here(*arguments, *options)
+    done = here("train", *SMALL, "--data.path", tmp_path / "shards", "--output", output, "--steps", 1, check=False)
+    assert_refused(done, output, "0.tar is not a whole uncompressed tar", "data.max_skipped")
 
 
 def test_a_sigmoid_teacher_is_for_sigmoid_and_feature_terms(here: Run, data: Path, tmp_path: Path) -> None:
@@ -141,30 +98,13 @@ def test_a_sigmoid_teacher_is_for_sigmoid_and_feature_terms(here: Run, data: Pat
     here(*arguments, *sigmoid, "--output", tmp_path / "siglip")
     here("export", tmp_path / "siglip", "--output", tmp_path / "teacher")
     teacher = ("--teacher.models", tmp_path / "teacher", "--output", tmp_path / "run")
-    for name in ("gkl", "kl", "soft_ce", "affinity", "gd"):
+    for name in ("gkl", "affinity"):
         refused = here(*arguments, *teacher, f"--objective.{name}.weight", 1, check=False)
         assert_refused(refused, tmp_path / "run", f"objective.{name}", "teacher.models", "logit_bias", "soft_bce")
     here(*arguments, *teacher, *sigmoid, "--objective.soft_bce.weight", 1, "--objective.features.weight", 1)
-    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    (row,) = files.read_rows(tmp_path / "run" / "metrics.jsonl")
     assert row["logit_bias"] == pytest.approx(-10, abs=0.1)
     assert row["soft_bce"] > 0
-    refused = here(
-        *arguments,
-        "--teacher.models",
-        tmp_path / "run",
-        "--output",
-        tmp_path / "x",
-        *sigmoid,
-        "--objective.icl.weight",
-        1,
-    )
-    assert refused.returncode == 0  # a comparison of features does not mind
-
-
-def test_a_softmax_teacher_has_no_probabilities_per_pair(here: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
-    arguments = ("train", *SMALL, "--data.path", data / "pairs", "--steps", 1, "--output", tmp_path / "run")
-    refused = here(*arguments, "--teacher.models", teacher, "--objective.soft_bce.weight", 1, check=False)
-    assert_refused(refused, tmp_path / "run", "objective.soft_bce", "teacher.models", "logit_bias")
 
 
 def test_a_teacher_whose_features_are_not_finite_is_named(here: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
@@ -185,18 +125,8 @@ def test_a_teacher_whose_features_are_not_finite_is_named(here: Run, data: Path,
 def test_a_label_beyond_the_classes_is_named(here: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     output = tmp_path / "run"
-    arguments = (
-        "train",
-        *SMALL,
-        "--data.path",
-        data / "pairs",
-        "--output",
-        output,
-        "--steps",
-        1,
-        "--teacher.models",
-        teacher,
-    )
+    arguments = ("train", *SMALL, "--data.path", data / "pairs", "--output", output, "--steps", 1)
+    arguments += ("--teacher.models", teacher)
     options = ("--objective.closed_set.weight", 1, "--objective.closed_set.classes", tmp_path / "classes.txt")
     done = here(*arguments, *options, "--data.label_key", "label", check=False)
     assert done.returncode == 2
@@ -206,23 +136,6 @@ def test_a_label_beyond_the_classes_is_named(here: Run, data: Path, teacher: Pat
     assert_refused(here(*arguments, *options, check=False), output, "class_prior", "data.label_key")
     missing = here(*arguments, *options, "--data.label_key", "cls", check=False)
     assert_refused(missing, output, "no sample has a .cls", "data.label_key")
-
-
-def test_teacher_folder_without_weights(here: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
-    shutil.copytree(teacher, tmp_path / "teacher")
-    (tmp_path / "teacher" / "open_clip_model.safetensors").unlink()
-    output = tmp_path / "run"
-    paths = ("--data.path", data / "pairs", "--output", output, "--teacher.models", tmp_path / "teacher")
-    refused = here("train", *SMALL, *paths, "--objective.gkl.weight", 1, check=False)
-    assert_refused(refused, output, "teacher", "weights")
-
-
-def test_eval_and_export_of_nothing(here: Run, data: Path, tmp_path: Path) -> None:
-    output = tmp_path / "results.jsonl"
-    nothing = here("eval", "--model", tmp_path, "--data", data / "noto", "--output", output, check=False)
-    assert_refused(nothing, output, "is no model that clipkd knows")
-    export = here("export", tmp_path / "nothing", "--output", tmp_path / "student", check=False)
-    assert_refused(export, tmp_path / "student", "no checkpoint")
 
 
 def test_unknown_command_in_a_process_of_its_own() -> None:
