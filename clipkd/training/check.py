@@ -1,14 +1,12 @@
 """`clipkd check`: describe what a configuration will run and cost, and list all its problems, before a first step."""
 
-import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from clipkd import data, distributed
 from clipkd.config.parse import parse
@@ -76,7 +74,8 @@ def check(arguments: list[str]) -> list[str]:
     if config.threads is not None and config.threads > 0:
         torch.set_num_threads(config.threads)
     parts = open_parts(config, findings.attempt)
-    describe_parts(config, parts, findings, sound=not wrong_options)
+    if not wrong_options:
+        describe_parts(config, parts, findings)
     findings.attempt(lambda: find_checkpoint(config))
     findings.share()
     if not findings.problems:
@@ -108,13 +107,11 @@ def tell(topic: str, text: str) -> None:
         print(f"{topic:<10}{text}", flush=True)
 
 
-def describe_parts(config: TrainConfig, parts: dict[str, Any], findings: Findings, *, sound: bool) -> None:
-    """Describe every part that could be opened, and note weights that are not finite. sound: the options make sense."""
+def describe_parts(config: TrainConfig, parts: dict[str, Any], findings: Findings) -> None:
+    """Describe every part that could be opened, and note weights that are not finite."""
     pairs, student, teachers = (parts.get(name) for name in ("pairs", "student", "teachers"))
-    if sound and pairs is not None:
+    if pairs is not None:
         describe_data(config, pairs, findings)
-    if sound:
-        describe_batch(config, pairs)
     if student is not None:
         describe_model("student", student, findings)
     if teachers is not None and teachers.stored is not None:
@@ -126,27 +123,22 @@ def describe_parts(config: TrainConfig, parts: dict[str, Any], findings: Finding
 
 
 def describe_data(config: TrainConfig, pairs: data.Pairs, findings: Findings) -> None:
-    tell("data", pairs.describe())
-    if not isinstance(pairs, data.PairSet):
-        readers = distributed.world_size() * max(1, config.data.num_workers)
-        if len(pairs.shards) < readers:
-            findings.notes.append(f"{readers} readers share {len(pairs.shards)} streamed shards: some read ahead")
-        return
-    for source, options in zip(pairs.sources, pairs.configs, strict=True):
-        times = f", {options.weight:g} × per epoch" if options.weight != 1 else ""
-        tell("", f"{' '.join(options.paths)}: {int(source.shard_sizes.sum()):,} pairs{times}")
-    findings.note_skips([*(skip for source in pairs.sources for skip in source.damaged), *pairs.left_out.examples][:5])
-
-
-def describe_batch(config: TrainConfig, pairs: data.Pairs | None) -> None:
     world_size, seen = distributed.world_size(), config.steps * config.batch_size
-    text = f"{config.batch_size:,} pairs = {world_size} × {config.batch_size / world_size:g}"
-    text += f" in {config.micro_batches} micro-batches" if config.micro_batches > 1 else ""
-    text += f"; {config.steps:,} steps see {seen:,}"
+    batch = f"{config.batch_size:,} pairs = {world_size} × {config.batch_size / world_size:g}"
+    batch += f" in {config.micro_batches} micro-batches" if config.micro_batches > 1 else ""
+    batch += f"; {config.steps:,} steps see {seen:,}"
+    tell("data", pairs.describe())
     if isinstance(pairs, data.PairSet):
+        for source, options in zip(pairs.sources, pairs.configs, strict=True):
+            times = f", {options.weight:g} × per epoch" if options.weight != 1 else ""
+            tell("", f"{' '.join(options.paths)}: {int(source.shard_sizes.sum()):,} pairs{times}")
+        damaged = [skip for source in pairs.sources for skip in source.damaged]
+        findings.note_skips([*damaged, *pairs.left_out.examples][:5])
         size = pairs.mixture(config.seed).epoch_size
-        text += f" = {seen / size:.3g} epochs of {size:,} pairs, {size / config.batch_size:,.1f} steps each"
-    tell("batch", text)
+        batch += f" = {seen / size:.3g} epochs of {size:,} pairs, {size / config.batch_size:,.1f} steps each"
+    elif len(pairs.shards) < (readers := world_size * max(1, config.data.num_workers)):
+        findings.notes.append(f"{readers} readers share {len(pairs.shards)} streamed shards: some read ahead")
+    tell("batch", batch)
 
 
 def describe_model(role: str, encoder: Encoder, findings: Findings) -> None:
@@ -179,22 +171,17 @@ def compare_views(student: ViewSpec, teacher: ViewSpec) -> str:
 
 def describe_memory(run: Run) -> None:
     """Bytes per process that the architecture fixes; those of activations are measured by a step."""
-    distiller, ema = run.learner.distiller, run.learner.ema
-    gradients = num_bytes(each for each in distiller.parameters() if each.requires_grad)
-    sizes = {
-        "weights": num_bytes(distiller.parameters()),
-        "gradients": gradients,
-        "AdamW": 2 * gradients,
-        "average": 0 if ema is None else num_bytes(ema.parameters()),
-        "DDP": gradients if distributed.world_size() > 1 else 0,
-        "teachers": sum(num_bytes(teacher.parameters()) for teacher in run.learner.teachers.encoders),
-        "queue": num_bytes(distiller.memory().values()),
-    }
-    tell("memory", ", ".join(f"{name} {mib(size)}" for name, size in sizes.items() if size))
+    distiller, ema, teachers = run.learner.distiller, run.learner.ema, run.learner.teachers.encoders
+    gradients = num_bytes(distiller, trained=True)
+    sizes = {"weights": num_bytes(distiller), "gradients": gradients, "AdamW": 2 * gradients}
+    sizes |= {} if ema is None else {"average": num_bytes(ema)}
+    sizes |= {"DDP": gradients} if distributed.world_size() > 1 else {}
+    sizes |= {"teachers": sum(map(num_bytes, teachers))} if teachers else {}
+    tell("memory", ", ".join(f"{name} {mib(size)}" for name, size in sizes.items()))
 
 
-def num_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def num_bytes(model: nn.Module, *, trained: bool = False) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not trained)
 
 
 def try_steps(run: Run, findings: Findings) -> None:
@@ -202,29 +189,24 @@ def try_steps(run: Run, findings: Findings) -> None:
     batches, left = run.batches(), run.config.steps - run.done
     batch = next(batches)
     describe_retrieval(run, batch, findings)
+    run.watch.take_window()
     with count_saved() as saved:
-        seconds = [time_step(run, iter([batch]))]
+        metrics = {name: value.item() for name, value in run.step(batch).items()}  # waits for the device
+    terms = ", ".join(f"{name} {metrics[name]:.4g}" for name in run.learner.distiller.active)
+    tell("loss", f"{metrics['loss']:.4g} ({terms})")
     peak = f", peak {mib(torch.cuda.max_memory_allocated())}" if run.learner.accelerator.device.type == "cuda" else ""
     tell("", f"kept between the passes of a step, forward and backward, {mib(saved.peak)}{peak}")
-    seconds += [time_step(run, batches) for _ in range(min(TIMED_STEPS, left - 1))]
+    if left > 1:
+        run.watch.take_window()  # the first step warms up
+    for _ in range(min(TIMED_STEPS, left - 1)):
+        run.step(next(batches))["loss"].item()
     findings.note_skips(run.ledger.share(run.done).examples)
     if damage := run.ledger.describe_damage(run.done * run.config.batch_size, run.config.data.max_skipped):
         findings.add(f"{damage}, more than data.max_skipped allows; repair the data, or raise data.max_skipped")
-    typical = statistics.median(seconds[1:] or seconds)
-    rate, time_left = run.config.batch_size / typical, timedelta(seconds=round(typical * left))
-    tell("step", f"{typical:.3g} s, {rate:.4g} images/s; {left:,} steps in {time_left} (h:min:s)")
-
-
-def time_step(run: Run, batches: Iterator[Batch]) -> float:
-    """Seconds of a step and of the wait for its batch; prints the loss of the first step."""
-    started = time.perf_counter()
-    metrics = run.step(next(batches))
-    loss = metrics["loss"].item()  # waits for the device
-    took = time.perf_counter() - started
-    if run.done == run.learner.start + 1:
-        terms = ", ".join(f"{name} {metrics[name].item():.4g}" for name in run.learner.distiller.active)
-        tell("loss", f"{loss:.4g} ({terms})")
-    return took
+    rate = run.watch.take_window()["images_per_second"]
+    seconds = run.config.batch_size / rate
+    time_left = timedelta(seconds=round(seconds * left))
+    tell("step", f"{seconds:.3g} s, {rate:.4g} images/s; {left:,} steps in {time_left} (h:min:s)")
 
 
 @torch.no_grad()
