@@ -1,4 +1,4 @@
-"""Signals wait for the step at hand; sent again after some seconds they do not."""
+"""Signals wait for the current step; repeated after some seconds they do not."""
 
 import os
 import signal
@@ -27,6 +27,14 @@ def test_a_signal_after_the_patience_ends_at_once(monkeypatch: pytest.MonkeyPatc
             os.kill(os.getpid(), signal.SIGINT)
         assert stopped.value.number == signal.SIGINT
         assert not isinstance(stopped.value, Exception)  # nothing that catches errors may swallow it
+
+
+def test_a_signal_during_work_that_a_resumed_run_repeats_ends_it_at_once() -> None:
+    with deferred_signals() as interruption:
+        with pytest.raises(Interrupted, match="SIGTERM during an evaluation"), interruption.at_once():
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # outside it waits again
+        assert interruption.number == signal.SIGTERM
 
 
 def test_handlers_are_as_before_afterwards() -> None:

@@ -35,6 +35,7 @@ def rows(results: Path) -> dict[str, dict[str, Any]]:
     return {row["variant"]: row for row in rows}
 
 
+@pytest.mark.slow
 def test_rates_ratios_and_shares_fit_together(rows: dict[str, dict[str, Any]]) -> None:
     for row in rows.values():
         assert (row["student"], row["teacher"], row["batch"]) == ("demo-student", "demo-teacher", 8)
@@ -55,6 +56,7 @@ def test_rates_ratios_and_shares_fit_together(rows: dict[str, dict[str, Any]]) -
         assert row["cpu_seconds_per_step"] > 0
 
 
+@pytest.mark.slow
 def test_clipkd_and_open_clip_start_from_one_loss(rows: dict[str, dict[str, Any]]) -> None:
     assert rows["online"]["first_loss"] == pytest.approx(rows["open_clip"]["first_loss"], rel=1e-6)
     assert rows["cached"]["first_loss"] == pytest.approx(rows["online"]["first_loss"], rel=1e-2)
@@ -63,15 +65,20 @@ def test_clipkd_and_open_clip_start_from_one_loss(rows: dict[str, dict[str, Any]
     assert rows["cached"]["cache_bytes"] >= 2 * 32 * 128 * 2  # 32 images and texts of 128 numbers of 2 bytes
 
 
-def test_the_table_has_a_line_per_variant_and_parts_of_a_step_make_the_same_step(
-    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.slow
+def test_the_table_has_a_line_per_variant(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import bench_train
+
+    table = bench_train.table(results).splitlines()
+    assert [line.split("|")[3].strip() for line in table[2:]] == [f"`{name}`" for name in VARIANTS]
+    assert len({line.count("|") for line in table}) == 1
+
+
+def test_parts_of_a_step_make_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     import bench_train as script
 
-    table = script.table(results).splitlines()
-    assert [line.split("|")[3].strip() for line in table[2:]] == [f"`{name}`" for name in VARIANTS]
-    assert len({line.count("|") for line in table}) == 1
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     setting = script.SETTINGS["demo"]._replace(batch=8, images=16)
     script.write_files(setting, tmp_path)

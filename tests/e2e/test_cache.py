@@ -404,18 +404,18 @@ def test_a_cached_run_goes_on_with_its_own_features_only(setting: Setting, half:
     words = (*setting.training, "--output", run, "--resume", "latest")
     before = tree(run)
     for options, told in (
-        (("--teacher.cache", half), ("with dtype float32, this would go on from a teacher cache with dtype float16",)),
-        (("--teacher.cache", tmp_path / "one_view"), ("with num_views 2", "with num_views 1")),
-        ((), ("this would go on without a teacher cache",)),
+        (("--teacher.cache", half), ("teacher_cache.dtype = float32, now it is float16",)),
+        (("--teacher.cache", tmp_path / "one_view"), ("teacher_cache.num_views = 2, now it is 1",)),
+        ((), ("teacher_cache.dtype = float32, now it is None",)),
     ):
-        assert_refused(setting.clipkd(*words, *options, check=False), "was trained from a teacher cache ", *told)
+        assert_refused(setting.clipkd(*words, *options, check=False), "was made with ", *told)
         assert tree(run) == before
     online = tmp_path / "online"
     shutil.copytree(setting.online, online)
     words = (*setting.training, "--output", online, "--resume", "latest", "--teacher.cache", setting.cache)
     assert_refused(
         setting.clipkd(*words, check=False),
-        "was trained without a teacher cache, this would go on from a teacher cache",
+        "was made with teacher_cache.dtype = None, now it is float32",
     )
 
 

@@ -76,7 +76,7 @@ def test_options_that_make_no_sense_are_problems_not_crashes(clipkd: Run, data: 
     arguments += ("--threads", 0, "--objective.gkl.weight", 1, "--evaluation.data", f"[{data / 'noto'}]")
     done = clipkd("check", *arguments, "--evaluation.task", tmp_path / "none.yaml", check=False)
     assert done.returncode == 2
-    for words in ("batch_size is 0", "threads is 0", "a teacher", "no task"):
+    for words in ("batch_size is 0", "threads is 0", "a teacher", "folder or task"):
         assert words in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -89,7 +89,7 @@ def test_a_truncated_tar(here: Run, data: Path, tmp_path: Path) -> None:
     whole = (data / "pairs" / "00000.tar").read_bytes()
     (tmp_path / "shards" / "0.tar").write_bytes(whole[: len(whole) // 2])
     done = here("train", *SMALL, "--data.path", tmp_path / "shards", "--output", output, "--steps", 1, check=False)
-    assert_refused(done, output, "0.tar is not a whole uncompressed tar", "data.max_skipped")
+    assert_refused(done, output, "0.tar is not a complete uncompressed tar", "data.max_skipped")
 
 
 def test_a_sigmoid_teacher_is_for_sigmoid_and_feature_terms(here: Run, data: Path, tmp_path: Path) -> None:
