@@ -123,15 +123,6 @@ def sum_of_own_rows(rows: Float[Tensor, "B *rest"]) -> Float[Tensor, "b *rest"]:
     return own
 
 
-def swap(parts: Float[Tensor, "world *rest"]) -> Float[Tensor, "world *rest"]:
-    """One part for every process → the parts that the processes had for this one, in rank order."""
-    if world_size() == 1:
-        return parts
-    received = torch.empty_like(parts, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(received, parts.contiguous())
-    return received
-
-
 def gather_constant(rows: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "B *rest"]:
     """Rows of all processes in rank order, without gradient."""
     if world_size() == 1:

@@ -2,15 +2,21 @@
 
     python scripts/bench_loss.py --output eval/results/loss.jsonl
 
-All forms get the same features: unit-norm, in clusters, given in --dtype; student and teacher at logit scale 100, the
-student's with a gradient; gamma 0.3, ce_weight 1, mse_weight 0.1, row_weight reference, mean of both directions. They take
-turns step by step, so that a busy machine slows all alike (OMP_WAIT_POLICY=PASSIVE helps there). N = B + Q keys of a query.
+The objective is the default recipe's: student queries, in the teacher's space, against teacher keys of the batch and of a
+queue, N = B + Q in all; gamma 0.3, ce_weight 1, mse_weight 0.1, row_weight reference, mean of both directions. All forms get
+the same features: unit-norm, in clusters, of width --teacher-dim, given in --dtype; student and teacher at logit scale 100,
+the student's with a gradient. The forms take turns step by step, so that a busy machine slows all alike
+(OMP_WAIT_POLICY=PASSIVE helps there).
 
     published            B × N × N differences, as in the published code
+    expanded             O(B·N) on whole matrices as in the paper's appendix (NeurIPS 2024, Algorithm 2; arXiv 2305.13948 and
+                         2503.08038): the square is expanded, so that float32 loses digits of a small variance
     plain                clipkd.losses.gkl on whole logit matrices, float32 at least
-    streaming            clipkd.losses.similarity_statistics; streaming_compiled: its tiles through torch.compile;
-                         streaming_half: that, with matrix products of float16 inputs
-    open_clip_soft_ce    open_clip's DistillClipLoss: contrastive + soft CE, no queue; streaming_soft_ce: the same, streamed
+    panels               row_statistics on panels of queries under checkpointing (losses.in_panels)
+    fused                clipkd.losses.query_statistics; fused_compiled: its panels through torch.compile; fused_half: that,
+                         with matrix products of float16 inputs
+    open_clip_soft_ce    another objective, on student keys without a queue: open_clip's DistillClipLoss, contrastive + soft
+                         CE; fused_soft_ce: the same by query_statistics
 
 Peak memory is what a step takes beyond its inputs, its gradients included: on a GPU torch.cuda.max_memory_allocated, on a CPU
 the resident set of a fresh process (Linux; else null), both reset after a first step, less what was there. The first step
@@ -46,12 +52,13 @@ from clipkd.inference.measure import peak_rss_mb
 T = TypeVar("T")
 Row = dict[str, Any]
 Inputs = dict[str, Any]
-"""Arguments of similarity_statistics. The type of logit_scale, float32 at least, is also that of whole logit matrices."""
+"""image and text of the student; image_keys and text_keys of the teacher, the batch's first; logit_scale, whose type, float32
+at least, is also that of whole logit matrices; tile_size."""
 CE_WEIGHT, MSE_WEIGHT, GAMMA, SCALE = 1.0, 0.1, 0.3, 100.0
-FEATURES, LEAVES = losses.Queue._fields, ("image", "text", "logit_scale")
+LEAVES = ("image", "text", "logit_scale")
 SHOWN = ("variant", "batch", "queue", "dtype", "ms", "ms_min", "peak_bytes", "useful_tflops", "of_gemm")
 SHOWN += ("first_step_seconds", "error_image", "error_text", "error_logit_scale", "error")
-TRAFFIC = ("batch", "ranks", "teacher_keys", "student_keys", "shared_tiles", "open_clip_sharded", "whole_logits")
+TRAFFIC = ("batch", "ranks", "teacher_keys", "student_keys", "open_clip_sharded", "whole_logits")
 PRELOAD = ["open_clip.loss", "clipkd.losses", "clipkd.inference.measure", "clipkd.progress", "rich.table"]
 CPU = {"batch": [512, 2048, 4096], "queue": [0, 512], "dtype": ["float32"]}
 GPU = {"batch": [1024, 8192, 16384, 32768, 65536], "queue": [0, 65536], "dtype": ["float32", "float16", "bfloat16"]}
@@ -68,18 +75,17 @@ class Setting(NamedTuple):
 
 
 def make_inputs(setting: Setting) -> Inputs:
-    """Expected cosines: 0.3 in a pair, 0.2 in a cluster of about 8, 0.1 else. They scatter by about 0.9/√d around these."""
+    """Expected cosines: 0.3 in a pair, 0.2 in a cluster of about 8, 0.1 else. They scatter by about 0.9/√width around these."""
     device, dtype, count = setting.device, getattr(torch, setting.dtype), setting.batch + setting.queue
     torch.manual_seed(0)
-    normal = partial(torch.randn, device=device, dtype=torch.float64)
+    normal = partial(torch.randn, count, setting.teacher_dim, device=device, dtype=torch.float64)
     cluster, made = torch.arange(count, device=device) % -(-count // 8), []
-    for width in (setting.dim, setting.teacher_dim):
-        shared = normal(1, width) + normal(count, width)[cluster] + normal(count, width)
-        made += [F.normalize(shared + 7**0.5 * normal(count, width), dim=1).to(dtype) for _ in range(2)]
-    inputs: Inputs = {name: each[: setting.batch].clone() for name, each in zip(FEATURES, made, strict=True)}
+    for _ in ("student", "teacher"):
+        shared = normal()[:1] + normal()[cluster] + normal()
+        made += [F.normalize(shared + 7**0.5 * normal(), dim=1).to(dtype) for _ in range(2)]
+    inputs: Inputs = {name: each[: setting.batch].clone() for name, each in zip(LEAVES[:2], made[:2], strict=True)}
     inputs["logit_scale"] = torch.tensor(SCALE, dtype=torch.promote_types(dtype, torch.float32), device=device)
-    queue = losses.Queue(*(each[setting.batch :].clone() for each in made)) if setting.queue else None
-    return inputs | {"queue": queue, "teacher_logit_scale": SCALE, "gamma": GAMMA, "tile_size": setting.tile_size}
+    return inputs | {"image_keys": made[2], "text_keys": made[3], "tile_size": setting.tile_size}
 
 
 def gradients(loss: Callable[[Inputs], Tensor], inputs: Inputs) -> tuple[Tensor, ...]:
@@ -87,12 +93,18 @@ def gradients(loss: Callable[[Inputs], Tensor], inputs: Inputs) -> tuple[Tensor,
     return torch.autograd.grad(loss(inputs), leaves)
 
 
+def directions(inputs: Inputs) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Queries, teacher's queries and keys."""
+    (image, text), (image_keys, text_keys) = ([inputs[f"{n}{s}"] for n in ("image", "text")] for s in ("", "_keys"))
+    return [(image, image_keys[: len(image)], text_keys), (text, text_keys[: len(text)], image_keys)]
+
+
 def whole(loss: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> Tensor:
     """Of whole logit matrices, the mean of both directions."""
-    scale, queue = inputs["logit_scale"], inputs["queue"]
-    own = [inputs[name].to(scale.dtype) for name in FEATURES]
-    keys = own if queue is None else [torch.cat([each, old.to(each)]) for each, old in zip(own, queue, strict=True)]
-    values = [loss(scale * own[i] @ keys[1 - i].T, SCALE * own[2 + i] @ keys[3 - i].T) for i in range(2)]
+    scale, values = inputs["logit_scale"], []
+    for way in directions(inputs):
+        queries, teacher_queries, keys = (each.to(scale.dtype) for each in way)
+        values.append(loss(scale * queries @ keys.T, SCALE * teacher_queries @ keys.T))
     return torch.stack(values).mean()
 
 
@@ -106,71 +118,106 @@ def published_gkl(student: Tensor, teacher: Tensor) -> Tensor:
     return CE_WEIGHT * ce + MSE_WEIGHT * squares.sum() / pair_weight.sum() / 4
 
 
-def streaming(inputs: Inputs, *, soft_ce: bool = False, **options: Any) -> Tensor:
-    found = losses.similarity_statistics(**inputs, **options)
-    values = []
-    for rows in (found.image_to_text, found.text_to_image):
-        weights = losses.row_weights(rows.log_weight_mass, "reference")
-        gkl = CE_WEIGHT * rows.ce.mean() + MSE_WEIGHT * losses.weighted_squared_error(rows.variance, weights)
-        values.append((rows.ce + rows.info_nce).mean() if soft_ce else gkl)
+def expanded_gkl(student: Tensor, teacher: Tensor) -> Tensor:
+    """The same with Σ_jk w_j w_k (d_j − d_k)² = 2 (Σ w · Σ w d² − (Σ w d)²), d = teacher − student."""
+    w, difference = (GAMMA * teacher.log_softmax(dim=-1)).exp(), teacher - student
+    mass, weighted = w.sum(dim=-1), w * difference
+    squares = 2 * (mass * (weighted * difference).sum(dim=-1) - weighted.sum(dim=-1).square())
+    ce = -(teacher.softmax(dim=-1) * student.log_softmax(dim=-1)).sum(dim=-1).mean()
+    return CE_WEIGHT * ce + MSE_WEIGHT * squares.sum() / mass.square().sum() / 4
+
+
+def weigh(rows: losses.RowStatistics) -> Tensor:
+    weights = losses.row_weights(rows.log_weight_mass, "reference")
+    return CE_WEIGHT * rows.ce.mean() + MSE_WEIGHT * losses.weighted_squared_error(rows.variance, weights)
+
+
+def panels(inputs: Inputs) -> Tensor:
+    scale, values = inputs["logit_scale"], []
+    for way in directions(inputs):
+        queries, teacher_queries, keys = (each.to(scale.dtype) for each in way)
+
+        def compute(own: Tensor, teacher: Tensor, keys: Tensor = keys) -> dict[str, Tensor]:
+            return vars(losses.row_statistics(scale * own @ keys.T, SCALE * teacher @ keys.T, gamma=GAMMA))
+
+        height = losses.panel_height(len(keys), tile_size=inputs["tile_size"])
+        found = losses.in_panels(compute, (queries, teacher_queries), height=height)
+        values.append(weigh(losses.RowStatistics(**found)))
+    return torch.stack(values).mean()
+
+
+def fused(inputs: Inputs, **options: Any) -> Tensor:
+    options |= {"logit_scale": inputs["logit_scale"], "teacher_logit_scale": SCALE, "gamma": GAMMA}
+    options["tile_size"] = inputs["tile_size"]
+    found = [losses.query_statistics(own, keys, teacher, keys, **options) for own, teacher, keys in directions(inputs)]
+    return torch.stack([weigh(rows) for rows in found]).mean()
+
+
+def fused_soft_ce(inputs: Inputs) -> Tensor:
+    scales = {"logit_scale": inputs["logit_scale"], "teacher_logit_scale": SCALE, "tile_size": inputs["tile_size"]}
+    image, text, t_image, t_text = (inputs[name] for name in ("image", "text", "image_keys", "text_keys"))
+    pairs, values = torch.arange(len(image), device=image.device), []
+    for features in ((image, text, t_image, t_text), (text, image, t_text, t_image)):
+        rows = losses.query_statistics(*features, **scales, positives=pairs)
+        assert rows.info_nce is not None
+        values.append((rows.ce + rows.info_nce).mean())
     return torch.stack(values).mean()
 
 
 def open_clip_soft_ce(inputs: Inputs) -> Tensor:
     from open_clip.loss import DistillClipLoss  # seconds, needed by this form alone
 
-    order = (*LEAVES, *FEATURES[2:], "teacher_logit_scale")
-    return torch.stack(DistillClipLoss()(*(inputs[name] for name in order))).sum()
+    names = (*LEAVES, "image_keys", "text_keys")
+    return torch.stack(DistillClipLoss()(*(inputs[name] for name in names), SCALE)).sum()
 
 
 VARIANTS: dict[str, Callable[[Inputs], Tensor]] = {
     "published": partial(whole, published_gkl),
+    "expanded": partial(whole, expanded_gkl),
     "plain": partial(whole, partial(losses.gkl, ce_weight=CE_WEIGHT, mse_weight=MSE_WEIGHT, gamma=GAMMA)),
-    "streaming": streaming,
-    "streaming_compiled": partial(streaming, compiled=True),
-    "streaming_half": partial(streaming, compiled=True, matmul_dtype=torch.float16),
+    "panels": panels,
+    "fused": fused,
+    "fused_compiled": partial(fused, compiled=True),
+    "fused_half": partial(fused, compiled=True, matmul_dtype=torch.float16),
     "open_clip_soft_ce": open_clip_soft_ce,
-    "streaming_soft_ce": partial(streaming, soft_ce=True),
+    "fused_soft_ce": fused_soft_ce,
 }
 
 
 def least_bytes(variant: str, setting: Setting) -> int:
     """Of a step: so many logit matrices, or tensors of all pairs of keys, exist at once (measured, rounded down)."""
     keys = setting.batch + setting.queue
-    matrices = {"published": 7 * keys, "plain": 16, "open_clip_soft_ce": 5}.get(variant, 0)
+    matrices = {"published": 7 * keys, "expanded": 13, "plain": 15, "open_clip_soft_ce": 5}.get(variant, 0)
     return matrices * setting.batch * keys * max(4, getattr(torch, setting.dtype).itemsize)
 
 
-def useful_flop(setting: Setting) -> int:
-    """2·(d + t)·(B² + 2BQ) for student and teacher logits, 4·d·(B² + BQ) for the gradients of image and text.
-
-    The B × B tiles serve both directions, a queue one, and its keys have no gradient; logits made again are not useful.
+def useful_flop(variant: str, setting: Setting) -> int:
+    """2·t per logit and gradient: on teacher keys 2·B·N logits of both models, and the queries' gradients; on student keys
+    B² logits of both models, which serve both directions, and the gradients of images and texts. Logits computed again are
+    not useful.
     """
-    b, q = setting.batch, setting.queue
-    return 2 * (setting.dim + setting.teacher_dim) * (b * b + 2 * b * q) + 4 * setting.dim * (b * b + b * q)
+    products = 4 * setting.batch if "soft_ce" in variant else 6 * (setting.batch + setting.queue)
+    return 2 * setting.teacher_dim * setting.batch * products
 
 
 def bytes_sent(batch: int, ranks: int, dim: int, teacher_dim: int) -> Row:
     """Bytes that each of W ranks sends per step of `batch` pairs in all: float32, ring collectives, without numbers per row.
 
-    All-gather and reduce-scatter of S bytes in all: (W−1)/W·S, all-reduce: twice that. teacher_keys: all-gather of the
-    teacher's image and text. student_keys, open_clip_sharded (--local-loss --gather-with-grad, NCCL): that, all-gather of the
-    student's, reduce-scatter of their gradients. shared_tiles (similarity_statistics with exchange): of both models' texts
-    alone, and 19 numbers per text. whole_logits: all-gather of both B × B logits, reduce-scatter of one.
+    All-gather and reduce-scatter of S bytes in all: (W−1)/W·S. teacher_keys: all-gather of the teacher's image and text.
+    student_keys, open_clip_sharded (--local-loss --gather-with-grad, NCCL): that, all-gather of the student's, reduce-scatter
+    of their gradients. whole_logits: all-gather of both B × B logits, reduce-scatter of one.
     """
     student, teacher, logits = (4 * batch * columns for columns in (2 * dim, 2 * teacher_dim, batch))
-    shared = student + teacher // 2 + 4 * batch * 19
-    total = teacher, 2 * student + teacher, shared, 2 * student + teacher, 3 * logits
+    total = teacher, 2 * student + teacher, 2 * student + teacher, 3 * logits
     sent = {name: size * (ranks - 1) // ranks for name, size in zip(TRAFFIC[2:], total, strict=True)}
     return {"kind": "bytes", "batch": batch, "ranks": ranks, "dim": dim, "teacher_dim": teacher_dim, **sent}
 
 
 def exact_gradients(setting: Setting, inputs: Inputs, limit: float, soft_ce: bool) -> tuple[str, tuple[Tensor, ...]]:
-    """In float64, on whole matrices or streamed where memory is short; and which of the two."""
+    """In float64, on whole matrices or fused where memory is short; and which of the two."""
     inputs = {name: each.detach().double() if isinstance(each, Tensor) else each for name, each in inputs.items()}
-    inputs["queue"] = inputs["queue"] and losses.Queue(*(each.double() for each in inputs["queue"]))
     short = 2 * least_bytes("plain", setting._replace(dtype="float64")) > limit
-    form = (("plain", "streaming"), ("open_clip_soft_ce", "streaming_soft_ce"))[soft_ce][short]
+    form = (("plain", "fused"), ("open_clip_soft_ce", "fused_soft_ce"))[soft_ce][short]
     return f"{form} float64", gradients(VARIANTS[form], inputs)
 
 
@@ -239,7 +286,7 @@ def measure(setting: Setting, variants: list[str], repeats: int, limit: float, r
         row |= {"error": taken} if isinstance(taken, str) else {"times": [*row["times"], taken]}
     for row in rows:
         if times := row.pop("times", None):
-            median, flop = statistics.median(times), useful_flop(setting)
+            median, flop = statistics.median(times), useful_flop(row["variant"], setting)
             row |= {"ms": 1000 * median, "ms_min": 1000 * min(times), "useful_tflops": flop / median / 1e12}
             gemms = {"of_gemm": rates[setting.dtype], "of_gemm_float32": rates["float32"]}
             row |= {name: flop / median / rate for name, rate in gemms.items()}

@@ -150,7 +150,6 @@ def train_arguments(recipe: str | None, task: Task) -> list[str]:
     chosen |= {"optim.learning_rate": RATE, "optim.weight_decay": DECAY, "optim.clip_norm": CLIP_NORM}
     chosen |= {"optim.betas": list(BETAS)}
     chosen |= {"teacher.models": f"local-dir:{task.folder / 'teacher'}"} if recipe else {}
-    chosen |= {"objective.queue.capacity": 4 * task.batch} if recipe == "gkl" else {}
     config = [f"--config={ROOT / 'configs' / 'losses' / recipe}.yaml"] if recipe else []
     return [*config, *(f"--{name}={value}" for name, value in chosen.items())]
 

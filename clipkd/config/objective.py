@@ -1,55 +1,35 @@
-"""The objective's options: every loss term under the name by which it is logged, logit scales and queue."""
+"""The objective's options: the loss terms, what they share, and the checks across them. Free of torch."""
 
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from clipkd.config.terms import (
-    AffinityTerm,
-    ClosedSetTerm,
-    DKLTerm,
-    FeatureTerm,
-    GKLTerm,
-    GradientTerm,
-    InfoNCETerm,
-    InteractiveTerm,
-    MixedTargetTerm,
-    SigmoidTerm,
-    SoftBCETerm,
-    SoftTargetTerm,
-    Term,
-)
+from clipkd.config.terms import Keys, Term, Terms
 from clipkd.errors import require
+
+MIN_LOGIT_SCALE = 1.0
+"""Smallest logit scale that training may reach."""
+INITIAL_LOGIT_BIAS = -10.0
+"""Logit bias that a student without one gets where a term trains it (SigLIP)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitScaleConfig:
-    """One policy for the multiplier of the cosines, on both sides."""
-
     init: float | None = None
     """The student's logit scale at the start; null keeps its model's (1/0.07 for a fresh one)."""
     learned: bool = True
     """Whether the student's logit scale is trained; false keeps it fixed."""
-    minimum: float = 1.0
-    """Smallest logit scale that training may reach."""
     maximum: float = 100.0
-    """Largest logit scale that training may reach (CLIP: 100)."""
+    """Largest logit scale that training may reach (CLIP: 100); the smallest is 1."""
     teacher: Literal["own", "student"] | float | tuple[float, ...] = "own"
     """Of the teacher's logits: its own, the student's at each step, a fixed value, or a list with one value per teacher."""
-    mse_moves_scale: bool = True
-    """Whether the squared-error half of gkl may move the student's logit scale, or only its features."""
-    bias_init: float = -10.0
-    """Initial logit bias of a student without one, where a sigmoid term needs it (SigLIP: -10)."""
 
     def check(self) -> None:
-        where = "objective.logit_scale"
+        where, bounds = "objective.logit_scale", f"{MIN_LOGIT_SCALE:g} and maximum, {self.maximum:g}"
+        require(self.maximum >= MIN_LOGIT_SCALE, f"{where}.maximum is {self.maximum}; it must be 1 or more")
         require(
-            0 < self.minimum <= self.maximum,
-            f"{where}.minimum and maximum are {self.minimum} and {self.maximum}; both must be positive and in order",
-        )
-        require(
-            self.init is None or self.minimum <= self.init <= self.maximum,
-            f"{where}.init is {self.init}; it must lie between minimum and maximum, {self.minimum} and {self.maximum}",
+            self.init is None or MIN_LOGIT_SCALE <= self.init <= self.maximum,
+            f"{where}.init is {self.init}; it must lie between {bounds}",
         )
         values = () if isinstance(self.teacher, str) else self.teacher
         values = values if isinstance(values, tuple) else (values,)
@@ -57,51 +37,17 @@ class LogitScaleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueueConfig:
-    capacity: int = 0
-    """Slots for features of earlier batches, each with image, text and id; 0 keeps none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    info_nce: InfoNCETerm = field(default_factory=InfoNCETerm)
-    """Contrastive task loss (CLIP)."""
-    sigmoid: SigmoidTerm = field(default_factory=SigmoidTerm)
-    """Sigmoid task loss (SigLIP)."""
-    gkl: GKLTerm = field(default_factory=GKLTerm)
-    """Generalized Kullback-Leibler divergence (arXiv 2503.08038)."""
-    dkl: DKLTerm = field(default_factory=DKLTerm)
-    """GKL with the stop-gradients of DKL (arXiv 2305.13948): with a frozen teacher only its cross-entropy half pulls."""
-    kl: SoftTargetTerm = field(default_factory=SoftTargetTerm)
-    """KL divergence from the teacher's distribution, or from the mean of several teachers' (MobileCLIP)."""
-    soft_ce: SoftTargetTerm = field(default_factory=SoftTargetTerm)
-    """Cross-entropy against the same target: KL's gradient, another value."""
-    affinity: AffinityTerm = field(default_factory=AffinityTerm)
-    """Affinity mimicking: soft cross-entropy at one fixed logit scale (TinyCLIP)."""
-    soft_bce: SoftBCETerm = field(default_factory=SoftBCETerm)
-    """Binary cross-entropy against a sigmoid teacher's probabilities (SigLIP teachers)."""
-    itc: MixedTargetTerm = field(default_factory=MixedTargetTerm)
-    """Image-text contrastive loss with mixed targets: true pairs, momentum encoder, teacher (ALBEF)."""
-    closed_set: ClosedSetTerm = field(default_factory=ClosedSetTerm)
-    """GKL on the logits of class prompts, with class-wise global information."""
-    features: FeatureTerm = field(default_factory=FeatureTerm)
-    """Mean squared error of unit features (CLIP-KD's FD, there with weight 2000)."""
-    icl: InteractiveTerm = field(default_factory=InteractiveTerm)
-    """Interactive contrastive loss: student queries against teacher keys, with a learned scale (CLIP-KD)."""
-    gd: GradientTerm = field(default_factory=GradientTerm)
-    """Gradient distillation: mean squared error of the contrastive gradients (CLIP-KD)."""
-    afd: FeatureTerm = field(default_factory=FeatureTerm)
-    """Augmented feature distillation: InfoNCE of fused student and teacher features (CLIP-KD)."""
-    vrd: FeatureTerm = field(default_factory=FeatureTerm)
-    """Vertical relational distillation (CLIP-RD)."""
-    xrd: FeatureTerm = field(default_factory=FeatureTerm)
-    """Cross relational distillation (CLIP-RD)."""
-    projection: Literal["linear", "none"] = "linear"
-    """Where student and teacher widths differ: a learned linear map of the student's features, or none (then an error)."""
+class ObjectiveConfig(Terms):
+    keys: Keys = "teacher"
+    """What gkl, kl, affinity and soft_bce compare the student with: the teacher's features, its own, or its moving average's."""
+    queue: int = 0
+    """Earlier global batches whose keys join this one's, in gkl, kl, affinity, soft_bce, itc and icl; 0 none."""
+    warmup_steps: int = 0
+    """Steps over which the weights of all terms but info_nce and sigmoid rise linearly to their values."""
+    scale_by_temperature_squared: bool = False
+    """Multiply the cross-entropies of gkl, closed_set and kl by their temperature², so that gradients keep their size (Hinton et al. 2015)."""
     logit_scale: LogitScaleConfig = field(default_factory=LogitScaleConfig)
     """Logit-scale policy."""
-    queue: QueueConfig = field(default_factory=QueueConfig)
-    """Queue of keys from earlier batches."""
     tile_size: int = 2048
     """At most tile_size² logits of a kind are formed at once (at least a row); more come in parts, to the same numbers."""
     compile: bool = False
@@ -116,66 +62,105 @@ class ObjectiveConfig:
         """The terms that are switched on."""
         return {name: term for name, term in self.terms().items() if term.weight}
 
+    def weight_at(self, term: Term, step: int) -> float:
+        """Weight of a term at a step (counted from 0)."""
+        warm = term.asks.task or step + 1 >= self.warmup_steps
+        return term.weight if warm else term.weight * (step + 1) / self.warmup_steps
+
+    def keys_of(self, term: Term) -> Keys:
+        """Whose features a term compares the student's with."""
+        return term.asks.keys or self.keys
+
+    def rings_of(self, term: Term) -> set[str]:
+        """Whose features a term takes from the queue."""
+        if not (self.queue and term.asks.queue):
+            return set()
+        # Earlier features of the student itself are out of date; its moving average's less so.
+        own = {"teacher" if self.keys_of(term) == "teacher" else "momentum"}
+        return own | {"teacher"} if term.asks.teacher else own
+
     @property
-    def queues(self) -> frozenset[str]:
-        """Whose features must be queued: momentum, teacher."""
-        return frozenset().union(*(term.queues for term in self.active().values()))
+    def queues(self) -> list[str]:
+        """Whose features are queued: momentum, teacher."""
+        return sorted(set().union(*(self.rings_of(term) for term in self.active().values())))
+
+    def needs_momentum(self, term: Term) -> bool:
+        return self.keys_of(term) == "momentum" or "momentum" in self.rings_of(term)
 
     @property
     def needs_bias(self) -> bool:
-        return bool(self.sigmoid.weight or self.soft_bce.weight)
+        return any(term.asks.logit_bias for term in self.active().values())
+
+    @property
+    def uses_teacher_scale(self) -> bool:
+        """Whether a term forms the teacher's logits at logit_scale.teacher."""
+        return any(term.asks.teacher_logits and term.asks.model_scales for term in self.active().values())
 
     def __post_init__(self) -> None:
         for name, term in self.terms().items():
             term.check(name)
         require(self.tile_size >= 1, f"objective.tile_size is {self.tile_size}; it must be 1 or more")
+        require(self.queue >= 0, f"objective.queue is {self.queue}; it must be 0 or more")
+        require(self.warmup_steps >= 0, f"objective.warmup_steps is {self.warmup_steps}; it must be 0 or more")
         self.logit_scale.check()
-        self.check_queue()
-        self.check_policy()
+        active, policy = self.active(), self.logit_scale.teacher
+        require(
+            not self.queue or bool(self.queues),
+            f"objective.queue is {self.queue}, but no term that is on uses earlier keys; leave it out",
+        )
+        require(
+            policy == "own" or self.uses_teacher_scale,
+            f"objective.logit_scale.teacher is {policy}, but no term takes a softmax of the teacher's logits at it",
+        )
+        for name, term in active.items():
+            require(
+                policy == "own" or term.asks.teacher_logits != "sigmoid",
+                f"objective.logit_scale.teacher is {policy}; objective.{name} needs own: a sigmoid teacher's bias fits its "
+                "own scale only",
+            )
+            for other in term.asks.needs:
+                require(
+                    other in active,
+                    f"objective.{name} shares the learned logit scale of objective.{other} and cannot train it alone; set "
+                    f"objective.{other}.weight",
+                )
 
-    def check_queue(self) -> None:
-        capacity = self.queue.capacity
-        require(capacity >= 0, f"objective.queue.capacity is {capacity}; it must be 0 or more")
-        queued = [name for name, term in self.active().items() if term.queues]
-        require(
-            not queued or capacity > 0,
-            f"objective.{queued[0] if queued else ''}.queue is on and objective.queue.capacity is 0; give it slots",
-        )
-        require(
-            bool(queued) or not capacity,
-            f"objective.queue.capacity is {capacity} but no term uses it; set queue: true for one that has a weight",
-        )
 
-    def check_policy(self) -> None:
-        """Combinations that would do nothing, or something else than they say."""
-        active, policy = self.active(), self.logit_scale
+def require_objective(
+    objective: ObjectiveConfig, *, has_teacher: bool, ema_momentum: float, label_key: str | None
+) -> None:
+    """Raises: ValueError if the terms that are on ask for something that the run does not have."""
+    active = objective.active()
+    require(bool(active), "no loss term is on: set objective.info_nce.weight, or a teacher and one of its terms")
+    for name, term in active.items():
+        where = f"objective.{name}"
+        require(has_teacher or not term.asks.teacher, f"{where} needs a teacher: set teacher.models or teacher.cache")
         require(
-            policy.teacher == "own" or any(term.softens_teacher for name, term in active.items() if name != "affinity"),
-            f"objective.logit_scale.teacher is {policy.teacher}, but no term takes a softmax of the teacher's logits at it",
+            ema_momentum > 0 or not objective.needs_momentum(term),
+            f"{where} uses momentum features, but optim.ema_momentum is 0; set it, e.g. 0.995",
         )
         require(
-            policy.teacher == "own" or not self.soft_bce.weight,
-            f"objective.logit_scale.teacher is {policy.teacher}; objective.soft_bce needs own: a sigmoid teacher's bias "
-            "fits its own scale only",
+            label_key is not None or not term.asks.labels,
+            f"{where}.class_prior needs labels: set data.label_key, or class_prior to false",
         )
-        require(
-            policy.mse_moves_scale or bool(self.gkl.weight or self.closed_set.weight),
-            "objective.logit_scale.mse_moves_scale is false, but neither objective.gkl nor closed_set has a weight",
-        )
-        require(
-            not self.xrd.weight or self.icl.weight > 0,
-            "objective.xrd alone would shrink its logit scale to nothing; it shares that of objective.icl, which trains it "
-            "on true pairs: set objective.icl.weight",
-        )
+    require(
+        not has_teacher or any(term.asks.teacher for term in active.values()),
+        "a teacher is set but no term uses it: set objective.gkl.weight or that of another distillation term, "
+        "or leave teacher.models and teacher.cache out",
+    )
+    require(
+        label_key is None or any(term.asks.labels for term in active.values()),
+        f"data.label_key is {label_key}, but no term uses labels; set objective.closed_set.weight, or leave it out",
+    )
 
 
 def require_number_of_teachers(objective: ObjectiveConfig, number: int) -> None:
     """Raises: ValueError if a term learns from one teacher and there are several, or their logit scales are not as many."""
     for name, term in objective.active().items():
-        alone = not term.needs_teacher or (name in ("kl", "soft_ce") and not term.compares_features and not term.queues)
+        several = term.asks.several_teachers and objective.keys_of(term) != "teacher" and not objective.queue
         require(
-            number == 1 or alone,
-            f"objective.{name} learns from one teacher; with an ensemble use kl or soft_ce with keys: student, no queue",
+            number == 1 or several or not term.asks.teacher,
+            f"objective.{name} learns from one teacher; with several use kl with objective.keys student and no queue",
         )
     fixed = objective.logit_scale.teacher
     require(

@@ -22,8 +22,6 @@ from clipkd.config.train import TrainConfig
 
 C = TypeVar("C")
 
-TASK_LOSSES = ("info_nce", "sigmoid")
-
 # The docstring under each field is its help.
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -93,7 +91,7 @@ def parse_into(
 
 def has_idle_teacher(options: jsonargparse.Namespace) -> bool:
     """Whether a teacher is named and no term has a weight that could use it."""
-    terms = [options.objective[name] for name in ObjectiveConfig().terms() if name not in TASK_LOSSES]
+    terms = [options.objective[name] for name, term in ObjectiveConfig().terms().items() if not term.asks.task]
     return bool(options.teacher.models or options.teacher.cache) and not any(term.weight for term in terms)
 
 

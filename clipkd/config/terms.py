@@ -1,146 +1,71 @@
-"""The options of one loss term, by family, and what each family asks of the run."""
+"""The options of every loss term, and what each term asks of the run. Adding a term: a class and a field here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from clipkd.errors import require
 
-Keys = Literal["student", "momentum", "teacher"]
+Keys = Literal["teacher", "student", "momentum"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asks:
+    """What a term asks of the run; no other code knows terms by name."""
+
+    keys: Keys | None = None
+    """Whose features the student's are compared with; None: whose objective.keys says."""
+    queue: bool = False
+    """Whether the keys of earlier batches join (objective.queue)."""
+    teacher: bool = True
+    """Whether it needs a teacher."""
+    several_teachers: bool = False
+    """Whether it learns from several teachers too, but then not on the teacher's keys and without a queue."""
+    teacher_logits: Literal["softmax", "sigmoid"] | None = None
+    """What it applies to the teacher's logits; the teacher must have been trained with the same."""
+    model_scales: bool = True
+    """Whether its logits have the models' own scales; if not, a fixed one or one of own_scales."""
+    own_scales: tuple[str, ...] = ()
+    """Learned logit scales beside the student's; terms that name the same one share it."""
+    logit_bias: bool = False
+    """Whether it trains a logit bias."""
+    labels: bool = False
+    """Whether it needs class labels."""
+    needs: tuple[str, ...] = ()
+    """Terms that must be on, too: they train the logit scale that this one shares."""
+    task: bool = False
+    """Whether it is a task loss, which objective.warmup_steps does not apply to."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """What every term has, and what it asks of the run."""
-
     weight: float = 0.0
     """Weight of this term in the loss; 0 leaves it out and costs nothing."""
-    warmup_steps: int = 0
-    """Steps over which the weight rises linearly to its value; it shows in the loss, not in the term's own series."""
 
-    @property
-    def needs_teacher(self) -> bool:
-        return True
-
-    @property
-    def compares_features(self) -> bool:
-        """Whether the student's features stand beside the teacher's, which takes equal widths or a projection."""
-        return True
-
-    @property
-    def softens_teacher(self) -> bool:
-        """Whether it takes a softmax of the teacher's logits, which those of a sigmoid teacher are not meant for."""
-        return False
-
-    def trains_logit_scale(self, *, mse_moves_scale: bool) -> bool:
-        """Whether its gradient reaches the student's own logit scale."""
-        return True
-
-    @property
-    def queues(self) -> frozenset[str]:
-        """Whose features it wants from the queue: momentum, teacher."""
-        return frozenset()
-
-    @property
-    def needs_momentum(self) -> bool:
-        return "momentum" in self.queues
-
-    def factor(self, step: int) -> float:
-        """Weight at a step (counted from 0)."""
-        return self.weight * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else self.weight
+    asks = Asks()
 
     def check(self, name: str) -> None:
         """Raises: ValueError naming the option."""
-        where = f"objective.{name}"
-        require(self.weight >= 0, f"{where}.weight is {self.weight}; it must be 0 or more")
-        require(self.warmup_steps >= 0, f"{where}.warmup_steps is {self.warmup_steps}; it must be 0 or more")
+        require(self.weight >= 0, f"objective.{name}.weight is {self.weight}; it must be 0 or more")
         for option in ("temperature", "weight_temperature", "scale"):
             value = getattr(self, option, 1.0)
-            require(value > 0, f"{where}.{option} is {value}; it must be positive")
+            require(value > 0, f"objective.{name}.{option} is {value}; it must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InfoNCETerm(Term):
     weight: float = 1.0
-    """Weight of the contrastive task loss on the student's own logits (CLIP); 0 leaves it out."""
-    queue: bool = False
-    """Add the queue's momentum features to the batch's keys."""
+    """Weight of the contrastive task loss on the student's own logits; 0 leaves it out."""
 
-    @property
-    def needs_teacher(self) -> bool:
-        return False
-
-    @property
-    def compares_features(self) -> bool:
-        return False
-
-    @property
-    def queues(self) -> frozenset[str]:
-        return frozenset({"momentum"} if self.queue else ())
+    asks = Asks(keys="student", teacher=False, task=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SigmoidTerm(Term):
-    """SigLIP's pairwise task loss; the student gets a logit bias."""
-
-    @property
-    def needs_teacher(self) -> bool:
-        return False
-
-    @property
-    def compares_features(self) -> bool:
-        return False
+    asks = Asks(keys="student", teacher=False, logit_bias=True, task=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitTerm(Term):
-    """A term on logits of the student's queries against a choice of keys; the target is the teacher's own logits."""
-
-    keys: Keys = "teacher"
-    """What the student's queries are compared with: the teacher's features, the student's own, or its moving average's."""
-    queue: bool = False
-    """Add the queue to the batch's keys: teacher features for teacher keys, momentum features for the others."""
-
-    @property
-    def compares_features(self) -> bool:
-        return self.keys == "teacher"
-
-    @property
-    def softens_teacher(self) -> bool:
-        return True
-
-    @property
-    def queues(self) -> frozenset[str]:
-        whose = {"teacher"} if self.keys == "teacher" else {"teacher", "momentum"}
-        return frozenset(whose if self.queue else ())
-
-    @property
-    def needs_momentum(self) -> bool:
-        return self.keys == "momentum" or super().needs_momentum
-
-
-@dataclass(frozen=True, kw_only=True)
-class SoftTargetTerm(LogitTerm):
-    temperature: float = 1.0
-    """Softens both sides; multiplies on top of the logit scales."""
-    scale_by_temperature_squared: bool = False
-    """Multiply by temperature² so that the gradient keeps its size (Hinton et al. 2015)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AffinityTerm(LogitTerm):
-    keys: Keys = "student"
-    """What the student's queries are compared with; TinyCLIP's are the student's own."""
-    scale: float = 50.0
-    """Fixed logit scale of both sides (TinyCLIP: 50)."""
-
-    def trains_logit_scale(self, *, mse_moves_scale: bool) -> bool:
-        return False
-
-
-@dataclass(frozen=True, kw_only=True)
-class GKLOptions(Term):
-    """What GKL is made of, on any logits."""
-
+class GKLTerm(Term):
     ce_weight: float = 1.0
     """Weight of the soft cross-entropy half (the reference code's alpha)."""
     mse_weight: float = 0.1
@@ -151,13 +76,8 @@ class GKLOptions(Term):
     """Softens both sides of the cross-entropy half; multiplies on top of the logit scales."""
     weight_temperature: float = 1.0
     """Softens the teacher's probabilities used as pair weights."""
-    row_weight: Literal["reference", "uniform"] = "reference"
-    """How queries share the squared-error half: by the mass of their pair weights (published code) or equally."""
-    scale_by_temperature_squared: bool = False
-    """Multiply the cross-entropy half by temperature² (the published code does not)."""
 
-    def trains_logit_scale(self, *, mse_moves_scale: bool) -> bool:
-        return self.ce_weight > 0 or (mse_moves_scale and self.mse_weight > 0)
+    asks = Asks(queue=True, teacher_logits="softmax")
 
     def check(self, name: str) -> None:
         super().check(name)
@@ -170,66 +90,28 @@ class GKLOptions(Term):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GKLTerm(GKLOptions, LogitTerm):
-    pass
+class KLTerm(Term):
+    temperature: float = 1.0
+    """Softens both sides; multiplies on top of the logit scales."""
+
+    asks = Asks(queue=True, several_teachers=True, teacher_logits="softmax")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DKLTerm(GKLTerm):
-    """GKL's options; its squared error reaches no student."""
+class AffinityTerm(Term):
+    scale: float = 50.0
+    """Fixed logit scale of both sides (TinyCLIP: 50)."""
 
-    def trains_logit_scale(self, *, mse_moves_scale: bool) -> bool:
-        return True
-
-    def check(self, name: str) -> None:
-        super().check(name)
-        require(
-            self.ce_weight > 0,
-            f"objective.{name}.ce_weight is 0; the other half reaches the teacher only, so nothing would train the student",
-        )
+    asks = Asks(queue=True, teacher_logits="softmax", model_scales=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClosedSetTerm(GKLOptions):
-    classes: str = ""
-    """A text file with one class name per line, or imagenet for its 1,000 names."""
-    templates: tuple[str, ...] = ()
-    """Prompts with the placeholder {c}; the student trains on one of them per step, in turn. Empty: imagenet's 80, else 'a photo of a {c}.'."""
-    class_prior: bool = True
-    """Pair weights of labelled images from the running mean of the teacher's probabilities in their class; false: from the image's own."""
-
-    @property
-    def compares_features(self) -> bool:
-        return False
-
-    @property
-    def softens_teacher(self) -> bool:
-        return True
-
-    def check(self, name: str) -> None:
-        super().check(name)
-        require(
-            not self.weight or bool(self.classes),
-            f"objective.{name}.classes is empty; name a file with one class per line, or imagenet",
-        )
-        wrong = [template for template in self.templates if "{c}" not in template]
-        require(not wrong, f"objective.{name}.templates: {wrong[0] if wrong else ''!r} lacks the placeholder {{c}}")
+class SoftBCETerm(Term):
+    asks = Asks(queue=True, teacher_logits="sigmoid", logit_bias=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoftBCETerm(LogitTerm):
-    keys: Keys = "student"
-    """What the student's queries are compared with; SigLIP's are the student's own."""
-
-    @property
-    def softens_teacher(self) -> bool:
-        return False
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixedTargetTerm(LogitTerm):
-    keys: Keys = "momentum"
-    """ALBEF compares with momentum features."""
+class ITCTerm(Term):
     momentum_share: float = 0.4
     """Share of the momentum encoder's softmax in the target (ALBEF's alpha); what both shares leave goes to the true pairs."""
     teacher_share: float = 0.0
@@ -238,22 +120,9 @@ class MixedTargetTerm(LogitTerm):
     """Steps over which both shares rise linearly from 0 (ALBEF: the first epoch)."""
 
     @property
-    def needs_teacher(self) -> bool:
-        return self.keys == "teacher" or self.teacher_share > 0
-
-    @property
-    def softens_teacher(self) -> bool:
-        return self.teacher_share > 0
-
-    @property
-    def queues(self) -> frozenset[str]:
-        from_teacher = {"teacher"} if self.needs_teacher else set()
-        from_momentum = {"momentum"} if self.keys != "teacher" or self.momentum_share > 0 else set()
-        return frozenset(from_teacher | from_momentum if self.queue else ())
-
-    @property
-    def needs_momentum(self) -> bool:
-        return self.momentum_share > 0 or super().needs_momentum
+    def asks(self) -> Asks:  # type: ignore[override]
+        teacher = self.teacher_share > 0
+        return Asks(keys="momentum", queue=True, teacher=teacher, teacher_logits="softmax" if teacher else None)
 
     def shares(self, step: int) -> tuple[float, float]:
         """Shares of momentum encoder and teacher at a step (counted from 0)."""
@@ -270,27 +139,87 @@ class MixedTargetTerm(LogitTerm):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureTerm(Term):
-    """A term on features beside the teacher's; it may have a logit scale of its own."""
+class ClosedSetTerm(Term):
+    classes: str = ""
+    """A text file with one class name per line, or imagenet for its 1,000 names."""
+    templates: tuple[str, ...] = ()
+    """Prompts with the placeholder {c}; the student trains on one of them per step, in turn. Empty: imagenet's 80, else 'a photo of a {c}.'."""
+    class_prior: bool = True
+    """Pair weights of labelled images from the running mean of the teacher's probabilities in their class; false: from the image's own."""
 
-    def trains_logit_scale(self, *, mse_moves_scale: bool) -> bool:
-        return False
+    @property
+    def asks(self) -> Asks:  # type: ignore[override]
+        return Asks(keys="student", teacher_logits="softmax", labels=self.class_prior)
+
+    def check(self, name: str) -> None:
+        super().check(name)
+        require(
+            not self.weight or bool(self.classes),
+            f"objective.{name}.classes is empty; name a file with one class per line, or imagenet",
+        )
+        wrong = [template for template in self.templates if "{c}" not in template]
+        require(not wrong, f"objective.{name}.templates: {wrong[0] if wrong else ''!r} lacks the placeholder {{c}}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InteractiveTerm(FeatureTerm):
-    queue: bool = False
-    """Add the queue's teacher features to the batch's keys."""
-
-    @property
-    def queues(self) -> frozenset[str]:
-        return frozenset({"teacher"} if self.queue else ())
+class FeaturesTerm(Term):
+    asks = Asks(keys="teacher", model_scales=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientTerm(Term):
-    """CLIP-KD's GD: gradients of both contrastive losses, the teacher's by a softmax of its logits."""
+class ICLTerm(Term):
+    asks = Asks(keys="teacher", queue=True, model_scales=False, own_scales=("cross",))
 
-    @property
-    def softens_teacher(self) -> bool:
-        return True
+
+@dataclass(frozen=True, kw_only=True)
+class GDTerm(Term):
+    asks = Asks(keys="teacher", teacher_logits="softmax")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AFDTerm(Term):
+    asks = Asks(keys="teacher", model_scales=False, own_scales=("fusion",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VRDTerm(Term):
+    asks = Asks(keys="teacher", model_scales=False, own_scales=("image", "text"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class XRDTerm(Term):
+    asks = Asks(keys="teacher", model_scales=False, own_scales=("cross",), needs=("icl",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """Every loss term under the name by which it is logged."""
+
+    info_nce: InfoNCETerm = field(default_factory=InfoNCETerm)
+    """Contrastive task loss (CLIP)."""
+    sigmoid: SigmoidTerm = field(default_factory=SigmoidTerm)
+    """Sigmoid task loss (SigLIP); the student gets a logit bias."""
+    gkl: GKLTerm = field(default_factory=GKLTerm)
+    """Generalized Kullback-Leibler divergence (arXiv 2503.08038)."""
+    kl: KLTerm = field(default_factory=KLTerm)
+    """KL divergence from the teacher's distribution, or from the mean of several teachers' (MobileCLIP)."""
+    affinity: AffinityTerm = field(default_factory=AffinityTerm)
+    """Affinity mimicking: soft cross-entropy at one fixed logit scale (TinyCLIP)."""
+    soft_bce: SoftBCETerm = field(default_factory=SoftBCETerm)
+    """Binary cross-entropy against a sigmoid teacher's probabilities (SigLIP teachers)."""
+    itc: ITCTerm = field(default_factory=ITCTerm)
+    """Image-text contrastive loss on momentum keys with mixed targets: true pairs, momentum encoder, teacher (ALBEF)."""
+    closed_set: ClosedSetTerm = field(default_factory=ClosedSetTerm)
+    """GKL on the logits of class prompts with objective.gkl's numbers, and class-wise global information."""
+    features: FeaturesTerm = field(default_factory=FeaturesTerm)
+    """Mean squared error of unit features (CLIP-KD's FD, there with weight 2000)."""
+    icl: ICLTerm = field(default_factory=ICLTerm)
+    """Interactive contrastive loss: student queries against teacher keys, with a learned scale (CLIP-KD)."""
+    gd: GDTerm = field(default_factory=GDTerm)
+    """Gradient distillation: mean squared error of the contrastive gradients (CLIP-KD)."""
+    afd: AFDTerm = field(default_factory=AFDTerm)
+    """Augmented feature distillation: InfoNCE of fused student and teacher features (CLIP-KD)."""
+    vrd: VRDTerm = field(default_factory=VRDTerm)
+    """Vertical relational distillation (CLIP-RD)."""
+    xrd: XRDTerm = field(default_factory=XRDTerm)
+    """Cross relational distillation (CLIP-RD)."""

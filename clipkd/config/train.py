@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from clipkd.config.data import DataConfig
-from clipkd.config.objective import ObjectiveConfig, require_number_of_teachers
+from clipkd.config.objective import ObjectiveConfig, require_number_of_teachers, require_objective
 from clipkd.errors import require
 
 
@@ -157,7 +157,16 @@ class TrainConfig:
         at_random = self.student.text == "frozen" and "@" not in self.student.model
         require(not at_random, "student.text is frozen at random weights: name them (student.model NAME@WEIGHTS)")
         require_finite(self)
-        require_objective(self)
+        names = self.teacher.names
+        require(bool(names) or self.student.text != "teacher", "student.text is teacher, but teacher.models names none")
+        require_objective(
+            self.objective,
+            has_teacher=bool(names) or self.teacher.cache is not None,
+            ema_momentum=self.optim.ema_momentum,
+            label_key=self.data.label_key,
+        )
+        if names:  # otherwise the cache says how many there are
+            require_number_of_teachers(self.objective, len(names))
 
 
 def require_finite(options: Any, prefix: str = "") -> None:
@@ -168,45 +177,6 @@ def require_finite(options: Any, prefix: str = "") -> None:
             require_finite(value, f"{name}.")
         for number in value if isinstance(value, tuple) else (value,):
             require(not isinstance(number, float) or math.isfinite(number), f"{name} is {number}; it must be finite")
-
-
-def require_objective(config: TrainConfig) -> None:
-    """Raises: ValueError if the terms that are on ask for something that the run does not have."""
-    active = config.objective.active()
-    require(bool(active), "no loss term is on: set objective.info_nce.weight, or a teacher and one of its terms")
-    distillation = [name for name, term in active.items() if term.needs_teacher]
-    first = f"objective.{distillation[0]}" if distillation else ""
-    names = config.teacher.names
-    require(bool(names) or config.student.text != "teacher", "student.text is teacher, but teacher.models names none")
-    if not names and config.teacher.cache is None:
-        require(not distillation, f"{first} needs a teacher: set teacher.models or teacher.cache")
-    else:
-        require(
-            bool(distillation),
-            "a teacher is set but no term uses it: set objective.gkl.weight or that of another distillation term, "
-            "or leave teacher.models and teacher.cache out",
-        )
-    if names:  # otherwise the cache says how many there are
-        require_number_of_teachers(config.objective, len(names))
-    momentum = [name for name, term in active.items() if term.needs_momentum]
-    require(
-        not momentum or config.optim.ema_momentum > 0,
-        f"objective.{momentum[0] if momentum else ''} uses momentum features, but optim.ema_momentum is 0; set it, e.g. 0.995",
-    )
-    capacity = config.objective.queue.capacity
-    require(
-        capacity == 0 or capacity >= config.batch_size,
-        f"objective.queue.capacity is {capacity}, less than one global batch of {config.batch_size} pairs; raise it",
-    )
-    closed_set = config.objective.closed_set
-    require(
-        not (closed_set.weight and closed_set.class_prior) or config.data.label_key is not None,
-        "objective.closed_set.class_prior needs labels: set data.label_key, or class_prior to false",
-    )
-    require(
-        config.data.label_key is None or closed_set.weight > 0,
-        f"data.label_key is {config.data.label_key}, but objective.closed_set, which uses labels, has no weight",
-    )
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

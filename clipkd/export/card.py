@@ -86,7 +86,7 @@ def recipe(folder: Path, config: dict[str, Any], step: int | None, model_config:
         files.write_json(folder / "student.json", model_config)
     files.write_text(folder / "training.yaml", yaml.safe_dump(own, sort_keys=False))
     terms = [
-        f"{name} × {term['weight']:g}" + (f" ({term['keys']} keys)" if "keys" in term else "")
+        f"{name} × {term['weight']:g}"
         for name, term in own["objective"].items()
         if isinstance(term, dict) and term.get("weight")
     ]

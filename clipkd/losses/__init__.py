@@ -2,8 +2,9 @@
 
 from clipkd.losses.contrastive import info_nce, info_nce_gradients, sigmoid_loss, soft_label_bce
 from clipkd.losses.features import feature_mse
+from clipkd.losses.fused import QueryStatistics, query_statistics
 from clipkd.losses.gkl import RowStatistics, dkl, gkl, row_statistics, row_weights, weighted_squared_error
-from clipkd.losses.similarity import Queue, SimilarityStatistics, similarity_statistics
+from clipkd.losses.panels import TILE_SIZE, compile_tile, in_panels, panel_height
 from clipkd.losses.soft_targets import (
     SoftTargetStatistics,
     kl,
@@ -12,13 +13,11 @@ from clipkd.losses.soft_targets import (
     soft_cross_entropy,
     soft_target_statistics,
 )
-from clipkd.losses.streaming import TILE_SIZE, compile_tile, in_panels, panel_height
 
 __all__ = [
     "TILE_SIZE",
-    "Queue",
+    "QueryStatistics",
     "RowStatistics",
-    "SimilarityStatistics",
     "SoftTargetStatistics",
     "compile_tile",
     "dkl",
@@ -31,10 +30,10 @@ __all__ = [
     "log_mean_softmax",
     "mixed_target",
     "panel_height",
+    "query_statistics",
     "row_statistics",
     "row_weights",
     "sigmoid_loss",
-    "similarity_statistics",
     "soft_cross_entropy",
     "soft_label_bce",
     "soft_target_statistics",

@@ -65,10 +65,10 @@ def info_nce_gradients(
     image_normalizers: Float[Tensor, "c"],
     text_normalizers: Float[Tensor, "c"],
 ) -> list[Float[Tensor, "b d"]]:
-    """∂InfoNCE/∂features of b of the c pairs of a batch, both losses apart (CLIP-KD's GD, arXiv 2307.12732, in closed form).
+    """∂InfoNCE/∂features of b of the c pairs of a batch, in closed form (CLIP-KD's GD, arXiv 2307.12732).
 
     Order: image as a query, image as a key, text as a query, text as a key. Normalizers: log Σ_j exp(logits_ij) of
-    all c queries of each direction, by which a column of probabilities is known without the other rows.
+    all c queries of each direction, from which a column of probabilities follows without the other rows.
     """
     factor = logit_scale / len(image_keys)
     target = positives.to(logits_per_image.dtype) / positives.sum(dim=-1, keepdim=True)

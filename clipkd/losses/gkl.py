@@ -1,10 +1,10 @@
 """The GKL family on logits: one row per query, one column per candidate, both sides already times their logit scale.
 
-Everything is taken from five numbers per row, so that a cheaper way to those numbers serves every term.
+Everything is computed from five numbers per row, so that `query_statistics` serves every term.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,7 @@ from clipkd.losses.soft_targets import (
 
 @dataclass(frozen=True)
 class RowStatistics(SoftTargetStatistics):
-    """What the GKL family needs to know of each query."""
+    """Statistics of each query from which the GKL family is computed."""
 
     variance: Float[Tensor, "b"]
     """Variance of teacher − student logits under the smoothed pair weights p̂ = softmax(γ·teacher/T_w)."""
@@ -36,24 +36,21 @@ def row_statistics(
     weight_temperature: float = 1.0,
     gamma: float = 1.0,
     pair_prior: Float[Tensor, "b c"] | None = None,
-    squared_error_logits: Float[Tensor, "b c"] | None = None,
 ) -> RowStatistics:
     """Per-row statistics of the GKL family in O(b·c), in float32 at least and in log space.
 
-    The soft target and the pair weights are constants; the gradient of `variance` reaches both sides.
-
-    pair_prior: log-probabilities whose power gamma weighs the pairs, in place of log softmax(teacher/T_w): the class
-    prior of a labelled sample. squared_error_logits: the student's logits once more, where the variance must not move
-    all that they depend on (the logit scale).
+    The soft target and the pair weights are constants; the gradient of `variance` reaches both sides. pair_prior:
+    log-probabilities whose power gamma weighs the pairs, in place of log softmax(teacher/T_w): the class prior of a
+    labelled sample.
 
     Raises: ValueError if a temperature is not positive, gamma is negative or the shapes differ.
     """
     require_gkl(temperature=temperature, weight_temperature=weight_temperature, gamma=gamma)
     require_same_shape(student_logits, teacher_logits)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    teacher = teacher_logits.to(dtype)
+    student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
     log_target = (teacher.detach() / temperature).log_softmax(dim=-1)
-    soft = soft_target_statistics(student_logits, log_target, temperature=temperature)
+    soft = soft_target_statistics(student, log_target, temperature=temperature)
 
     # Powers of a softmax underflow at logit scale 100; their logarithms do not.
     weight_logits = teacher.detach() / weight_temperature if pair_prior is None else pair_prior.detach().to(dtype)
@@ -61,15 +58,10 @@ def row_statistics(
     log_weight_mass = (gamma * weight_logits).logsumexp(dim=-1) - gamma * weight_logits.logsumexp(dim=-1)
 
     # Centred before squaring: E[d²] − E[d]² loses the digits of a small variance around a large mean.
-    difference = teacher - (student_logits if squared_error_logits is None else squared_error_logits).to(dtype)
+    difference = teacher - student
     centred = difference - (pair_weight * difference).sum(dim=-1, keepdim=True)
-    return RowStatistics(
-        ce=soft.ce,
-        kl=soft.kl,
-        teacher_entropy=soft.teacher_entropy,
-        variance=(pair_weight * centred.square()).sum(dim=-1),
-        log_weight_mass=log_weight_mass,
-    )
+    variance = (pair_weight * centred.square()).sum(dim=-1)
+    return RowStatistics(**vars(soft), variance=variance, log_weight_mass=log_weight_mass)
 
 
 def require_gkl(*, temperature: float, weight_temperature: float, gamma: float) -> None:
@@ -78,7 +70,10 @@ def require_gkl(*, temperature: float, weight_temperature: float, gamma: float) 
         raise ValueError(f"gamma is {gamma}; it must be 0 (uniform pair weights) or more")
 
 
-def row_weights(log_weight_mass: Float[Tensor, "b"], row_weight: Literal["reference", "uniform"]) -> Float[Tensor, "b"]:
+RowWeight = Literal["reference", "uniform"]
+
+
+def row_weights(log_weight_mass: Float[Tensor, "b"], row_weight: RowWeight) -> Float[Tensor, "b"]:
     """Shares of the queries in the squared-error half, summing to 1: P²/Σ P² (published code) or 1/b."""
     if row_weight == "uniform":
         return torch.full_like(log_weight_mass, 1 / len(log_weight_mass))
@@ -103,9 +98,8 @@ def gkl(
     gamma: float,
     temperature: float = 1.0,
     weight_temperature: float = 1.0,
-    row_weight: Literal["reference", "uniform"] = "reference",
+    row_weight: RowWeight = "reference",
     scale_by_temperature_squared: bool = False,
-    squared_error_logits: Float[Tensor, "b c"] | None = None,
 ) -> Float[Tensor, ""]:
     """Generalized Kullback-Leibler divergence (arXiv 2503.08038), sample-wise weights, in closed form.
 
@@ -116,17 +110,10 @@ def gkl(
     soft target and w carry no gradient; the squared error reaches both sides, so detach a frozen teacher. The published
     code has no T² on the cross-entropy half; `scale_by_temperature_squared` puts it there.
 
-    squared_error_logits as in `row_statistics`.
-
     Raises: ValueError as `row_statistics`, or for an unknown row_weight.
     """
     rows = row_statistics(
-        student_logits,
-        teacher_logits,
-        temperature=temperature,
-        weight_temperature=weight_temperature,
-        gamma=gamma,
-        squared_error_logits=squared_error_logits,
+        student_logits, teacher_logits, temperature=temperature, weight_temperature=weight_temperature, gamma=gamma
     )
     factor = temperature**2 if scale_by_temperature_squared else 1.0
     weighted_mse = weighted_squared_error(rows.variance, row_weights(rows.log_weight_mass, row_weight))
@@ -140,10 +127,7 @@ def dkl(
     ce_weight: float,
     mse_weight: float,
     gamma: float = 1.0,
-    temperature: float = 1.0,
-    weight_temperature: float = 1.0,
-    row_weight: Literal["reference", "uniform"] = "reference",
-    scale_by_temperature_squared: bool = False,
+    **options: Any,
 ) -> Float[Tensor, ""]:
     """Decoupled Kullback-Leibler divergence (arXiv 2305.13948): `gkl` whose squared error moves the teacher's side only.
 
@@ -151,17 +135,8 @@ def dkl(
     KL(softmax(teacher) ‖ softmax(student)) on both sides (the paper's Theorem 1). A frozen teacher leaves the
     cross-entropy half alone; GKL (first called IKL) is the step that lets the other half reach the student.
 
-    Raises: ValueError as `gkl`.
+    options and errors: see `gkl`.
     """
-    return gkl(
-        student_logits,
-        teacher_logits,
-        ce_weight=ce_weight,
-        mse_weight=mse_weight,
-        gamma=gamma,
-        temperature=temperature,
-        weight_temperature=weight_temperature,
-        row_weight=row_weight,
-        scale_by_temperature_squared=scale_by_temperature_squared,
-        squared_error_logits=student_logits.detach(),
-    )
+    still = student_logits.detach()
+    soft = gkl(student_logits, teacher_logits, ce_weight=ce_weight, mse_weight=0.0, gamma=gamma, **options)
+    return soft + gkl(still, teacher_logits, ce_weight=0.0, mse_weight=mse_weight, gamma=gamma, **options)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SoftTargetStatistics:
-    """What a soft target says of each query."""
+    """Cross-entropy and divergence of each query from its soft target q."""
 
     ce: Float[Tensor, "b"]
     """Soft cross-entropy −Σ q log π, nats; q = softmax(teacher/T), π = softmax(student/T)."""

@@ -14,6 +14,7 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from safetensors import SafetensorError
 from torch import Tensor
 
+from clipkd.config.objective import INITIAL_LOGIT_BIAS
 from clipkd.config.train import StudentConfig, TrainConfig
 from clipkd.models import students
 from clipkd.models.encoder import PROBES, Encoder
@@ -25,7 +26,7 @@ LOADING_ERRORS = (RuntimeError, OSError, TypeError, KeyError, SafetensorError, p
 def initial_student(config: TrainConfig) -> Encoder:
     """The student at step 0, seeded, in train mode, with the configured logit bias and frozen text tower."""
     torch.manual_seed(config.seed)
-    bias = config.objective.logit_scale.bias_init if config.objective.needs_bias else None
+    bias = INITIAL_LOGIT_BIAS if config.objective.needs_bias else None
     student = create_student(config.student, logit_bias=bias).train()
     if config.student.text != "trained":
         student.freeze_text()

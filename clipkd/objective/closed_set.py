@@ -1,4 +1,4 @@
-"""Closed-set distillation: a bank of class prompts, and what is known of each class."""
+"""Closed-set distillation: class prompts, the teacher's class vectors and the running class prior."""
 
 import hashlib
 from pathlib import Path
@@ -15,7 +15,7 @@ from clipkd.objective.memory import ClassPrior
 
 
 class ClosedSet:
-    """Class prompts as the student reads them, the frozen teacher's class vectors, and the running class prior."""
+    """Class prompts as the student's tokens, the frozen teacher's class vectors, and the running class prior."""
 
     def __init__(
         self, prompts: list[Int[Tensor, "k t"]], teacher_classes: Float[Tensor, "k d"], *, class_prior: bool
@@ -32,7 +32,7 @@ class ClosedSet:
 def open_closed_set(
     term: ClosedSetTerm, *, student: Encoder, teacher_classes: Float[Tensor, "k d"], device: torch.device
 ) -> ClosedSet:
-    """The student's tokens of every prompt, and the teacher's class vectors, on a device.
+    """Tokenize every prompt for the student and put all tensors on a device.
 
     Raises: ValueError or FileNotFoundError naming the option.
     """
@@ -46,7 +46,7 @@ def open_closed_set(
 
 @torch.no_grad()
 def class_vectors(term: ClosedSetTerm, teacher: Encoder, device: torch.device) -> Float[Tensor, "k d"]:
-    """A teacher's, on the device: the mean over all templates, as in zero-shot classification."""
+    """Compute a teacher's class vectors on the device: the mean over all templates, as in zero-shot classification."""
 
     def encode_texts(texts: list[str]) -> Tensor:
         return teacher.encode_text(teacher.spec.tokenize(texts).to(device))
@@ -55,12 +55,12 @@ def class_vectors(term: ClosedSetTerm, teacher: Encoder, device: torch.device) -
 
 
 def closed_set_fingerprint(term: ClosedSetTerm) -> str:
-    """What class names and templates hold, by which a resumed run knows its classes again."""
+    """SHA-256 of class names and templates, by which a resumed run checks that its classes are the same."""
     return hashlib.sha256(repr(read_classes(term)).encode()).hexdigest()
 
 
 def read_classes(term: ClosedSetTerm) -> tuple[list[str], list[str]]:
-    """Class names and templates.
+    """Read class names and templates.
 
     Raises: FileNotFoundError if the file is missing; ValueError if it names fewer than two classes or one twice.
     """

@@ -1,4 +1,4 @@
-"""The objective on one batch: everything trainable in one module, every loss term by its name in the configuration."""
+"""The objective on one batch: the student with all that is trained beside it, and the weighted sum of the loss terms."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,26 +9,27 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from clipkd import distributed
-from clipkd.config.objective import ObjectiveConfig
+import clipkd.objective.terms  # noqa: F401, fills TERMS
+from clipkd import distributed, losses
+from clipkd.config.objective import MIN_LOGIT_SCALE, ObjectiveConfig
 from clipkd.models.encoder import Encoder
 from clipkd.objective.closed_set import ClosedSet
-from clipkd.objective.comparison import Comparison, Pair, Rows, Targets
+from clipkd.objective.comparison import Comparison, Targets
+from clipkd.objective.entry import TERMS
 from clipkd.objective.memory import ClassPrior, FeatureQueue
-from clipkd.objective.terms import OWN_SCALES, TERMS, Metrics
 from clipkd.views import Features, View
 
-FRESH_LOG_SCALE = math.log(1 / 0.07)
+INITIAL_LOG_SCALE = math.log(1 / 0.07)
+
+Metrics = dict[str, Tensor]
 
 
 class Distiller(nn.Module):
-    """The student, with the projections and the scales that it trains with.
+    """The student, with the projections, modules and logit scales that the loss terms train beside it.
 
-    Teachers stay outside: they are frozen, need no gradient synchronisation and no place in the checkpoint. Where
+    Teachers stay outside: they are frozen and need neither gradient synchronisation nor a place in the checkpoint. Where
     widths differ and a term compares features of both models, the student's features pass through a linear map first.
-    The queue and the class prior are in `memory`, apart from the weights: DDP must not send them at every step.
-
-    Raises: ValueError if a term needs equal widths, they differ, and objective.projection is none.
+    The queue and the class prior are no module's buffers: DDP would send them at every step.
     """
 
     def __init__(
@@ -37,39 +38,38 @@ class Distiller(nn.Module):
         objective: ObjectiveConfig,
         *,
         teacher_dim: int | None,
+        queue_capacity: int = 0,
         closed_set: ClosedSet | None = None,
         device: torch.device | None = None,
     ) -> None:
-        """teacher_dim: width of the first teacher's features; None without one. device: where batches will come from."""
+        """teacher_dim: width of the first teacher's features; None without one. queue_capacity: pairs, if objective.queue
+        is on. device: where batches will come from.
+
+        Raises: ValueError if the student's logit scale is out of bounds.
+        """
         super().__init__()
         self.student, self.objective, self.closed_set = student, objective, closed_set
         self.active = objective.active()
+        compares = any(objective.keys_of(term) == "teacher" for term in self.active.values())
         self.image_projection: nn.Module = nn.Identity()
         self.text_projection: nn.Module = nn.Identity()
-        compares = any(term.compares_features for term in self.active.values())
         if teacher_dim not in (None, student.dim) and compares:
-            if objective.projection == "none":
-                raise ValueError(
-                    f"the student is {student.dim} wide, the teacher {teacher_dim}, and objective.projection is none; "
-                    "set objective.projection to linear, or use student keys and no feature term"
-                )
             self.image_projection = nn.Linear(student.dim, teacher_dim, bias=False)
             self.text_projection = nn.Linear(student.dim, teacher_dim, bias=False)
-        if "afd" in self.active:
-            assert teacher_dim is not None
-            self.image_fusion = nn.Linear(2 * teacher_dim, student.dim)
-            self.text_fusion = nn.Linear(2 * teacher_dim, student.dim)
-        own = sorted({scale for name in self.active for scale in OWN_SCALES.get(name, ())})
+        self.term_modules, scales = nn.ModuleDict(), set[str]()
+        for term in self.active.values():
+            self.term_modules.update(TERMS[type(term)].modules(student.dim, teacher_dim or student.dim))
+            scales.update(term.asks.own_scales)
         self.scales = nn.ParameterDict(
-            {f"{name}_logit_scale": nn.Parameter(torch.tensor(FRESH_LOG_SCALE)) for name in own}
+            {f"{name}_logit_scale": nn.Parameter(torch.tensor(INITIAL_LOG_SCALE)) for name in sorted(scales)}
         )
         self.prepare_logit_scale()
-        widths = {"teacher": teacher_dim, "momentum": student.dim}
-        rings = {f"{whose}_{side}": widths[whose] for whose in sorted(objective.queues) for side in ("image", "text")}
         self.queue = None
-        if rings:
-            self.queue = FeatureQueue(objective.queue.capacity, rings, device=device or torch.device("cpu"))  # type: ignore[arg-type]
-        self.pending: dict[str, Tensor] = {}
+        if objective.queues:
+            widths = {"teacher": teacher_dim or student.dim, "momentum": student.dim}
+            rings = {f"{ring}_{side}": widths[ring] for ring in objective.queues for side in ("image", "text")}
+            self.queue = FeatureQueue(queue_capacity, rings, device=device or torch.device("cpu"))
+        self.staged: dict[str, Tensor] = {}
         self.num_pairs: int | None = None
         """Of each process's share of a batch, once the processes have agreed."""
 
@@ -80,20 +80,19 @@ class Distiller(nn.Module):
         if policy.init is not None:
             model.logit_scale.data.fill_(math.log(policy.init))
         scale = model.logit_scale.detach().exp().item()
-        if not policy.minimum * (1 - 1e-3) <= scale <= policy.maximum * (1 + 1e-3):
+        if not MIN_LOGIT_SCALE * (1 - 1e-3) <= scale <= policy.maximum * (1 + 1e-3):
             raise ValueError(
-                f"the student's logit scale is {scale:.4g} at first, outside objective.logit_scale.minimum and maximum, "
-                f"{policy.minimum:g} and {policy.maximum:g}; widen them, or set objective.logit_scale.init"
+                f"the student's logit scale is {scale:.4g} at first, outside {MIN_LOGIT_SCALE:g} and "
+                f"objective.logit_scale.maximum, {policy.maximum:g}; raise maximum, or set objective.logit_scale.init"
             )
         # DDP waits for the gradient of every parameter that asks for one; a softmax does not see the bias of SigLIP models.
-        reached = any(term.trains_logit_scale(mse_moves_scale=policy.mse_moves_scale) for term in self.active.values())
-        model.logit_scale.requires_grad_(policy.learned and reached)
+        model.logit_scale.requires_grad_(policy.learned and any(t.asks.model_scales for t in self.active.values()))
         if getattr(model, "logit_bias", None) is not None:
             model.logit_bias.requires_grad_(self.objective.needs_bias)
 
     @property
     def needs_momentum(self) -> bool:
-        return any(term.needs_momentum for term in self.active.values())
+        return any(self.objective.needs_momentum(term) for term in self.active.values())
 
     def prompts_at(self, step: int) -> Int[Tensor, "k t"] | None:
         """Class prompts that the student reads at a step, if the objective has any."""
@@ -125,53 +124,46 @@ class Distiller(nn.Module):
         """
         self.require_even_batch(len(student.image))
         with torch.autocast(student.image.device.type, enabled=False):  # bf16 logits are off by 13 %
-            return self.combine(self.compare(student, detach(targets), step=step, class_features=class_features))
+            batch = self.compare(student, targets, step=step, class_features=class_features)
+            total: list[Tensor] = []
+            metrics: Metrics = {}
+            for name, term in self.active.items():
+                rows = TERMS[type(term)].rows(term, batch)
+                metrics |= {name if key == "value" else f"{name}_{key}": row.mean() for key, row in rows.items()}
+                total.append(self.objective.weight_at(term, step) * metrics[name])
+            loss = torch.stack(total).sum()
+            self.stage(batch)
+        metrics |= {"loss": loss, **self.scale_metrics(batch)}
+        return loss, {name: value.detach() for name, value in metrics.items()}
 
     def compare(
         self, student: Features, targets: Targets, *, step: int, class_features: Float[Tensor, "k d"] | None
     ) -> Comparison:
-        projected = self.project(student) if targets.teachers else student
         return Comparison(
             student=student,
-            projected=projected,
-            targets=targets,
+            projected=self.project(student) if targets.teachers else student,
+            targets=targets._replace(
+                teachers=tuple(teacher.detach() for teacher in targets.teachers),
+                momentum=None if targets.momentum is None else targets.momentum.detach(),
+            ),
+            objective=self.objective,
             queue=self.queue,
-            policy=self.objective.logit_scale,
             scales={name.removesuffix("_logit_scale"): scale.exp() for name, scale in self.scales.items()},
-            fused=self.fuse(projected, targets.teachers[0]) if "afd" in self.active else None,
+            modules=self.term_modules,
             closed_set=self.closed_set,
             class_features=class_features,
             step=step,
-            tile_size=self.objective.tile_size,
-            compiled=self.objective.compile,
         )
 
-    def combine(self, comparison: Comparison) -> tuple[Float[Tensor, ""], Metrics]:
-        step, student = comparison.step, comparison.student
-        rows = comparison.in_panels(self.rows)
-        metrics: Metrics = {"logit_scale": student.logit_scale}
-        if self.objective.needs_bias and student.logit_bias is not None:
-            metrics["logit_bias"] = student.logit_bias
-        metrics |= {f"{name}_logit_scale": scale for name, scale in comparison.scales.items()}
-        total: list[Tensor] = []
-        for name, term in self.active.items():
-            own = {key.removeprefix(f"{name}/"): value for key, value in rows.items() if key.startswith(f"{name}/")}
-            value, parts = TERMS[name].value(term, own)
-            total.append(term.factor(step) * value)
-            metrics |= {name: value, **{f"{name}_{part}": number for part, number in parts.items()}}
-        if comparison.uses_teacher_scale:
-            metrics["teacher_logit_scale"] = torch.as_tensor(comparison.teacher_scale(0), device=student.image.device)
-        self.remember(comparison)
-        loss = torch.stack(total).sum()
-        return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in metrics.items()}}
-
-    def rows(self, comparison: Comparison) -> Rows:
-        """Every term's, under TERM/NAME."""
-        return {
-            f"{name}/{key}": row
-            for name, term in self.active.items()
-            for key, row in TERMS[name].rows(term, comparison).items()
-        }
+    def scale_metrics(self, batch: Comparison) -> Metrics:
+        """Logit scales and biases of this step."""
+        metrics = {"logit_scale": batch.student.logit_scale}
+        metrics |= {f"{name}_logit_scale": scale for name, scale in batch.scales.items()}
+        if self.objective.needs_bias and batch.student.logit_bias is not None:
+            metrics["logit_bias"] = batch.student.logit_bias
+        if self.objective.uses_teacher_scale:
+            metrics["teacher_logit_scale"] = torch.as_tensor(batch.teacher_scale(), device=batch.student.image.device)
+        return metrics
 
     def require_even_batch(self, num_pairs: int) -> None:
         """Raises: ValueError. Collectives on rows of different numbers would hang or mix them up."""
@@ -196,43 +188,44 @@ class Distiller(nn.Module):
             text=F.normalize(self.text_projection(student.text), dim=-1),
         )
 
-    def fuse(self, projected: Features, teacher: Features) -> Pair:
-        """AFD's fused features: both models' side by side through a linear map, of unit norm."""
-        image = self.image_fusion(torch.cat([projected.image, teacher.image], dim=-1))
-        text = self.text_fusion(torch.cat([projected.text, teacher.text], dim=-1))
-        return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-
     @torch.no_grad()
-    def remember(self, comparison: Comparison) -> None:
-        """Set aside what the queue and the class prior shall take up once the step is good: the same on every process."""
-        self.pending = {}
+    def stage(self, batch: Comparison) -> None:
+        """Stage this batch's keys for the queue and the class prior; `finish_step` commits them if the step succeeded."""
+        self.staged = {}
         if self.queue is not None:
-            self.pending["ids"] = comparison.all_ids
-            for whose in sorted(self.objective.queues):  # this may be the first to gather: the same order everywhere
-                image, text = comparison.batch_keys("teacher" if whose == "teacher" else "momentum")
-                self.pending |= {f"{whose}_image": image, f"{whose}_text": text}
+            self.staged["ids"] = batch.batch_ids
+            for ring in self.objective.queues:
+                keys = batch.teacher_keys if ring == "teacher" else batch.momentum_keys
+                self.staged |= {f"{ring}_image": keys.image, f"{ring}_text": keys.text}
         if self.closed_set is not None and self.closed_set.prior is not None:
-            assert comparison.targets.labels is not None
-            probabilities = (comparison.class_logits() / self.objective.closed_set.weight_temperature).softmax(dim=-1)
-            self.pending["labels"] = distributed.gather_constant(comparison.targets.labels)
-            self.pending["class_probabilities"] = distributed.gather_constant(probabilities)
+            assert batch.targets.labels is not None
+            logits = batch.teacher_scale() * batch.teacher.image @ self.closed_set.teacher_classes.T
+            probabilities = (logits / self.objective.gkl.weight_temperature).softmax(dim=-1)
+            self.staged["labels"] = distributed.gather_constant(batch.targets.labels)
+            self.staged["class_probabilities"] = distributed.gather_constant(probabilities)
 
     @torch.no_grad()
     def finish_step(self) -> None:
-        """After the optimizer's step: keep the scales in bounds, and let the queue and the class prior take up the batch.
+        """After the optimizer's step: clamp the logit scales, and commit what `stage` prepared.
 
-        Not before the backward pass, which may read both again.
+        Not before the backward pass, which may read queue and class prior again.
         """
-        policy = self.objective.logit_scale
         for scale in (self.student.model.logit_scale, *self.scales.values()):
-            # A fixed scale is within these bounds from the start; the terms' own scales know no other policy.
-            scale.clamp_(math.log(policy.minimum), math.log(policy.maximum))  # type: ignore[operator]
+            # A fixed scale is within these bounds from the start.
+            scale.clamp_(math.log(MIN_LOGIT_SCALE), math.log(self.objective.logit_scale.maximum))  # type: ignore[operator]
         # Push after the loss: pushed first, every pair of this batch would stand twice among its own candidates.
         if self.queue is not None:
-            self.queue.push(self.pending["ids"], {name: self.pending[name] for name in self.queue.rings})
+            self.queue.push(self.staged["ids"], {name: self.staged[name] for name in self.queue.rings})
         if self.closed_set is not None and self.closed_set.prior is not None:
-            self.closed_set.prior.update(self.pending["labels"], self.pending["class_probabilities"])
-        self.pending = {}
+            self.closed_set.prior.update(self.staged["labels"], self.staged["class_probabilities"])
+        self.staged = {}
+
+    def describe_logits(self, batch_size: int) -> str:
+        """Size of a process's largest matrix of batch logits once the queue is full, and how much of it is formed at once."""
+        rows = batch_size // distributed.world_size()
+        columns = batch_size + (0 if self.queue is None else self.queue.capacity)
+        height = min(rows, losses.panel_height(columns, tile_size=self.objective.tile_size))
+        return f"{rows:,} × {columns:,} logits, {height:,} rows at a time"
 
     def memory(self) -> dict[str, Tensor]:
         """State beyond weights, for a checkpoint."""
@@ -252,11 +245,6 @@ class Distiller(nn.Module):
         return {name: state for name, state in (("queue", self.queue), ("class_prior", prior)) if state is not None}
 
 
-def detach(targets: Targets) -> Targets:
-    momentum = None if targets.momentum is None else targets.momentum.detach()
-    return targets._replace(teachers=tuple(teacher.detach() for teacher in targets.teachers), momentum=momentum)
-
-
 @runtime_checkable
 class FrozenTeacher(Protocol):
     """What the objective asks of a teacher besides its features."""
@@ -274,13 +262,13 @@ def require_fitting_teachers(objective: ObjectiveConfig, teachers: Sequence[Froz
         option = f"teacher.models[{number}]"
         sigmoid = teacher.logit_bias is not None
         for name, term in objective.active().items():
-            if sigmoid and term.softens_teacher:
+            if sigmoid and term.asks.teacher_logits == "softmax":
                 raise ValueError(
                     f"objective.{name} takes a softmax of the teacher's logits, but {option} {teacher.name} was trained "
                     "with a sigmoid (it has a logit_bias); use objective.soft_bce, or feature terms (features, icl, afd)"
                 )
-            if name == "soft_bce" and not sigmoid:
+            if term.asks.teacher_logits == "sigmoid" and not sigmoid:
                 raise ValueError(
-                    f"objective.soft_bce needs a sigmoid teacher (SigLIP), but {option} {teacher.name} has no logit_bias; "
+                    f"objective.{name} needs a sigmoid teacher (SigLIP), but {option} {teacher.name} has no logit_bias; "
                     "use objective.kl or gkl"
                 )

@@ -60,7 +60,7 @@ class FeatureQueue:
 
     @torch.no_grad()
     def push(self, ids: Int[Tensor, "n"], features: Mapping[str, Float[Tensor, "n d"]]) -> None:
-        """Put a batch in the place of the oldest pairs; of a batch larger than the ring the last pairs stay.
+        """Replace the oldest pairs by a batch; of a batch larger than the ring only the last pairs stay.
 
         Raises: ValueError if the batch does not bring every ring's features, one row per id.
         """
@@ -75,7 +75,7 @@ class FeatureQueue:
         self.num_pushed += len(ids)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, for a checkpoint."""
+        """The state to checkpoint."""
         return {"num_pushed": torch.tensor(self.num_pushed), "ids": self.ids, **self.rings}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -111,7 +111,7 @@ class ClassPrior:
         self.sums += member.T @ probabilities.double()
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, for a checkpoint."""
+        """The state to checkpoint."""
         return {"sums": self.sums, "counts": self.counts}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:

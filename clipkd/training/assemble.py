@@ -117,8 +117,14 @@ def make_distiller(config: TrainConfig, parts: Parts) -> Distiller:
     if term.weight:
         classes = parts.teachers.class_vectors(term)
         closed_set = open_closed_set(term, student=parts.student, teacher_classes=classes, device=device)
-    dim = parts.teachers.models[0].dim if parts.teachers.models else None
-    return Distiller(parts.student, config.objective, teacher_dim=dim, closed_set=closed_set, device=device).to(device)
+    return Distiller(
+        parts.student,
+        config.objective,
+        teacher_dim=parts.teachers.models[0].dim if parts.teachers.models else None,
+        queue_capacity=config.objective.queue * config.batch_size,
+        closed_set=closed_set,
+        device=device,
+    ).to(device)
 
 
 def make_optimizer(distiller: Distiller, config: TrainConfig) -> torch.optim.Optimizer:

@@ -15,7 +15,6 @@ from clipkd.errors import RunStopped, collecting
 from clipkd.models import students
 from clipkd.models.cost import count_saved
 from clipkd.models.encoder import Encoder
-from clipkd.objective.loss_memory import measure_loss_memory
 from clipkd.progress import mib
 from clipkd.training.assemble import Parts, open_parts
 from clipkd.training.resume import find_checkpoint
@@ -92,9 +91,7 @@ def try_run(config: TrainConfig, parts: Parts, findings: Findings) -> None:
     if run is None:
         return
     describe_memory(run)
-    dims = [teacher.dim for teacher in parts.teachers.models]
-    memory = measure_loss_memory(run.learner.distiller, dims, batch_size=config.batch_size)
-    tell("", f"logits of the loss: {memory.describe()}")
+    tell("", f"loss: {run.learner.distiller.describe_logits(config.batch_size)}")
     if run.done >= config.steps:
         tell("step", f"nothing left to do: {run.done:,} of {config.steps:,} steps are done")
         return

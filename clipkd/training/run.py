@@ -16,7 +16,6 @@ from clipkd.config.train import TrainConfig
 from clipkd.errors import Interrupted, Interruption, RunStopped
 from clipkd.models import run_folder
 from clipkd.objective import memory as momentum
-from clipkd.objective.loss_memory import LossMemory, measure_loss_memory
 from clipkd.progress import Stopwatch
 from clipkd.training import checkpoint
 from clipkd.training.assemble import Parts, assemble, identify, make_distiller, make_optimizer
@@ -140,11 +139,9 @@ def open_run(config: TrainConfig) -> Run:
         torch.set_num_threads(config.threads)
     parts = assemble(config)
     run = build_run(config, parts)
-    dims = [teacher.dim for teacher in parts.teachers.models]
     accelerator = run.learner.accelerator
     with run.watch.paused():
-        loss_memory = measure_loss_memory(run.learner.distiller, dims, batch_size=config.batch_size)
-        distributed.together(lambda: open_folder(run, parts, loss_memory) if accelerator.is_main_process else None)
+        distributed.together(lambda: open_folder(run, parts) if accelerator.is_main_process else None)
         if config.log.trackers:
             plain = configuration.flatten(configuration.to_dict(config))
             # Trackers take no lists.
@@ -201,7 +198,7 @@ def build_run(config: TrainConfig, parts: Parts, *, dry: bool = False) -> Run:
     )
 
 
-def open_folder(run: Run, parts: Parts, loss_memory: LossMemory) -> None:
+def open_folder(run: Run, parts: Parts) -> None:
     """Lock the run folder, write config.yaml and drop the records of steps that will be done again.
 
     Raises: ValueError if another process writes into the folder.
@@ -210,7 +207,7 @@ def open_folder(run: Run, parts: Parts, loss_memory: LossMemory) -> None:
     compiles = "; the first steps compile it, which takes minutes" if run.config.objective.compile else ""
     lines = [
         f"{run.folder}: {'resumed ' if start else ''}from step {start} of {steps}, {pairs.describe()}",
-        f"loss: {loss_memory.describe()}{compiles}",
+        f"loss: {run.learner.distiller.describe_logits(run.config.batch_size)}{compiles}",
     ]
     if teachers := parts.teachers.describe():
         lines.insert(1, f"teacher: {teachers}, for {run.feed.epoch(steps):.3g} epochs")

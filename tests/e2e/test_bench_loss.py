@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_loss.py"
-GKL, SOFT_CE = ("published", "plain", "streaming"), ("open_clip_soft_ce", "streaming_soft_ce")
+GKL, SOFT_CE = ("published", "expanded", "plain", "panels", "fused"), ("open_clip_soft_ce", "fused_soft_ce")
 # 16 · 24 · 24 float64 numbers, seven times, are more than that; all else is less.
 LIMIT = 0.0004
 
@@ -24,7 +24,7 @@ def rows(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"→ {output}"
-    assert "streaming_soft_ce" in done.stdout
+    assert "fused_soft_ce" in done.stdout
     return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
 
@@ -41,14 +41,15 @@ def test_every_form_has_a_row_and_the_machine_the_first(rows: list[dict[str, Any
             assert row["ms"] == row["ms_min"] > 0
             assert row["first_step_seconds"] > 0
             assert row["of_gemm"] == pytest.approx(row["useful_tflops"] / rows[0]["gemm_tflops"][row["dtype"]])
-            flop = 2 * (32 + 48) * 16 * 16 + 4 * 32 * 16 * 16  # logits of student and teacher, two gradients
-            flop += row["queue"] // 8 * (2 * 2 * (32 + 48) * 16 * 8 + 4 * 32 * 16 * 8)
+            # Teacher and student logits and a gradient, of two directions or of one pair of matrices with two gradients.
+            products = 16 * 16 * 4 if row["variant"] in SOFT_CE else 2 * 3 * 16 * (16 + row["queue"])
+            flop = 2 * 48 * products
             assert row["useful_tflops"] * row["ms"] == pytest.approx(flop / 1e9)
 
 
 def test_gradients_are_those_of_the_loss_in_float64(rows: list[dict[str, Any]]) -> None:
     compared = [row for row in rows if "exact" in row]
-    assert len(compared) == 15
+    assert len(compared) == 23
     for row in compared:
         assert row["exact"] == f"{'open_clip_soft_ce' if row['variant'] in SOFT_CE else 'plain'} float64"
         most = {"float32": 1e-4, "float64": 1e-10}[row["dtype"]]
@@ -83,15 +84,13 @@ def load_script() -> Any:
 
 
 @pytest.mark.parametrize("soft_ce", [False, True])
-def test_without_memory_for_whole_matrices_the_exact_gradient_is_streamed(soft_ce: bool) -> None:
+def test_without_memory_for_whole_matrices_the_exact_gradient_is_fused(soft_ce: bool) -> None:
     script = load_script()
     setting = script.Setting(12, 0 if soft_ce else 5, "float32", 6, 5, 4, "cpu")
     inputs = script.make_inputs(setting)
-    (_, whole), (form, streamed) = (
-        script.exact_gradients(setting, inputs, limit, soft_ce=soft_ce) for limit in (1e9, 0)
-    )
-    assert form == ("streaming_soft_ce float64" if soft_ce else "streaming float64")
-    for found, expected in zip(streamed, whole, strict=True):
+    (_, whole), (form, fused) = (script.exact_gradients(setting, inputs, limit, soft_ce=soft_ce) for limit in (1e9, 0))
+    assert form == ("fused_soft_ce float64" if soft_ce else "fused float64")
+    for found, expected in zip(fused, whole, strict=True):
         assert (found - expected).norm() <= 1e-12 * expected.norm()
 
 

@@ -369,7 +369,7 @@ def test_two_teachers_of_other_resolutions_on_large_jpegs(setting: Setting, clip
     specs = [create_student(StudentConfig(model="demo-student")).spec, load_model(str(clip_folder)).spec]
     assert [decoding_scale(image, (10.0, 10.0, 470.0, 350.0), spec) for spec in specs] == [8, 4]
 
-    options = [*SMALL, "--data.path", tmp_path / "pairs", "--objective.kl.weight", 1, "--objective.kl.keys", "student"]
+    options = [*SMALL, "--data.path", tmp_path / "pairs", "--objective.kl.weight", 1, "--objective.keys", "student"]
     options += ["--teacher.models", clip_folder, setting.teacher]
     cache = tmp_path / "cache"
     setting.clipkd("cache", *options, "--views", 2, "--dtype", "float32", "--output", cache)

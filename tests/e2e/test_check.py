@@ -13,7 +13,7 @@ def test_it_says_what_will_run_and_writes_nothing(clipkd: Run, data: Path, teach
     before = tree(data) | tree(teacher.parent)
     arguments = [*SMALL, "--data.path", data / "pairs", "--steps", 8, "--output", tmp_path / "run"]
     arguments += ["--teacher.models", teacher, "--objective.gkl.weight", 1, "--evaluation.data", f"[{data / 'noto'}]"]
-    done = clipkd("check", *arguments, "--objective.gkl.queue", "true", "--objective.queue.capacity", 32)
+    done = clipkd("check", *arguments, "--objective.queue", 2)
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["data", "64", "pairs"]
     (batch,) = [line for line in lines if line.startswith("batch")]
@@ -21,7 +21,7 @@ def test_it_says_what_will_run_and_writes_nothing(clipkd: Run, data: Path, teach
     for topic in ("student", "teacher", "memory", "loss", "step"):
         assert any(line.startswith(topic) for line in lines), topic
     assert "0.12M image + 3.22M text parameters" in done.stdout  # as `models` counts the demo's student
-    assert "logits of the loss: 16 × 48 logits at once, about 0.1 MiB" in done.stdout
+    assert "16 × 48 logits, 16 rows at a time" in done.stdout
     assert "finds the caption of" in done.stdout
     assert not (tmp_path / "run").exists()
     assert tree(data) | tree(teacher.parent) == before

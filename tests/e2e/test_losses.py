@@ -9,8 +9,7 @@ from tests.e2e.test_train import VARYING, read_metrics
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "losses"
 OPTIONS = {
-    "albef": ("--objective.queue.capacity", "40", "--objective.itc.ramp_steps", "5"),
-    "gkl": ("--objective.queue.capacity", "40"),
+    "albef": ("--objective.queue", "3", "--objective.itc.ramp_steps", "5"),
 }
 
 

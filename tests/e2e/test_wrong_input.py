@@ -54,11 +54,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], output: Path, *words:
         (("--teacher.models", "nowhere", "--objective.gkl.weight", "1"), ("nowhere",)),
         (("--objective.gkl.weight", "1"), ("objective.gkl", "teacher.models")),
         (("--objective.gkl.temperature", "-1"), ("objective.gkl.temperature is -1",)),
-        (("--objective.info_nce.queue", "true"), ("objective.info_nce.queue", "objective.queue.capacity is 0")),
-        (
-            ("--objective.info_nce.queue", "true", "--objective.queue.capacity", "15", "--optim.ema_momentum", "0.9"),
-            ("objective.queue.capacity is 15", "16 pairs"),
-        ),
+        (("--objective.queue", "4"), ("objective.queue is 4", "no term")),
         (("--objective.itc.weight", "1"), ("objective.itc", "optim.ema_momentum is 0")),
         (("--precision", "fp16"), ("precision is fp16",)),
         (("--evaluation.data", "[/no/such/set]"), ("/no/such/set",)),

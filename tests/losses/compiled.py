@@ -1,41 +1,38 @@
-"""Prints by how much compiled tiles and terms differ from those that are not, as one JSON object."""
+"""Prints by how much compiled panels and terms differ from those that are not, as one JSON object."""
 
 import dataclasses
 import json
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipkd.losses import similarity_statistics
+from clipkd.losses import query_statistics
 from tests.objective.tiny_clip import OBJECTIVES, make_batch, make_distiller, needs, take_loss
 
 
 def statistics(compiled: bool) -> dict[str, Tensor]:
+    """Against constant keys, and against keys that get a gradient."""
     _, targets = make_batch(dtype=torch.float64)
-    features = targets.teachers[0]
-    leaves = {
-        "image": features.image.clone().requires_grad_(),
-        "text": features.text.clone().requires_grad_(),
-        "scale": torch.tensor(8.0, dtype=torch.float64, requires_grad=True),
-    }
-    found = similarity_statistics(
-        *(leaves["image"], leaves["text"], features.text, features.image),
-        logit_scale=leaves["scale"],
-        teacher_logit_scale=5.0,
-        gamma=0.4,
-        compiled=compiled,
-    )
-    ways = found.image_to_text, found.text_to_image
-    values = torch.stack([getattr(way, name) for way in ways for name in ("ce", "kl", "variance", "info_nce")])
-    gradients = torch.autograd.grad(values.square().sum(), list(leaves.values()))
-    return {"values": values.detach(), **dict(zip(leaves, gradients, strict=True))}
+    image, text = targets.teachers[0].image, targets.teachers[0].text
+    scale, results = torch.tensor(8.0, dtype=torch.float64, requires_grad=True), {}
+    for kind, positives in (("constant", None), ("moving", torch.arange(len(image)))):
+        queries, keys = image.clone().requires_grad_(), text.clone().requires_grad_(kind == "moving")
+        options: dict[str, Any] = {"logit_scale": scale, "teacher_logit_scale": 5.0, "gamma": 0.4, "tile_size": 6}
+        options |= {"positives": positives, "temperature": 1.5}
+        rows: Any = query_statistics(queries, keys, text, image, compiled=compiled, **options)
+        values = torch.stack([rows.ce, rows.variance, rows.ce if rows.info_nce is None else rows.info_nce])
+        leaves = [queries, scale] if positives is None else [queries, scale, keys]
+        found = [values.detach(), *torch.autograd.grad(values.square().sum(), leaves)]
+        results |= {f"fused {kind} {number}": each for number, each in enumerate(found)}
+    return results
 
 
 def terms(compiled: bool) -> dict[str, Tensor]:
-    objective = dataclasses.replace(OBJECTIVES["every term"], compile=compiled, tile_size=6)
+    objective = dataclasses.replace(OBJECTIVES["teacher keys"], compile=compiled, tile_size=6)
     distiller = make_distiller(objective, dtype=torch.float64)
     view, targets = make_batch(dtype=torch.float64)
-    loss, _ = take_loss(distiller, view, needs("every term", targets))
+    loss, _ = take_loss(distiller, view, needs("teacher keys", targets))
     loss.backward()
     names = ("student.model.visual.1.weight", "image_projection.weight")
     gradients = {name: distiller.get_parameter(name).grad for name in names}

@@ -1,4 +1,4 @@
-"""The objective on one batch against Python loops over plain lists of floats."""
+"""The objective on one batch against Python loops over plain lists of floats; its gradients, scales, weights and state."""
 
 import dataclasses
 import math
@@ -7,17 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from clipkd.config.objective import ObjectiveConfig
-from clipkd.config.terms import FeatureTerm, GKLTerm, InfoNCETerm, SoftTargetTerm
+from clipkd.config.objective import LogitScaleConfig, ObjectiveConfig
+from clipkd.config.terms import FeaturesTerm, GKLTerm, ICLTerm, InfoNCETerm, ITCTerm, KLTerm
 from clipkd.losses import gkl
+from clipkd.objective import distiller as module
 from clipkd.objective.comparison import Targets
 from clipkd.objective.distiller import Distiller
+from clipkd.objective.entry import TERMS, Entry
 from clipkd.views import Features, View
 from tests.objective.tiny_clip import (
     OBJECTIVES,
     OFF,
+    QUEUE_CAPACITY,
     STUDENT_WIDTH,
     TEACHER_WIDTH,
     make_batch,
@@ -28,22 +31,18 @@ from tests.objective.tiny_clip import (
     take_loss,
 )
 
-Rows = list[list[float]]
+Matrix = list[list[float]]
 DOUBLE = torch.float64
 
 
-def unit(row: list[float]) -> list[float]:
-    length = math.sqrt(sum(value * value for value in row))
-    return [value / length for value in row]
-
-
-def products(queries: Rows, keys: Rows, scale: float) -> Rows:
+def products(queries: Matrix, keys: Matrix, scale: float) -> Matrix:
     return [[scale * sum(a * b for a, b in zip(q, k, strict=True)) for k in keys] for q in queries]
 
 
-def projected(features: Tensor, weight: Tensor) -> Rows:
+def projected(features: Matrix, weight: Tensor) -> Matrix:
     """W·x of every row, normalised again."""
-    return [unit([row[0] for row in products(weight.tolist(), [x], 1.0)]) for x in features.tolist()]
+    rows = [[row[0] for row in products(weight.tolist(), [x], 1.0)] for x in features]
+    return [[value / math.hypot(*row) for value in row] for row in rows]
 
 
 def softmax(row: list[float]) -> list[float]:
@@ -51,21 +50,23 @@ def softmax(row: list[float]) -> list[float]:
     return [math.exp(value) / total for value in row]
 
 
-def divergence(student: Rows, teacher: Rows) -> float:
-    total = 0.0
-    for s, t in zip(student, teacher, strict=True):
-        total += sum(q * math.log(q / p) for q, p in zip(softmax(t), softmax(s), strict=True))
-    return total / len(student)
+def info_nce(student: Matrix, _: Matrix) -> float:
+    return sum(-math.log(softmax(row)[i]) for i, row in enumerate(student)) / len(student)
 
 
-def entropy(teacher: Rows) -> float:
+def divergence(student: Matrix, teacher: Matrix) -> float:
+    pairs = [zip(softmax(t), softmax(s), strict=True) for s, t in zip(student, teacher, strict=True)]
+    return sum(q * math.log(q / p) for row in pairs for q, p in row) / len(student)
+
+
+def entropy(_: Matrix, teacher: Matrix) -> float:
     return sum(-q * math.log(q) for row in teacher for q in softmax(row)) / len(teacher)
 
 
-def squared_error(student: Rows, teacher: Rows, gamma: float) -> float:
+def squared_error(student: Matrix, teacher: Matrix, gamma: float, weight_temperature: float = 1.0) -> float:
     squares = normaliser = 0.0
     for s, t in zip(student, teacher, strict=True):
-        w = [q**gamma for q in softmax(t)]
+        w = [q**gamma for q in softmax([value / weight_temperature for value in t])]
         for j in range(len(s)):
             for k in range(len(s)):
                 squares += w[j] * w[k] * ((t[j] - t[k]) - (s[j] - s[k])) ** 2
@@ -73,101 +74,71 @@ def squared_error(student: Rows, teacher: Rows, gamma: float) -> float:
     return squares / normaliser / 4
 
 
-def both_directions(term: Callable[[Rows, Rows], float], student: Features, teacher: Features, keys: Features) -> float:
-    """Mean of image → text and text → image, of student queries against `keys`; the teacher's targets are its own."""
-    values = []
-    for query, key in (("image", "text"), ("text", "image")):
-        s = products(getattr(student, query), getattr(keys, key), float(student.logit_scale))
-        t = products(getattr(teacher, query).tolist(), getattr(teacher, key).tolist(), float(teacher.logit_scale))
-        values.append(term(s, t))
-    return sum(values) / 2
+def halved(function: Callable[[Matrix, Matrix], float]) -> Callable[[Matrix, Matrix], float]:
+    """At temperature 2."""
+    return lambda s, t: function(*([[value / 2 for value in row] for row in rows] for rows in (s, t)))
 
 
 def one_teacher(**options: Any) -> tuple[View, Targets]:
-    return (lambda view, targets: (view, needs("", targets)))(*make_batch(**options))
+    view, targets = make_batch(**options)
+    return view, needs("", targets)
 
 
-@pytest.fixture
-def every_term() -> tuple[Distiller, Features, Features, Tensor, dict[str, Tensor]]:
-    """Distiller, student's features as lists in its own space, teacher, loss and terms."""
-    distiller = make_distiller(OBJECTIVES["every term"], dtype=DOUBLE)
+@pytest.mark.parametrize("name", ["teacher keys", "student keys"])
+def test_every_series_equals_loops_over_both_directions(name: str) -> None:
+    distiller = make_distiller(OBJECTIVES[name], dtype=DOUBLE)
     view, targets = one_teacher(dtype=DOUBLE)
-    loss, metrics = take_loss(distiller, view, targets)
+    loss, found = take_loss(distiller, view, targets)
     with torch.no_grad():
         student = distiller.student.features(view)
-    return distiller, student, targets.teachers[0], loss, metrics
+    teacher, scale = targets.teachers[0], float(student.logit_scale)
+    own, wanted = ({side: getattr(each, side).tolist() for side in ("image", "text")} for each in (student, teacher))
+    crossed = name == "teacher keys"
+    queries = own
+    if crossed:
+        queries = {side: projected(own[side], getattr(distiller, f"{side}_projection").weight) for side in own}
 
+    def both(function: Callable[[Matrix, Matrix], float], queries: dict[str, Matrix], keys: dict[str, Matrix]) -> float:
+        values = []
+        for query, key in (("image", "text"), ("text", "image")):
+            targets = products(wanted[query], wanted[key], float(teacher.logit_scale))
+            values.append(function(products(queries[query], keys[key], scale), targets))
+        return sum(values) / 2
 
-def in_teacher_space(distiller: Distiller, student: Features) -> Features:
-    return student._replace(
-        image=projected(student.image, distiller.image_projection.weight),  # type: ignore[arg-type]
-        text=projected(student.text, distiller.text_projection.weight),  # type: ignore[arg-type]
-    )
+    def soft(function: Callable[[Matrix, Matrix], float]) -> float:
+        return both(function, queries, wanted if crossed else own)
 
-
-def as_lists(features: Features) -> Features:
-    return features._replace(image=features.image.tolist(), text=features.text.tolist())  # type: ignore[arg-type]
-
-
-def test_loss_is_the_weighted_sum_of_the_logged_terms(every_term) -> None:
-    _, _, _, loss, terms = every_term
-    weights = {"info_nce": 0.5, "gkl": 1.5, "kl": 2.0, "soft_ce": 0.3, "features": 10.0}
-    expected = sum(weight * terms[name].item() for name, weight in weights.items())
-    assert loss.item() == pytest.approx(expected, rel=1e-12)
-    assert terms["loss"].item() == loss.item()
-    assert not any(value.requires_grad for value in terms.values())
-
-
-def test_task_loss_equals_loops_over_both_directions(every_term) -> None:
-    _, student, teacher, _, terms = every_term
-
-    def info_nce(s: Rows, _: Rows) -> float:
-        return sum(-math.log(softmax(row)[i]) for i, row in enumerate(s)) / len(s)
-
-    own = as_lists(student)
-    assert terms["info_nce"].item() == pytest.approx(both_directions(info_nce, own, teacher, own), rel=1e-12)
-
-
-def test_divergence_on_student_keys_equals_loops(every_term) -> None:
-    _, student, teacher, _, terms = every_term
-    own = as_lists(student)
-    assert terms["kl"].item() == pytest.approx(both_directions(divergence, own, teacher, own), rel=1e-11)
-    expected = both_directions(lambda _, t: entropy(t), own, teacher, own)
-    assert terms["kl_teacher_entropy"].item() == pytest.approx(expected, rel=1e-12)
-
-
-def test_gkl_on_teacher_keys_equals_loops_over_the_published_form(every_term) -> None:
-    distiller, student, teacher, _, terms = every_term
-    queries, keys = in_teacher_space(distiller, student), as_lists(teacher)
-    kl = both_directions(divergence, queries, teacher, keys)
-    wmse = both_directions(lambda s, t: squared_error(s, t, 0.3), queries, teacher, keys)
-    h = both_directions(lambda _, t: entropy(t), queries, teacher, keys)
-    assert terms["gkl_kl"].item() == pytest.approx(kl, rel=1e-11)
-    assert terms["gkl_wmse"].item() == pytest.approx(wmse, rel=1e-11)
-    assert terms["gkl_teacher_entropy"].item() == pytest.approx(h, rel=1e-11)
-    assert terms["gkl"].item() == pytest.approx(0.7 * (kl + h) + 0.2 * wmse, rel=1e-11)
-
-
-def test_soft_cross_entropy_at_temperature_2_equals_loops(every_term) -> None:
-    distiller, student, teacher, _, terms = every_term
-    queries, keys = in_teacher_space(distiller, student), as_lists(teacher)
-
-    def soft_ce(s: Rows, t: Rows) -> float:
-        s, t = ([[value / 2 for value in row] for row in rows] for rows in (s, t))
-        return divergence(s, t) + entropy(t)
-
-    assert terms["soft_ce"].item() == pytest.approx(4 * both_directions(soft_ce, queries, teacher, keys), rel=1e-11)
-
-
-def test_feature_term_is_the_sum_over_both_modalities_of_the_error_in_the_teachers_space(every_term) -> None:
-    distiller, student, teacher, _, terms = every_term
-    queries, keys = in_teacher_space(distiller, student), as_lists(teacher)
-    expected = 0.0
-    for side in ("image", "text"):
-        pairs = zip(getattr(queries, side), getattr(keys, side), strict=True)
-        cosines = [sum(a * b for a, b in zip(q, k, strict=True)) for q, k in pairs]
-        expected += sum(2 * (1 - cosine) for cosine in cosines) / len(cosines) / TEACHER_WIDTH
-    assert terms["features"].item() == pytest.approx(expected, rel=1e-11)
+    kl, h = soft(divergence), soft(entropy)
+    if crossed:
+        wmse = soft(lambda s, t: squared_error(s, t, 0.3))
+        soft_kl, soft_h = soft(halved(divergence)), soft(halved(entropy))
+        error = 0.0
+        for side in ("image", "text"):
+            cosines = [
+                math.fsum(a * b for a, b in zip(q, k, strict=True))
+                for q, k in zip(queries[side], wanted[side], strict=True)
+            ]
+            error += sum(2 * (1 - cosine) for cosine in cosines) / len(cosines) / TEACHER_WIDTH
+        expected = {
+            "info_nce": both(info_nce, own, own),
+            "gkl": 0.7 * (kl + h) + 0.2 * wmse,
+            "kl": 4 * soft_kl,
+            "kl_kl": soft_kl,
+            "kl_soft_ce": soft_kl + soft_h,
+            "kl_teacher_entropy": soft_h,
+            "features": error,
+        }
+        weights = {"info_nce": 0.5, "gkl": 1.5, "kl": 0.3, "features": 10.0}
+    else:
+        wmse = soft(lambda s, t: squared_error(s, t, 0.05, 2.0))
+        expected = {"gkl": kl + h + 0.1 * wmse, "kl": kl, "kl_soft_ce": kl + h, "kl_teacher_entropy": h}
+        weights = {"gkl": 1.0, "kl": 2.0}
+    expected |= {"gkl_kl": kl, "gkl_soft_ce": kl + h, "gkl_teacher_entropy": h, "gkl_wmse": wmse}
+    expected["loss"] = sum(weight * expected[term] for term, weight in weights.items())
+    expected |= {"logit_scale": math.exp(2.0), "teacher_logit_scale": 12.0}
+    assert {key: value.item() for key, value in found.items()} == pytest.approx(expected, rel=1e-10)
+    assert loss.item() == found["loss"].item()
+    assert not any(value.requires_grad for value in found.values())
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - {"ramped"}))
@@ -177,9 +148,8 @@ def test_gradient_of_the_students_features_and_scale_is_that_of_finite_differenc
     Without what holds a part of the student constant on purpose: those terms are compared with their peers' restatements.
     """
     objective = OBJECTIVES[name]
-    stopped = {part: dataclasses.replace(getattr(objective, part), weight=0.0) for part in ("dkl", "itc", "vrd", "xrd")}
-    policy = dataclasses.replace(objective.logit_scale, mse_moves_scale=True)
-    distiller = make_distiller(dataclasses.replace(objective, **stopped, logit_scale=policy), dtype=DOUBLE)
+    stopped = {part: dataclasses.replace(getattr(objective, part), weight=0.0) for part in ("itc", "vrd", "xrd")}
+    distiller = make_distiller(dataclasses.replace(objective, **stopped), dtype=DOUBLE)
     for number in range(2):  # the second batch finds the first in the queue
         view, targets = make_batch(dtype=DOUBLE, num=4, number=number)
         targets = needs(name, targets)
@@ -194,65 +164,40 @@ def test_gradient_of_the_students_features_and_scale_is_that_of_finite_differenc
         return distiller.loss(Features(image, text, scale, student.logit_bias), targets, class_features=classes)[0]
 
     leaves = [part.clone().requires_grad_() for part in (*student[:3], classes)]
-    assert torch.autograd.gradcheck(value, leaves)
+    assert torch.autograd.gradcheck(value, leaves, fast_mode=True)
 
 
 def test_gkl_in_the_objective_is_the_loss_of_that_name() -> None:
     options = {"ce_weight": 0.7, "mse_weight": 0.2, "gamma": 0.3, "temperature": 2.0, "weight_temperature": 0.5}
     for squared in (False, True):
-        term = GKLTerm(weight=3.0, keys="student", **options, scale_by_temperature_squared=squared)
-        distiller = make_distiller(ObjectiveConfig(info_nce=OFF, gkl=term), dtype=DOUBLE)
+        objective = ObjectiveConfig(
+            keys="student",
+            info_nce=OFF,
+            gkl=GKLTerm(weight=3.0, **options),
+            scale_by_temperature_squared=squared,
+        )
+        distiller = make_distiller(objective, dtype=DOUBLE)
         view, targets = one_teacher(dtype=DOUBLE)
         with torch.no_grad():
             student = distiller.student.features(view)
-        logits = student.logit_scale * student.image @ student.text.T
         teacher = targets.teachers[0]
+        logits = student.logit_scale * student.image @ student.text.T
         wanted = teacher.logit_scale * teacher.image @ teacher.text.T
         directions = [(logits, wanted), (logits.T, wanted.T)]
         expected = sum(gkl(s, t, **options, scale_by_temperature_squared=squared).item() for s, t in directions) / 2
         assert take_loss(distiller, view, targets)[0].item() == pytest.approx(3 * expected, rel=1e-12)
 
 
-def test_teacher_keys_by_hand() -> None:
+def test_keys_by_hand() -> None:
     # Two pairs on the axes, scales ln 3: teacher rows are softmax (ln 3, 0) = (3/4, 1/4), the student mixes them up.
     axes = torch.eye(2)
     student = Features(axes.flip(0), axes.flip(0), torch.tensor(math.log(3)))
     teacher = Features(axes, axes, torch.tensor(math.log(3)))
-    encoder = make_encoder(2)
-    objective = ObjectiveConfig(info_nce=OFF, kl=SoftTargetTerm(weight=1.0, keys="teacher"))
-    loss, _ = Distiller(encoder, objective, teacher_dim=2).loss(student, Targets((teacher,)))
-    assert loss.item() == pytest.approx(0.5 * math.log(3), rel=1e-6)  # (3/4 − 1/4) ln 3
-    objective = ObjectiveConfig(info_nce=OFF, kl=SoftTargetTerm(weight=1.0, keys="student"))
-    loss, _ = Distiller(encoder, objective, teacher_dim=2).loss(student, Targets((teacher,)))
-    assert loss.item() == pytest.approx(0.0, abs=1e-7)  # among its own, the student agrees with the teacher
-
-
-GKL_SERIES = {"gkl", "gkl_kl", "gkl_soft_ce", "gkl_wmse", "gkl_teacher_entropy"}
-
-
-@pytest.mark.parametrize(
-    ("name", "terms"),
-    [
-        ("task alone", {"info_nce"}),
-        ("features alone", {"features"}),
-        ("gkl with equal rows", {"info_nce"} | GKL_SERIES),
-        ("gkl on student keys", GKL_SERIES),
-        (
-            "every term",
-            {"info_nce", "kl", "kl_soft_ce", "kl_teacher_entropy", "soft_ce", "soft_ce_kl", "soft_ce_teacher_entropy"}
-            | {"soft_ce_soft_ce"}  # the term itself is multiplied by T²
-            | {"features"}
-            | GKL_SERIES,
-        ),
-    ],
-)
-def test_only_terms_with_a_weight_are_logged(name: str, terms: set[str]) -> None:
-    distiller = make_distiller(OBJECTIVES[name], dtype=torch.float32)
-    _, metrics = take_loss(distiller, *one_teacher(dtype=torch.float32))
-    uses_teacher_logits = {"teacher_logit_scale"} if name not in ("task alone", "features alone") else set()
-    assert set(metrics) == terms | {"loss", "logit_scale"} | uses_teacher_logits
-    assert metrics["logit_scale"].item() == pytest.approx(math.exp(2.0), rel=1e-6)
-    assert metrics.get("teacher_logit_scale", torch.tensor(12.0)).item() == 12.0
+    # (3/4 − 1/4) ln 3; among its own keys, the student agrees with the teacher.
+    for keys, expected in (("teacher", 0.5 * math.log(3)), ("student", 0.0)):
+        objective = ObjectiveConfig(keys=keys, info_nce=OFF, kl=KLTerm(weight=1.0))
+        loss, _ = Distiller(make_encoder(2), objective, teacher_dim=2).loss(student, Targets((teacher,)))
+        assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_without_a_teacher_the_task_loss_is_all() -> None:
@@ -263,20 +208,32 @@ def test_without_a_teacher_the_task_loss_is_all() -> None:
     assert loss.item() == take_loss(distiller, view, targets)[0].item()
 
 
-TEACHER_KEYS = SoftTargetTerm(weight=1.0, keys="teacher")
-STUDENT_KEYS = SoftTargetTerm(weight=1.0, keys="student")
+def test_a_term_of_weight_0_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> dict[str, Tensor]:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(module, "TERMS", {kind: Entry(fail, entry.modules) for kind, entry in TERMS.items()})
+    monkeypatch.setitem(module.TERMS, InfoNCETerm, TERMS[InfoNCETerm])
+    assert "info_nce" in take_loss(make_distiller(ObjectiveConfig(), dtype=DOUBLE), *make_batch(dtype=DOUBLE))[1]
+    with pytest.raises(AssertionError, match="computed"):
+        take_loss(make_distiller(OBJECTIVES["features alone"], dtype=DOUBLE), *make_batch(dtype=DOUBLE))
+
+
+def test_every_term_has_an_entry_and_these_tests_use_them_all() -> None:
+    used = {name for objective in OBJECTIVES.values() for name in objective.active()}
+    assert used == set(ObjectiveConfig().terms())
+    assert TERMS.keys() == {type(term) for term in ObjectiveConfig().terms().values()}
+    assert QUEUE_CAPACITY % 8 != 0
 
 
 @pytest.mark.parametrize(
     ("objective", "teacher_dim", "expected"),
     [
-        (ObjectiveConfig(kl=TEACHER_KEYS), TEACHER_WIDTH, True),
-        (ObjectiveConfig(gkl=GKLTerm(weight=1.0)), TEACHER_WIDTH, True),
-        (ObjectiveConfig(soft_ce=TEACHER_KEYS), TEACHER_WIDTH, True),
-        (ObjectiveConfig(features=FeatureTerm(weight=1.0), kl=STUDENT_KEYS), TEACHER_WIDTH, True),
-        (ObjectiveConfig(kl=STUDENT_KEYS), TEACHER_WIDTH, False),
-        (ObjectiveConfig(gkl=GKLTerm(weight=0.0, keys="teacher"), kl=STUDENT_KEYS), TEACHER_WIDTH, False),
-        (ObjectiveConfig(kl=TEACHER_KEYS), STUDENT_WIDTH, False),
+        (ObjectiveConfig(kl=KLTerm(weight=1.0)), TEACHER_WIDTH, True),
+        (ObjectiveConfig(keys="student", features=FeaturesTerm(weight=1.0)), TEACHER_WIDTH, True),
+        (ObjectiveConfig(keys="student", kl=KLTerm(weight=1.0)), TEACHER_WIDTH, False),
+        (ObjectiveConfig(kl=KLTerm(weight=1.0)), STUDENT_WIDTH, False),
+        (ObjectiveConfig(), TEACHER_WIDTH, False),
         (ObjectiveConfig(), None, False),
     ],
 )
@@ -284,24 +241,10 @@ def test_projections_exist_only_where_widths_differ_and_a_term_needs_them(
     objective: ObjectiveConfig, teacher_dim: int | None, expected: bool
 ) -> None:
     distiller = Distiller(make_encoder(), objective, teacher_dim=teacher_dim)
-    shapes = {n: tuple(p.shape) for n, p in distiller.named_parameters() if "projection" in n and "student" not in n}
+    shapes = {n: tuple(p.shape) for n, p in distiller.named_parameters() if not n.startswith("student.")}
     wanted = (TEACHER_WIDTH, STUDENT_WIDTH)
     assert shapes == ({"image_projection.weight": wanted, "text_projection.weight": wanted} if expected else {})
-    unprojected = dataclasses.replace(objective, projection="none")
-    if expected:
-        with pytest.raises(ValueError, match=r"6 wide, the teacher 9.*objective\.projection"):
-            Distiller(make_encoder(), unprojected, teacher_dim=teacher_dim)
-    else:
-        Distiller(make_encoder(), unprojected, teacher_dim=teacher_dim)
-
-
-def test_with_equal_widths_features_are_compared_as_they_are() -> None:
-    distiller = make_distiller(OBJECTIVES["features alone"], dtype=DOUBLE, teacher_dim=STUDENT_WIDTH)
-    view, targets = one_teacher(dtype=DOUBLE, teacher_dim=STUDENT_WIDTH)
-    student, teacher = distiller.student.features(view), targets.teachers[0]
-    cosines = (student.image * teacher.image).sum(dim=1), (student.text * teacher.text).sum(dim=1)
-    expected = sum(2 * (1 - c.mean().item()) / STUDENT_WIDTH for c in cosines)
-    assert take_loss(distiller, view, targets)[0].item() == pytest.approx(expected, rel=1e-12)
+    assert {name.split(".")[0] for name in distiller.state_dict()} == {"student", *(n.split(".")[0] for n in shapes)}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -310,34 +253,24 @@ def test_every_trainable_parameter_gets_a_gradient_as_ddp_demands(name: str, tea
     distiller = make_distiller(OBJECTIVES[name], dtype=DOUBLE, teacher_dim=teacher_dim)
     view, targets = make_batch(dtype=DOUBLE, teacher_dim=teacher_dim)
     take_loss(distiller, view, needs(name, targets))[0].backward()
-    without = [n for n, p in distiller.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    assert without == []
-
-
-def test_logit_scale_is_frozen_where_no_term_has_logits() -> None:
-    frozen = make_distiller(OBJECTIVES["features alone"], dtype=torch.float32)
-    assert not frozen.student.model.logit_scale.requires_grad
-    assert [n for n, p in frozen.named_parameters() if not p.requires_grad] == ["student.model.logit_scale"]
-    for objective in (
-        ObjectiveConfig(info_nce=InfoNCETerm(weight=0.1)),
-        ObjectiveConfig(info_nce=OFF, kl=STUDENT_KEYS),
-        ObjectiveConfig(info_nce=OFF, soft_ce=TEACHER_KEYS),
-        ObjectiveConfig(info_nce=OFF, gkl=GKLTerm(weight=1.0)),
-    ):
-        distiller = make_distiller(objective, dtype=torch.float32)
-        assert all(p.requires_grad for p in distiller.parameters())
+    assert [
+        n for n, p in distiller.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ] == []
+    frozen = [n for n, p in distiller.named_parameters() if not p.requires_grad]
+    scale = ["student.model.logit_scale"] if name == "features alone" else []  # no term has logits at it
+    assert frozen == scale
 
 
 def test_no_gradient_reaches_the_teachers_features() -> None:
-    distiller = make_distiller(OBJECTIVES["every term"], dtype=DOUBLE)
+    distiller = make_distiller(OBJECTIVES["teacher keys"], dtype=DOUBLE)
     view, targets = one_teacher(dtype=DOUBLE)
     leaves = [part.clone().requires_grad_() for part in targets.teachers[0][:3]]
     take_loss(distiller, view, Targets((Features(*leaves),)))[0].backward()
-    assert [leaf.shape for leaf in leaves if leaf.grad is not None] == []
+    assert [leaf.grad for leaf in leaves] == [None] * 3
 
 
 def test_under_autocast_logits_and_loss_stay_in_float32() -> None:
-    distiller = make_distiller(OBJECTIVES["every term"], dtype=torch.float32)
+    distiller = make_distiller(OBJECTIVES["teacher keys"], dtype=torch.float32)
     view, targets = one_teacher(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         loss, metrics = take_loss(distiller, view, targets)
@@ -348,21 +281,85 @@ def test_under_autocast_logits_and_loss_stay_in_float32() -> None:
     assert loss.item() != take_loss(distiller, view, targets)[0].item()  # the towers did run in bfloat16
 
 
-def test_the_checkpoint_of_a_distiller_holds_student_and_projections() -> None:
-    distiller = make_distiller(OBJECTIVES["every term"], dtype=torch.float32)
-    names = {name.split(".")[0] for name in distiller.state_dict()}
-    assert names == {"student", "image_projection", "text_projection"}
-    assert isinstance(make_distiller(OBJECTIVES["task alone"], dtype=DOUBLE).image_projection, nn.Identity)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(DOUBLE, 1e-12), (torch.float32, 2e-5)], ids=str)
-@pytest.mark.parametrize("tile_size", [1, 5, 7])
+@pytest.mark.parametrize(
+    ("dtype", "tile_size", "tolerance"), [(DOUBLE, 1, 1e-12), (DOUBLE, 7, 1e-12), (torch.float32, 5, 2e-5)], ids=str
+)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_any_panel_of_queries_gives_the_same_series_gradients_and_memory(
-    name: str, tile_size: int, dtype: torch.dtype, tolerance: float
+    name: str, dtype: torch.dtype, tile_size: int, tolerance: float
 ) -> None:
     whole, panels = steps(name, dtype), steps(name, dtype, tile_size=tile_size)
     assert panels.keys() == whole.keys()
     for key, expected in whole.items():
         error = (panels[key] - expected).double().norm().item()
         assert error <= tolerance * max(expected.double().norm().item(), 1e-3), f"{key}: {error}"
+
+
+def test_the_size_of_the_logits_is_described() -> None:
+    objective = dataclasses.replace(OBJECTIVES["queued teacher keys"], tile_size=64)
+    distiller = make_distiller(objective, dtype=torch.float32)
+    assert distiller.describe_logits(1024) == "1,024 × 1,043 logits, 3 rows at a time"
+    whole = make_distiller(OBJECTIVES["task alone"], dtype=torch.float32)
+    assert whole.describe_logits(1024) == "1,024 × 1,024 logits, 1,024 rows at a time"
+
+
+# Logit scales, warm-up, and what a step leaves behind
+
+
+def test_the_scale_starts_where_the_policy_says_and_stays_in_its_bounds() -> None:
+    policy = LogitScaleConfig(init=20.0, maximum=30.0)
+    distiller = make_distiller(ObjectiveConfig(icl=ICLTerm(weight=1.0), logit_scale=policy), dtype=DOUBLE)
+    model: Any = distiller.student.model
+    assert model.logit_scale.exp().item() == pytest.approx(20.0)
+    for value, bound in ((math.log(50), 30.0), (math.log(0.2), 1.0)):
+        model.logit_scale.data.fill_(value)
+        distiller.scales["cross_logit_scale"].data.fill_(value)
+        distiller.finish_step()
+        assert model.logit_scale.exp().item() == pytest.approx(bound)
+        assert distiller.scales["cross_logit_scale"].exp().item() == pytest.approx(bound)
+    with pytest.raises(ValueError, match=r"scale is 7\.389 at first, outside 1 and objective\.logit_scale\.maximum, 7"):
+        make_distiller(ObjectiveConfig(logit_scale=LogitScaleConfig(maximum=7.0)), dtype=DOUBLE)
+    fixed = make_distiller(ObjectiveConfig(logit_scale=LogitScaleConfig(learned=False)), dtype=DOUBLE)
+    assert [n for n, p in fixed.named_parameters() if not p.requires_grad] == ["student.model.logit_scale"]
+
+
+def test_weights_of_all_but_the_task_loss_rise_linearly_over_the_warm_up() -> None:
+    objective = ObjectiveConfig(info_nce=InfoNCETerm(weight=0.5), features=FeaturesTerm(weight=2.0), warmup_steps=4)
+    risen = [objective.weight_at(objective.features, step) for step in range(6)]
+    assert risen == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    distiller = make_distiller(objective, dtype=DOUBLE)
+    view, targets = one_teacher(dtype=DOUBLE)
+    for step in (0, 1, 9):
+        loss, series = take_loss(distiller, view, targets, step)
+        expected = 0.5 * series["info_nce"].item() + risen[min(step, 5)] * series["features"].item()
+        assert loss.item() == pytest.approx(expected, rel=1e-12)
+    ramp = ITCTerm(momentum_share=0.4, teacher_share=0.1, ramp_steps=10)
+    assert [ramp.shares(step)[0] for step in (0, 5, 10, 20)] == pytest.approx([0.0, 0.2, 0.4, 0.4])
+    assert ramp.shares(5)[1] == pytest.approx(0.05)
+
+
+def test_the_batch_is_queued_after_its_loss_and_only_when_the_step_succeeded() -> None:
+    distiller = make_distiller(OBJECTIVES["queued teacher keys"], dtype=DOUBLE)
+    view, targets = one_teacher(dtype=DOUBLE)
+    first = take_loss(distiller, view, targets)[0].item()
+    assert take_loss(distiller, view, targets)[0].item() == first  # nothing was queued by the loss itself
+    assert distiller.queue is not None
+    assert len(distiller.queue) == 0
+    distiller.finish_step()
+    assert distiller.queue.filled_ids().tolist() == list(range(8))
+    assert torch.equal(distiller.queue.filled("teacher_text"), targets.teachers[0].text)
+    assert take_loss(distiller, view, targets)[0].item() != first
+
+
+def test_memory_goes_through_a_checkpoint_and_back() -> None:
+    for name in ("queued teacher keys", "closed set"):
+        distiller, again = (make_distiller(OBJECTIVES[name], dtype=DOUBLE) for _ in range(2))
+        for number in range(3):
+            take_loss(distiller, *one_teacher(dtype=DOUBLE, number=number))
+            distiller.finish_step()
+        stored = {key: tensor.clone() for key, tensor in distiller.memory().items()}
+        assert stored
+        again.load_memory(stored)
+        batch = one_teacher(dtype=DOUBLE, number=4)
+        assert take_loss(distiller, *batch)[0].item() == take_loss(again, *batch)[0].item()
+    assert make_distiller(ObjectiveConfig(), dtype=DOUBLE).memory() == {}

@@ -79,12 +79,10 @@ def test_gather_brings_all_rows_in_rank_order(processes: list[Seen]) -> None:
         assert not facts["constant_requires_grad"]
 
 
-def test_rows_are_summed_where_they_belong_and_parts_go_to_their_process(processes: list[Seen]) -> None:
+def test_rows_are_summed_where_they_belong(processes: list[Seen]) -> None:
     first, second = (tensors for tensors, _ in processes)
     assert first["sum of own rows"].tolist() == [[3.0], [30.0]]
     assert second["sum of own rows"].tolist() == [[300.0], [3000.0]]
-    assert first["swapped"].tolist() == [[10.0], [20.0]]  # the tens name the sender, the ones the receiver
-    assert second["swapped"].tolist() == [[11.0], [21.0]]
 
 
 def test_the_largest_number_of_any_process_is_known_to_all(processes: list[Seen]) -> None:
@@ -155,7 +153,7 @@ def test_two_processes_give_the_loss_and_gradients_of_one(
         for tensors, _ in processes
     ]
     assert [set(half) for half in halves] == [set(whole)] * 2
-    assert ("memory/queue/ids" in whole) == (name in ("queued", "ramped"))
+    assert ("memory/queue/ids" in whole) == (name.startswith("queued") or name == "ramped")
     for key, expected in whole.items():
         if key.startswith("memory/"):  # pushed from gathered batches: the same bits on every process
             assert all(torch.equal(half[key], expected) for half in halves), key
@@ -168,11 +166,8 @@ def test_two_processes_give_the_loss_and_gradients_of_one(
                 assert error <= tolerance * max(expected.norm().item(), 1e-3), f"{key}: {error}"
     assert sum(key.startswith("gradient/") for key in whole) >= (4 if frozen else 7)
     assert any("token_embedding" in key for key in whole) != frozen
-    uses_projection = name in (
-        "queued",
-        *("every term", "gkl with equal rows", "features alone", "relations", "sigmoid on teacher keys"),
-    )
-    assert ("gradient/image_projection.weight" in whole) == bool(uses_projection)
+    uses_projection = name in ("teacher keys", "features alone", "relations", "queued teacher keys", "queued sigmoid")
+    assert ("gradient/image_projection.weight" in whole) == uses_projection
     assert ("gradient/student.model.logit_scale" in whole) == (name != "features alone")
     assert whole["metric/loss"] > 0.1
 
@@ -196,7 +191,7 @@ def test_dropout_is_the_same_in_both_passes_on_two_processes(processes: list[See
 
 def test_halves_alone_have_another_loss_than_the_whole(processes: list[Seen]) -> None:
     """Keys and row weights come from both processes: the two losses differ, only their mean is that of one process."""
-    for name in ("every term", "gkl on student keys"):
+    for name in ("teacher keys", "student keys"):
         first, second = (tensors[f"{name}/torch.float64/metric/loss"].item() for tensors, _ in processes)
         assert abs(first - second) > 1e-3 * first
 

@@ -1,10 +1,20 @@
-"""The moving average of a model, parameters and buffers."""
+"""What training remembers: the moving average, the queue against a deque, the running class prior against loops."""
+
+import random
+from collections import deque
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from clipkd.objective.memory import copy_for_average, update_average
+from clipkd.objective.memory import ClassPrior, FeatureQueue, copy_for_average, update_average
+
+CPU = torch.device("cpu")
+WIDTHS = {"image": 3, "text": 2}
+Entry = tuple[float, ...]
+
+
+# The moving average
 
 
 def student() -> nn.Module:
@@ -12,51 +22,33 @@ def student() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
 
 
-def fill(model: nn.Module, value: float) -> None:
-    for tensor in model.state_dict().values():
-        tensor.fill_(value)
-
-
-def test_the_average_starts_as_a_frozen_copy_of_its_own() -> None:
+def test_the_average_starts_as_a_frozen_copy() -> None:
     model = student()
     average = copy_for_average(model)
-    assert all(
-        torch.equal(a, b) for a, b in zip(average.state_dict().values(), model.state_dict().values(), strict=True)
-    )
-    assert not average.training
-    assert model.training
+    for mean, current in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(mean, current)
+        assert mean.data_ptr() != current.data_ptr()
+    assert (average.training, model.training) == (False, True)
     assert not any(parameter.requires_grad for parameter in average.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
-    fill(model, 5.0)
-    assert not (average[0].weight == 5.0).any()
 
 
-def test_one_update_by_hand() -> None:
+def test_one_update_by_hand_over_parameters_and_buffers() -> None:
     model = student()
     average = copy_for_average(model)
-    fill(average, 10.0)
-    fill(model, 20.0)
+    for each, value in ((average, 10.0), (model, 20.0)):
+        for tensor in each.state_dict().values():
+            tensor.fill_(value)
     update_average(average, model, 0.9)
     assert average[0].weight.unique().tolist() == pytest.approx([11.0])
     assert average[1].running_var.unique().tolist() == pytest.approx([11.0])
+    assert average[1].num_batches_tracked.item() == 20  # integers are copied
     assert model[0].weight.unique().tolist() == [20.0]
-
-
-def test_after_n_steps_towards_a_constant_the_start_has_the_weight_momentum_to_the_n() -> None:
-    model = student()
-    average = copy_for_average(model)
-    start = {name: value.clone() for name, value in average.state_dict().items()}
-    for tensor in model.state_dict().values():
-        tensor.copy_(torch.full_like(tensor, 3.0))
-    for _ in range(17):
-        update_average(average, model, 0.8)
-    share = 0.8**17
-    checked = 0
-    for name, value in average.state_dict().items():
-        if value.is_floating_point():
-            torch.testing.assert_close(value, share * start[name] + (1 - share) * 3.0, rtol=1e-12, atol=1e-14, msg=name)
-            checked += 1
-    assert checked == 6  # weight and bias of both layers, running mean and variance
+    assert all(tensor.grad_fn is None for tensor in average.parameters())
+    update_average(average, model, 1.0)
+    assert average[0].weight.unique().tolist() == pytest.approx([11.0])
+    update_average(average, model, 0.0)
+    assert average[0].weight.unique().tolist() == [20.0]
 
 
 def test_a_moving_student_is_averaged_as_a_loop_over_its_history_would() -> None:
@@ -72,32 +64,139 @@ def test_a_moving_student_is_averaged_as_a_loop_over_its_history_would() -> None
     assert average[0].weight[1, 2].item() == pytest.approx(expected, rel=1e-13)
 
 
-def test_integer_buffers_are_copied() -> None:
-    model = student()
-    average = copy_for_average(model)
-    model[1].num_batches_tracked.fill_(41)
-    update_average(average, model, 0.999)
-    assert average[1].num_batches_tracked.dtype == torch.long
-    assert average[1].num_batches_tracked.item() == 41
+# The queue
 
 
-def test_momentum_0_follows_and_momentum_1_stays() -> None:
-    model = student()
-    average, before = copy_for_average(model), copy_for_average(model)
-    model[0].weight.data.mul_(-7.3)
-    update_average(average, model, 1.0)
-    assert torch.equal(average[0].weight, before[0].weight)
-    update_average(average, model, 0.0)
-    assert torch.equal(average[0].weight, model[0].weight)
+def batch(numbers: range) -> tuple[Tensor, dict[str, Tensor]]:
+    """Pairs whose every feature tells its number, so that a mixed-up ring shows."""
+    ids = 7 * torch.tensor(list(numbers), dtype=torch.int64)
+    image = ids[:, None] + torch.tensor([0.0, 0.25, 0.5])
+    return ids, {"image": image, "text": -1 - image[:, :2]}
 
 
-def test_no_graph_is_kept() -> None:
-    model = student()
-    average = copy_for_average(model)
-    update_average(average, model, 0.5)
-    assert all(tensor.grad_fn is None for tensor in average.parameters())
+def entries(ids: Tensor, features: dict[str, Tensor]) -> list[Entry]:
+    return [tuple(row) for row in torch.cat([ids[:, None], features["image"], features["text"]], dim=1).tolist()]
 
 
-def test_another_architecture_is_refused() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        update_average(nn.Linear(2, 2), nn.Linear(2, 2, bias=False), 0.5)
+def held(queue: FeatureQueue) -> list[Entry]:
+    """Id and features of every ring, slot by slot."""
+    return entries(queue.filled_ids(), {name: queue.filled(name) for name in WIDTHS})
+
+
+@pytest.mark.parametrize("capacity", [1, 4, 7, 32])
+def test_the_queue_holds_what_a_deque_holds_after_any_pushes(capacity: int) -> None:
+    sizes = random.Random(capacity)
+    queue, oracle = FeatureQueue(capacity, WIDTHS, device=CPU), deque[Entry](maxlen=capacity)
+    assert {name: tuple(queue.filled(name).shape) for name in WIDTHS} == {"image": (0, 3), "text": (0, 2)}
+    pushed, larger = 0, 0
+    while pushed < 12 * capacity or not larger:
+        size = sizes.choice([0, 1, 2, 3, 5, capacity, capacity + 1, 2 * capacity + 3])
+        ids, features = batch(range(pushed, pushed + size))
+        queue.push(ids, features)
+        oracle.extend(entries(ids, features))
+        assert len(queue) == len(oracle)
+        assert sorted(held(queue)) == sorted(oracle)
+        pushed, larger = pushed + size, larger + (size > capacity)
+
+
+def test_half_precision_features_are_kept_in_float32_without_their_graph() -> None:
+    queue = FeatureQueue(2, {"image": 2}, device=CPU)
+    leaf = torch.tensor([[0.1, 0.2]], dtype=torch.bfloat16, requires_grad=True)
+    queue.push(torch.tensor([1]), {"image": 2 * leaf})
+    kept = queue.filled("image")
+    assert kept.tolist() == (2 * leaf).float().tolist()
+    assert kept.dtype == torch.float32
+    assert not any(tensor.requires_grad for tensor in queue.tensors().values())
+
+
+def test_a_loaded_queue_continues_bit_for_bit_and_leaves_the_checkpoint_as_it_was() -> None:
+    queue, loaded = FeatureQueue(5, WIDTHS, device=CPU), FeatureQueue(5, WIDTHS, device=CPU)
+    queue.push(*batch(range(7)))
+    saved = {name: tensor.clone() for name, tensor in queue.tensors().items()}
+    stored = {name: tensor.clone() for name, tensor in saved.items()}
+    loaded.push(*batch(range(50, 53)))
+    loaded.load(stored)
+    for numbers in (range(0), range(7, 10), range(10, 21), range(21, 22)):
+        queue.push(*batch(numbers))
+        loaded.push(*batch(numbers))
+        assert loaded.tensors().keys() == queue.tensors().keys()
+        for name, tensor in queue.tensors().items():
+            assert torch.equal(loaded.tensors()[name], tensor), name
+    assert all(torch.equal(stored[name], tensor) for name, tensor in saved.items())
+
+
+@pytest.mark.parametrize(("capacity", "widths"), [(4, WIDTHS), (5, {"image": 3}), (5, {"image": 3, "text": 4})])
+def test_a_queue_of_another_capacity_or_other_rings_is_refused(capacity: int, widths: dict[str, int]) -> None:
+    queue = FeatureQueue(5, WIDTHS, device=CPU)
+    queue.push(*batch(range(3)))
+    before = held(queue)
+    with pytest.raises(ValueError, match=r"stored queue holds .*'image'"):
+        queue.load(FeatureQueue(capacity, widths, device=CPU).tensors())
+    assert held(queue) == before
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("shapes", [{"image": (2, 3)}, {"image": (2, 3), "text": (1, 2)}], ids=["missing", "few rows"])
+def test_a_batch_that_does_not_fit_every_ring_is_refused_and_nothing_is_pushed(shapes: dict[str, tuple]) -> None:
+    queue = FeatureQueue(5, WIDTHS, device=CPU)
+    with pytest.raises(ValueError, match=r"\['image', 'text'\] was given .* for 2 ids"):
+        queue.push(torch.tensor([1, 2]), {name: torch.zeros(shape) for name, shape in shapes.items()})
+    assert len(queue) == 0
+    with pytest.raises(ValueError, match="capacity is 0"):
+        FeatureQueue(0, WIDTHS, device=CPU)
+
+
+# The class prior
+
+
+def test_class_prior_of_two_classes_by_hand() -> None:
+    prior = ClassPrior(2, device=CPU)
+    assert prior.rows(torch.tensor([0, 1])).tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    prior.update(torch.tensor([1, -1, 1]), torch.tensor([[0.25, 0.75], [0.9, 0.1], [0.75, 0.25]]))
+    prior.update(torch.tensor([1]), torch.tensor([[0.125, 0.875]]))
+    # (1/4 + 3/4 + 1/8) / 3 for class 1; class 0 was not seen
+    assert prior.rows(torch.tensor([0, 1, 0])).tolist() == [[0.5, 0.5], [0.375, 0.625], [0.5, 0.5]]
+    rows = prior.rows(torch.tensor([-1, 1]))  # unlabelled: a row that means nothing
+    assert rows[1].tolist() == [0.375, 0.625]
+    assert rows.isfinite().all()
+
+
+def test_class_prior_equals_a_mean_per_class_by_loops() -> None:
+    generator = torch.Generator().manual_seed(1)
+    prior, seen = ClassPrior(5, device=CPU), {label: [] for label in range(-1, 5)}
+    for size in (1, 6, 0, 9, 4):
+        labels = torch.randint(-1, 4, (size,), generator=generator)  # class 4 never
+        probabilities = torch.randn(size, 5, generator=generator).softmax(dim=1)
+        prior.update(labels, probabilities)
+        for label, row in zip(labels.tolist(), probabilities.tolist(), strict=True):
+            seen[label].append(row)
+        for label, row in enumerate(prior.rows(torch.arange(5)).tolist()):
+            rows = seen[label] or [[0.2] * 5]
+            means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+            assert row == pytest.approx(means, rel=1e-6)
+    assert all(len(seen[label]) > 1 for label in range(-1, 4))
+
+
+def test_class_prior_of_many_samples_still_grows() -> None:
+    prior = ClassPrior(2, device=CPU)
+    many = 2.0**25  # in float32, adding 1 changes nothing
+    prior.load({"sums": torch.tensor([[many, 0], [0, 0]]), "counts": torch.tensor([many, 0])})
+    prior.update(torch.tensor([0]), torch.tensor([[0.75, 0.25]]))
+    assert prior.tensors()["counts"].tolist() == [many + 1, 0]
+    assert prior.tensors()["sums"].tolist() == [[many + 0.75, 0.25], [0, 0]]
+
+
+def test_a_loaded_class_prior_continues_bit_for_bit_and_one_of_other_classes_is_refused() -> None:
+    generator = torch.Generator().manual_seed(2)
+    prior, loaded = ClassPrior(4, device=CPU), ClassPrior(4, device=CPU)
+    labels = torch.tensor([3, 0, 3])
+    prior.update(labels, torch.randn(3, 4, generator=generator).softmax(dim=1).requires_grad_())
+    loaded.load({name: tensor.clone() for name, tensor in prior.tensors().items()})
+    probabilities = torch.randn(3, 4, generator=generator).softmax(dim=1)
+    for each in (prior, loaded):
+        each.update(labels, probabilities)
+    for name, tensor in prior.tensors().items():
+        assert torch.equal(loaded.tensors()[name], tensor), name
+        assert not tensor.requires_grad
+    with pytest.raises(ValueError, match="not one of 4 classes"):
+        prior.load(ClassPrior(5, device=CPU).tensors())

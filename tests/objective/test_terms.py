@@ -1,6 +1,5 @@
-"""Terms through the Distiller against restatements, the logit-scale policy, warm-ups, and what a step leaves behind."""
+"""Terms through the Distiller against restatements: values, and gradients of all that is trained."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -9,26 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipkd.config.objective import LogitScaleConfig, ObjectiveConfig, QueueConfig
-from clipkd.config.terms import (
-    ClosedSetTerm,
-    FeatureTerm,
-    GKLTerm,
-    GradientTerm,
-    InfoNCETerm,
-    InteractiveTerm,
-    MixedTargetTerm,
-    SigmoidTerm,
-    SoftBCETerm,
-    SoftTargetTerm,
-)
-from clipkd.objective import terms
+from clipkd.config.objective import LogitScaleConfig, ObjectiveConfig
+from clipkd.config.terms import AFDTerm, ClosedSetTerm, GDTerm, GKLTerm, ITCTerm, KLTerm, SigmoidTerm, SoftBCETerm
 from clipkd.objective.comparison import Targets
 from clipkd.objective.distiller import Distiller
 from clipkd.views import Features
 from tests.objective.tiny_clip import (
     NUM_CLASSES,
-    OBJECTIVES,
     OFF,
     STUDENT_WIDTH,
     TEACHER_WIDTH,
@@ -74,7 +60,7 @@ def assert_equal(loss: Tensor, expected: Tensor, student: Features, distiller: D
 
 
 def test_gradient_distillation_equals_the_gradients_that_autograd_finds() -> None:
-    distiller, student, targets = make(gd=GradientTerm(weight=1.0))
+    distiller, student, targets = make(gd=GDTerm(weight=1.0))
     t = targets.teachers[0]
     expected = peers.gradient_distillation(
         *project(distiller, student), student.logit_scale, t.image, t.text, t.logit_scale
@@ -83,9 +69,9 @@ def test_gradient_distillation_equals_the_gradients_that_autograd_finds() -> Non
 
 
 def test_augmented_feature_distillation() -> None:
-    distiller, student, targets = make(afd=FeatureTerm(weight=1.0))
+    distiller, student, targets = make(afd=AFDTerm(weight=1.0))
     t = targets.teachers[0]
-    fusion = distiller.image_fusion, distiller.text_fusion
+    fusion: list[Any] = [distiller.term_modules[f"{side}_fusion"] for side in ("image", "text")]
     weights = [tensor for layer in fusion for tensor in (layer.weight, layer.bias)]
     scale = distiller.scales["fusion_logit_scale"].exp()
     expected = peers.augmented_feature(*project(distiller, student), t.image, t.text, *weights, scale)
@@ -94,7 +80,9 @@ def test_augmented_feature_distillation() -> None:
 
 
 def test_sigmoid_losses_with_hard_and_soft_labels() -> None:
-    distiller, student, targets = make(sigmoid=SigmoidTerm(weight=2.0), soft_bce=SoftBCETerm(weight=3.0))
+    distiller, student, targets = make(
+        keys="student", sigmoid=SigmoidTerm(weight=2.0), soft_bce=SoftBCETerm(weight=3.0)
+    )
     t = targets.teachers[0]
     own = (student.image, student.text, student.logit_scale, student.logit_bias)
     expected = 2 * peers.siglip(*own) + 3 * peers.soft_bce(*own, t.image, t.text, t.logit_scale, t.logit_bias)
@@ -104,10 +92,9 @@ def test_sigmoid_losses_with_hard_and_soft_labels() -> None:
 @pytest.mark.parametrize("class_prior", [True, False])
 def test_closed_set_weighs_labelled_images_by_their_classes_running_prior(class_prior: bool) -> None:
     """Over three steps: uniform at first, then the mean of the teacher's probabilities; unlabelled images weigh by their own."""
-    term = ClosedSetTerm(
-        weight=1.0, classes="x", gamma=0.5, mse_weight=0.7, weight_temperature=2.0, class_prior=class_prior
-    )
-    distiller = make_distiller(ObjectiveConfig(info_nce=OFF, closed_set=term), dtype=DOUBLE)
+    term = ClosedSetTerm(weight=1.0, classes="x", class_prior=class_prior)
+    numbers = GKLTerm(gamma=0.5, mse_weight=0.7, weight_temperature=2.0)
+    distiller = make_distiller(ObjectiveConfig(info_nce=OFF, closed_set=term, gkl=numbers), dtype=DOUBLE)
     assert distiller.closed_set is not None
     seen: dict[int, list[Tensor]] = {}
     for step in range(3):
@@ -147,37 +134,34 @@ def test_closed_set_weighs_labelled_images_by_their_classes_running_prior(class_
     assert len(seen) > 1
 
 
-def test_mixed_targets_of_true_pairs_average_and_teacher_on_teacher_keys() -> None:
+def test_mixed_targets_of_true_pairs_average_and_teacher() -> None:
     """By loops, with a queue that holds some of the batch's ids once more."""
-    term = MixedTargetTerm(weight=1.0, keys="teacher", queue=True, momentum_share=0.3, teacher_share=0.25, ramp_steps=4)
-    distiller, student, targets = make(itc=term, queue=QueueConfig(capacity=30))
+    term = ITCTerm(weight=1.0, momentum_share=0.3, teacher_share=0.25, ramp_steps=4)
+    distiller, student, targets = make(itc=term, queue=2)
     assert distiller.queue is not None
     _, old = make_batch(dtype=DOUBLE, number=1)
     assert old.ids is not None
     assert old.momentum is not None
     assert targets.ids is not None
     assert targets.momentum is not None
-    old_teacher, t = old.teachers[0], targets.teachers[0]
+    old_teacher, t, average = old.teachers[0], targets.teachers[0], targets.momentum
     names = ("teacher_image", "teacher_text", "momentum_image", "momentum_text")
     rows = (old_teacher.image, old_teacher.text, old.momentum.image, old.momentum.text)
     distiller.queue.push(old.ids, dict(zip(names, rows, strict=True)))
     loss, series = distiller.loss(student, targets, step=2)  # half-way up the ramp
 
-    image, text = project(distiller, student)
-    keys = [torch.cat([a, b]) for a, b in ((t.text, old_teacher.text), (t.image, old_teacher.image))]
-    average = [
-        torch.cat(p) for p in ((targets.momentum.text, old.momentum.text), (targets.momentum.image, old.momentum.image))
-    ]
+    keys = [torch.cat(p) for p in ((average.text, old.momentum.text), (average.image, old.momentum.image))]
+    teacher_keys = [torch.cat(p) for p in ((t.text, old_teacher.text), (t.image, old_teacher.image))]
     ids = [*targets.ids.tolist(), *old.ids.tolist()]
     total = torch.zeros((), dtype=DOUBLE)
-    queries = ((image, t.image, targets.momentum.image), (text, t.text, targets.momentum.text))
+    queries = ((student.image, t.image, average.image), (student.text, t.text, average.text))
     entropy, several = 0.0, 0
     for way, (query, teacher, momentum) in enumerate(queries):
         for i in range(len(query)):
             positives = [j for j in range(len(ids)) if ids[j] == ids[i]]
             several += len(positives) > 1
-            soft_teacher = (t.logit_scale * keys[way] @ teacher[i]).softmax(dim=0)
-            soft_momentum = (student.logit_scale.detach() * average[way] @ momentum[i]).softmax(dim=0)
+            soft_teacher = (t.logit_scale * teacher_keys[way] @ teacher[i]).softmax(dim=0)
+            soft_momentum = (student.logit_scale.detach() * keys[way] @ momentum[i]).softmax(dim=0)
             log_prediction = (student.logit_scale * keys[way] @ query[i]).log_softmax(dim=0)
             for j in range(len(ids)):
                 hard = (j in positives) / len(positives)
@@ -192,7 +176,7 @@ def test_mixed_targets_of_true_pairs_average_and_teacher_on_teacher_keys() -> No
 
 @pytest.mark.parametrize(("policy", "scale"), [("own", 12.0), ("student", math.exp(2.0)), (31.0, 31.0), ((8.0,), 8.0)])
 def test_the_teachers_scale_is_its_own_the_students_or_a_fixed_one(policy: Any, scale: float) -> None:
-    options = {"kl": SoftTargetTerm(weight=1.0, keys="student"), "logit_scale": LogitScaleConfig(teacher=policy)}
+    options = {"keys": "student", "kl": KLTerm(weight=1.0), "logit_scale": LogitScaleConfig(teacher=policy)}
     distiller, student, targets = make(STUDENT_WIDTH, **options)
     loss, metrics = distiller.loss(student, targets)
     t = targets.teachers[0]
@@ -205,102 +189,3 @@ def test_the_teachers_scale_is_its_own_the_students_or_a_fixed_one(policy: Any, 
     assert isinstance(expected, Tensor)
     assert metrics["teacher_logit_scale"].item() == pytest.approx(scale)
     assert_equal(loss, expected, student, distiller)
-
-
-def test_the_squared_error_moves_the_scale_only_if_it_may() -> None:
-    gradients = {}
-    for moves in (True, False):
-        for ce_weight, mse_weight in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
-            term = GKLTerm(weight=1.0, keys="student", ce_weight=ce_weight, mse_weight=mse_weight)
-            distiller, student, targets = make(
-                STUDENT_WIDTH, gkl=term, logit_scale=LogitScaleConfig(mse_moves_scale=moves)
-            )
-            loss, _ = distiller.loss(student, targets)
-            image, _, scale = torch.autograd.grad(loss, student[:3])
-            gradients[moves, ce_weight, mse_weight] = (image, scale.item())
-            assert distiller.student.model.logit_scale.requires_grad == (moves or ce_weight > 0)  # type: ignore[union-attr]
-    assert gradients[False, 0.0, 1.0][1] == 0
-    assert gradients[False, 1.0, 1.0][1] == gradients[True, 1.0, 0.0][1] != 0
-    both = gradients[True, 1.0, 0.0][1] + gradients[True, 0.0, 1.0][1]
-    assert gradients[True, 1.0, 1.0][1] == pytest.approx(both, rel=1e-9)
-    assert torch.allclose(gradients[True, 1.0, 1.0][0], gradients[False, 1.0, 1.0][0], rtol=1e-12)
-
-
-def test_the_scale_starts_where_the_policy_says_and_stays_in_its_bounds() -> None:
-    policy = LogitScaleConfig(init=20.0, minimum=10.0, maximum=30.0)
-    objective = ObjectiveConfig(icl=InteractiveTerm(weight=1.0), logit_scale=policy)
-    distiller = make_distiller(objective, dtype=DOUBLE)
-    model: Any = distiller.student.model
-    assert model.logit_scale.exp().item() == pytest.approx(20.0)
-    for value, bound in ((math.log(50), 30.0), (math.log(2), 10.0)):
-        model.logit_scale.data.fill_(value)
-        distiller.scales["cross_logit_scale"].data.fill_(value)
-        distiller.finish_step()
-        assert model.logit_scale.exp().item() == pytest.approx(bound)
-        assert distiller.scales["cross_logit_scale"].exp().item() == pytest.approx(bound)
-    with pytest.raises(ValueError, match=r"scale is 7\.389 at first.*logit_scale\.minimum.*10 and 30"):
-        make_distiller(ObjectiveConfig(logit_scale=dataclasses.replace(policy, init=None)), dtype=DOUBLE)
-    fixed = make_distiller(ObjectiveConfig(logit_scale=LogitScaleConfig(learned=False)), dtype=DOUBLE)
-    assert [n for n, p in fixed.named_parameters() if not p.requires_grad] == ["student.model.logit_scale"]
-
-
-def test_a_weight_rises_linearly_over_its_warm_up() -> None:
-    term = InfoNCETerm(weight=2.0, warmup_steps=4)
-    assert [term.factor(step) for step in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
-    distiller = make_distiller(ObjectiveConfig(info_nce=term), dtype=DOUBLE)
-    view, targets = make_batch(dtype=DOUBLE)
-    values = [take_loss(distiller, view, targets, step) for step in (0, 1, 9)]
-    assert [loss.item() / series["info_nce"].item() for loss, series in values] == pytest.approx([0.5, 1.0, 2.0])
-    ramp = MixedTargetTerm(momentum_share=0.4, teacher_share=0.1, ramp_steps=10)
-    assert [ramp.shares(step)[0] for step in (0, 5, 10, 20)] == pytest.approx([0.0, 0.2, 0.4, 0.4])
-    assert ramp.shares(5)[1] == pytest.approx(0.05)
-
-
-def test_a_term_of_weight_0_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> dict[str, Tensor]:
-        raise AssertionError("computed")
-
-    for name in terms.TERMS.keys() - {"info_nce"}:
-        monkeypatch.setitem(terms.TERMS, name, terms.LossTerm(fail))
-    distiller = make_distiller(ObjectiveConfig(), dtype=DOUBLE)
-    assert "info_nce" in take_loss(distiller, *make_batch(dtype=DOUBLE))[1]
-    assert set(terms.TERMS) == set(ObjectiveConfig().terms())
-    with pytest.raises(AssertionError, match="computed"):
-        take_loss(make_distiller(OBJECTIVES["features alone"], dtype=DOUBLE), *make_batch(dtype=DOUBLE))
-
-
-def test_the_batch_is_queued_after_its_loss_and_only_when_the_step_was_good() -> None:
-    distiller = make_distiller(OBJECTIVES["queued"], dtype=DOUBLE)
-    view, targets = make_batch(dtype=DOUBLE)
-    targets = needs("queued", targets)
-    first = take_loss(distiller, view, targets)[0].item()
-    assert take_loss(distiller, view, targets)[0].item() == first  # nothing was queued by the loss itself
-    assert distiller.queue is not None
-    assert len(distiller.queue) == 0
-    distiller.finish_step()
-    assert distiller.queue.filled_ids().tolist() == list(range(8))
-    assert torch.equal(distiller.queue.filled("teacher_text"), targets.teachers[0].text)
-    assert take_loss(distiller, view, targets)[0].item() != first
-
-
-def test_memory_goes_through_a_checkpoint_and_back() -> None:
-    for name in ("queued", "closed set"):
-        distiller = make_distiller(OBJECTIVES[name], dtype=DOUBLE)
-        for number in range(3):
-            view, targets = make_batch(dtype=DOUBLE, number=number)
-            take_loss(distiller, view, needs(name, targets))
-            distiller.finish_step()
-        again = make_distiller(OBJECTIVES[name], dtype=DOUBLE)
-        stored = {key: tensor.clone() for key, tensor in distiller.memory().items()}
-        assert stored
-        again.load_memory(stored)
-        view, targets = make_batch(dtype=DOUBLE, number=4)
-        values = [take_loss(one, view, needs(name, targets))[0].item() for one in (distiller, again)]
-        assert values[0] == values[1]
-    assert make_distiller(ObjectiveConfig(), dtype=DOUBLE).memory() == {}
-
-
-def test_every_objective_of_these_tests_differs_and_together_they_use_every_term() -> None:
-    used = {name for objective in OBJECTIVES.values() for name in objective.active()}
-    assert used == set(terms.TERMS)
-    assert dataclasses.asdict(OBJECTIVES["queued"])["queue"]["capacity"] % 8 != 0

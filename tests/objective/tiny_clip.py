@@ -7,20 +7,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipkd.config.objective import LogitScaleConfig, ObjectiveConfig, QueueConfig
+from clipkd.config.objective import LogitScaleConfig, ObjectiveConfig
 from clipkd.config.terms import (
+    AFDTerm,
     AffinityTerm,
     ClosedSetTerm,
-    DKLTerm,
-    FeatureTerm,
+    FeaturesTerm,
+    GDTerm,
     GKLTerm,
-    GradientTerm,
+    ICLTerm,
     InfoNCETerm,
-    InteractiveTerm,
-    MixedTargetTerm,
+    ITCTerm,
+    KLTerm,
     SigmoidTerm,
     SoftBCETerm,
-    SoftTargetTerm,
+    VRDTerm,
+    XRDTerm,
 )
 from clipkd.models.encoder import Encoder
 from clipkd.objective.closed_set import ClosedSet
@@ -32,59 +34,65 @@ from clipkd.views import Features, View
 STUDENT_WIDTH, TEACHER_WIDTH, PAIRS = 6, 9, 8
 
 OFF = InfoNCETerm(weight=0.0)
+QUEUE_CAPACITY = 19
 OBJECTIVES = {
-    "every term": ObjectiveConfig(
+    "teacher keys": ObjectiveConfig(
         info_nce=InfoNCETerm(weight=0.5),
-        gkl=GKLTerm(weight=1.5, keys="teacher", gamma=0.3, ce_weight=0.7, mse_weight=0.2, row_weight="reference"),
-        kl=SoftTargetTerm(weight=2.0, keys="student"),
-        soft_ce=SoftTargetTerm(weight=0.3, keys="teacher", temperature=2.0, scale_by_temperature_squared=True),
-        features=FeatureTerm(weight=10.0),
+        gkl=GKLTerm(weight=1.5, gamma=0.3, ce_weight=0.7, mse_weight=0.2),
+        kl=KLTerm(weight=0.3, temperature=2.0),
+        features=FeaturesTerm(weight=10.0),
+        scale_by_temperature_squared=True,
     ),
-    "gkl on student keys": ObjectiveConfig(
-        info_nce=OFF, gkl=GKLTerm(weight=1.0, keys="student", gamma=0.05, weight_temperature=2.0)
+    "student keys": ObjectiveConfig(
+        keys="student",
+        info_nce=OFF,
+        gkl=GKLTerm(weight=1.0, gamma=0.05, weight_temperature=2.0),
+        kl=KLTerm(weight=2.0),
     ),
-    "gkl with equal rows": ObjectiveConfig(gkl=GKLTerm(weight=1.0, gamma=1.0, row_weight="uniform")),
-    "features alone": ObjectiveConfig(info_nce=OFF, features=FeatureTerm(weight=1.0)),
+    "features alone": ObjectiveConfig(info_nce=OFF, features=FeaturesTerm(weight=1.0)),
     "task alone": ObjectiveConfig(),
     "relations": ObjectiveConfig(
-        features=FeatureTerm(weight=3.0, warmup_steps=10),
-        icl=InteractiveTerm(weight=0.7),
-        gd=GradientTerm(weight=50.0),
-        afd=FeatureTerm(weight=0.9),
-        vrd=FeatureTerm(weight=0.8),
-        xrd=FeatureTerm(weight=1.2),
+        features=FeaturesTerm(weight=3.0),
+        icl=ICLTerm(weight=0.7),
+        gd=GDTerm(weight=50.0),
+        afd=AFDTerm(weight=0.9),
+        vrd=VRDTerm(weight=0.8),
+        xrd=XRDTerm(weight=1.2),
+        warmup_steps=10,
     ),
-    "queued": ObjectiveConfig(
-        info_nce=InfoNCETerm(weight=0.5, queue=True),
-        gkl=GKLTerm(weight=1.0, keys="teacher", queue=True, mse_weight=0.3),
-        dkl=DKLTerm(weight=0.4, keys="momentum", queue=True, gamma=0.5),
-        kl=SoftTargetTerm(weight=0.6, keys="student", queue=True, temperature=2.0),
-        affinity=AffinityTerm(weight=0.2, keys="student", queue=True, scale=20.0),
-        itc=MixedTargetTerm(weight=1.1, queue=True, momentum_share=0.3, teacher_share=0.2, ramp_steps=4),
-        icl=InteractiveTerm(weight=0.7, queue=True),
-        queue=QueueConfig(capacity=19),
+    "queued teacher keys": ObjectiveConfig(
+        queue=2,
+        info_nce=InfoNCETerm(weight=0.5),
+        gkl=GKLTerm(weight=1.0, mse_weight=0.3),
+        itc=ITCTerm(weight=1.1, momentum_share=0.3, teacher_share=0.2, ramp_steps=4),
+        icl=ICLTerm(weight=0.7),
     ),
-    # Both shares are 0 at first: the queue is then the only one to ask for the keys of teacher and average.
+    "queued student keys": ObjectiveConfig(
+        keys="student",
+        queue=2,
+        info_nce=InfoNCETerm(weight=0.5),
+        kl=KLTerm(weight=0.6, temperature=2.0),
+        affinity=AffinityTerm(weight=0.2, scale=20.0),
+    ),
+    "queued momentum keys": ObjectiveConfig(
+        keys="momentum", queue=2, info_nce=OFF, gkl=GKLTerm(weight=0.4, gamma=0.5), kl=KLTerm(weight=0.1)
+    ),
+    # Both shares are 0 at first: the queue is then the only one to ask for the teacher's keys.
     "ramped": ObjectiveConfig(
-        info_nce=OFF,
-        itc=MixedTargetTerm(
-            weight=1.0, keys="student", queue=True, momentum_share=0.3, teacher_share=0.2, ramp_steps=2
-        ),
-        queue=QueueConfig(capacity=19),
+        queue=2, info_nce=OFF, itc=ITCTerm(weight=1.0, momentum_share=0.3, teacher_share=0.2, ramp_steps=2)
     ),
     "sigmoid": ObjectiveConfig(
-        info_nce=OFF, sigmoid=SigmoidTerm(weight=0.5), soft_bce=SoftBCETerm(weight=0.5, keys="student")
+        keys="student", info_nce=OFF, sigmoid=SigmoidTerm(weight=0.5), soft_bce=SoftBCETerm(weight=0.5)
     ),
-    "sigmoid on teacher keys": ObjectiveConfig(info_nce=OFF, soft_bce=SoftBCETerm(weight=0.5, keys="teacher")),
+    "queued sigmoid": ObjectiveConfig(queue=2, info_nce=OFF, soft_bce=SoftBCETerm(weight=0.5)),
     "closed set": ObjectiveConfig(
         info_nce=OFF,
-        closed_set=ClosedSetTerm(weight=1.0, classes="x", gamma=0.5, mse_weight=0.4),
-        logit_scale=LogitScaleConfig(teacher=9.0, mse_moves_scale=False),
+        closed_set=ClosedSetTerm(weight=1.0, classes="x"),
+        gkl=GKLTerm(gamma=0.5, mse_weight=0.4),
+        logit_scale=LogitScaleConfig(teacher=9.0),
     ),
     "two teachers": ObjectiveConfig(
-        kl=SoftTargetTerm(weight=1.0, keys="student", temperature=2.0),
-        soft_ce=SoftTargetTerm(weight=0.5, keys="student"),
-        logit_scale=LogitScaleConfig(teacher=(9.0, 12.0)),
+        keys="student", kl=KLTerm(weight=1.0, temperature=2.0), logit_scale=LogitScaleConfig(teacher=(9.0, 12.0))
     ),
 }
 NUM_CLASSES = 5
@@ -162,7 +170,9 @@ def make_distiller(
         assert teacher_dim is not None
         classes = F.normalize(torch.randn(NUM_CLASSES, teacher_dim, generator=generator, dtype=dtype), dim=1)
         closed_set = ClosedSet(prompts, classes, class_prior=objective.closed_set.class_prior)
-    distiller = Distiller(encoder, objective, teacher_dim=teacher_dim, closed_set=closed_set).to(dtype)
+    distiller = Distiller(
+        encoder, objective, teacher_dim=teacher_dim, queue_capacity=QUEUE_CAPACITY, closed_set=closed_set
+    ).to(dtype)
     if distiller.queue is not None:
         distiller.queue.rings = {name: ring.to(dtype) for name, ring in distiller.queue.rings.items()}
     return distiller

@@ -44,7 +44,6 @@ def collectives(rank: int) -> tuple[dict[str, Tensor], dict]:
         "gathered transposed": distributed.gather_constant(torch.tensor([[0.0, 2.0], [1.0, 3.0]]).T + 10 * rank),
         "gathered cube": distributed.gather_constant(torch.full((1, 2, 3), float(rank))),
         "sum of own rows": distributed.sum_of_own_rows(weights),
-        "swapped": distributed.swap(torch.tensor([[10.0], [11.0]]) + 10 * rank),
         "mean": distributed.mean(torch.tensor([1.0, 10.0]) * (1 + 2 * rank)),
     }
     buffers = [torch.tensor([1.5 + rank]), torch.tensor(7 + rank), torch.tensor([rank == 0])]
@@ -69,7 +68,7 @@ def collectives(rank: int) -> tuple[dict[str, Tensor], dict]:
 
 def exchanges(rank: int, micro_batches: int) -> int:
     """How often a step with micro-batches sends gradients from process to process."""
-    distiller = make_distiller(OBJECTIVES["every term"], dtype=torch.float64)
+    distiller = make_distiller(OBJECTIVES["teacher keys"], dtype=torch.float64)
     model = torch.nn.parallel.DistributedDataParallel(distiller)
     calls: list[int] = []
 
@@ -87,9 +86,9 @@ def dropped(rank: int) -> dict[str, Tensor]:
     """Gradients of micro-batches with dropout, and of the same masks in one piece with gradients averaged by hand."""
     found: dict[str, Tensor] = {}
     view, targets = share(*make_batch(dtype=torch.float64), rank, WORLD_SIZE)
-    targets = needs("every term", targets)
+    targets = needs("teacher keys", targets)
     for way in ("parts", "whole"):
-        distiller = make_distiller(OBJECTIVES["every term"], dtype=torch.float64)
+        distiller = make_distiller(OBJECTIVES["teacher keys"], dtype=torch.float64)
         visual = distiller.student.model.visual
         assert isinstance(visual, torch.nn.Sequential)
         visual.insert(2, torch.nn.Dropout(0.5))
@@ -115,7 +114,7 @@ def dropped(rank: int) -> dict[str, Tensor]:
 
 def uneven_batch(rank: int) -> str:
     """What each process hears of batches of different sizes."""
-    distiller = make_distiller(OBJECTIVES["every term"], dtype=torch.float64)
+    distiller = make_distiller(OBJECTIVES["teacher keys"], dtype=torch.float64)
     view, targets = make_batch(dtype=torch.float64, num=4 + rank)
     try:
         take_loss(distiller, view, targets)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clipkd.config.objective import ObjectiveConfig
-from clipkd.config.terms import FeatureTerm
+from clipkd.config.terms import FeaturesTerm
 from clipkd.config.train import StudentConfig
 from clipkd.data import Augment, BadSample, Pair
 from clipkd.data.loader import AugmentedPairs, Collate
@@ -54,7 +54,7 @@ SMALLEST_STEP = 2.0**-25
 def halves(world: World) -> dict[str, Made]:
     """One sigmoid teacher, in float16 and bfloat16."""
     teacher = write_model(world.folder / "models", "sigmoid", seed=7, init_logit_bias=-5.0)
-    objective = ObjectiveConfig(features=FeatureTerm(weight=1.0))
+    objective = ObjectiveConfig(features=FeaturesTerm(weight=1.0))
     found = {}
     for dtype in UNIT_ROUNDOFF:
         config = world.config(world.folder / dtype, teacher, dtype=dtype, objective=objective)

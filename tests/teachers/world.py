@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from clipkd.config.data import DataConfig
 from clipkd.config.objective import ObjectiveConfig
-from clipkd.config.terms import ClosedSetTerm, SoftTargetTerm
+from clipkd.config.terms import ClosedSetTerm, KLTerm
 from clipkd.config.train import StudentConfig, TeacherConfig, TrainConfig
 from clipkd.data import PairSet, open_pairs
 from clipkd.models.create import create_student
@@ -61,7 +61,7 @@ class World:
             "dtype": "float32",
             "seed": 3,
             "precision": "fp32",
-            "objective": ObjectiveConfig(kl=SoftTargetTerm(weight=1.0, keys="student")),
+            "objective": ObjectiveConfig(kl=KLTerm(weight=1.0), keys="student"),
             "data": data_config(self.folder / "data"),
         }
         options |= teacher_options(*(teachers or self.teachers.values()), dtype=dtype_of_teachers)

@@ -42,7 +42,7 @@ def test_micro_batches_give_the_series_gradients_and_memory_of_the_whole_batch(
 
 def with_layer(layer: nn.Module) -> Distiller:
     """A student whose image tower has one layer more."""
-    distiller = make_distiller(OBJECTIVES["every term"], dtype=DOUBLE)
+    distiller = make_distiller(OBJECTIVES["teacher keys"], dtype=DOUBLE)
     visual = distiller.student.model.visual
     assert isinstance(visual, nn.Sequential)
     visual.insert(2, layer.to(DOUBLE))
@@ -51,7 +51,7 @@ def with_layer(layer: nn.Module) -> Distiller:
 
 def one_batch() -> tuple[View, Targets]:
     view, targets = make_batch(dtype=DOUBLE)
-    return view, needs("every term", targets)
+    return view, needs("teacher keys", targets)
 
 
 def test_dropout_is_the_same_in_both_passes() -> None:

@@ -4,99 +4,107 @@ import torch
 from torch import Tensor
 
 from clipkd import distributed, losses
-from clipkd.config.terms import FeatureTerm, GradientTerm
-from clipkd.objective.comparison import Comparison, Pair, Rows, products
+from clipkd.config.terms import FeaturesTerm, GDTerm, VRDTerm, XRDTerm
+from clipkd.objective.comparison import Comparison, Pairs, Rows, logits
+from clipkd.objective.entry import term
 
 
-def features(_: FeatureTerm, comparison: Comparison) -> Rows:
+@term(FeaturesTerm)
+def features(_: FeaturesTerm, batch: Comparison) -> Rows:
     """CLIP-KD's FD, the sum over both modalities."""
-    student, teacher = comparison.projected, comparison.teacher
+    student, teacher = batch.projected, batch.teacher
     image = losses.feature_mse(student.image, teacher.image, reduction="none")
     return {"value": (image + losses.feature_mse(student.text, teacher.text, reduction="none"))[None]}
 
 
-def gd(_: GradientTerm, comparison: Comparison) -> Rows:
+@term(GDTerm)
+def gd(_: GDTerm, batch: Comparison) -> Rows:
     """CLIP-KD's gradient distillation: squared error of ∂InfoNCE/∂features, summed over modality and role.
 
     The student's features are those in the teacher's space, its scale the model's own.
     """
-    positives = comparison.positives(queue=False)
-    normalizers = comparison.root.once("normalizers", make=lambda: contrastive_normalizers(comparison.root))
+    student, scale, keys = batch.projected, batch.student.logit_scale, batch.projected_keys
+    teacher, teacher_keys, key_ids = batch.teacher, batch.teacher_keys, batch.batch_ids
+    teacher_scale = torch.as_tensor(batch.teacher_scale(), dtype=scale.dtype, device=scale.device)
+    sides, num_columns = (*student[:2], *teacher[:2]), len(key_ids)
 
-    def gradients(logits: Pair, keys: Pair, whose: str, scale: Tensor) -> list[Tensor]:
-        return losses.info_nce_gradients(
-            *logits,
-            image_keys=keys[0],
-            text_keys=keys[1],
-            logit_scale=scale,
-            positives=positives,
-            image_normalizers=normalizers[whose][0],
-            text_normalizers=normalizers[whose][1],
-        )
+    def both(sides: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Logits of both models."""
+        return logits(Pairs(*sides[:2]), keys, scale), logits(Pairs(*sides[2:]), teacher_keys, teacher_scale)
 
-    scale = comparison.student.logit_scale
-    teacher_scale = torch.as_tensor(comparison.teacher_scale(0), dtype=scale.dtype, device=scale.device)
-    by_student = gradients(projected_logits(comparison), comparison.projected_keys(), "student", scale)
-    by_teacher = gradients(
-        comparison.teacher_logits(0, queue=False), comparison.batch_keys("teacher"), "teacher", teacher_scale
-    )
-    errors = [losses.feature_mse(s, t, reduction="none") for s, t in zip(by_student, by_teacher, strict=True)]
-    return {"value": torch.stack(errors).sum(dim=0, keepdim=True)}
+    def normalize(*sides: Tensor) -> Rows:
+        return {"sums": torch.stack([way.logsumexp(dim=-1) for model in both(sides) for way in model])}
 
+    # A first pass over the logits: a key's gradient needs the normalizers of the queries of all processes.
+    normalizers = distributed.gather(batch.in_panels(normalize, *sides, num_columns=num_columns)["sums"].T).T
 
-def projected_logits(comparison: Comparison) -> Pair:
-    image, text = products(comparison.projected, comparison.projected_keys())
-    scale = comparison.student.logit_scale
-    return scale * image, scale * text
+    def compute(ids: Tensor, *sides: Tensor) -> Rows:
+        found = [
+            losses.info_nce_gradients(
+                *ways,
+                image_keys=its_keys.image,
+                text_keys=its_keys.text,
+                logit_scale=its_scale,
+                positives=ids[:, None] == key_ids,
+                image_normalizers=sums[0],
+                text_normalizers=sums[1],
+            )
+            for ways, its_keys, its_scale, sums in zip(
+                both(sides),
+                (keys, teacher_keys),
+                (scale, teacher_scale),
+                (normalizers[:2], normalizers[2:].detach()),
+                strict=True,
+            )
+        ]
+        errors = [losses.feature_mse(s, t, reduction="none") for s, t in zip(*found, strict=True)]
+        return {"value": torch.stack(errors).sum(dim=0, keepdim=True)}
 
-
-def contrastive_normalizers(whole: Comparison) -> dict[str, Pair]:
-    """log Σ_j exp(logits_ij) of the queries of all processes, image→text and text→image: a first pass over the logits."""
-
-    def of(panel: Comparison) -> Rows:
-        pairs = {"student": projected_logits(panel), "teacher": panel.teacher_logits(0, queue=False)}
-        return {whose: torch.stack([way.logsumexp(dim=-1) for way in pair]) for whose, pair in pairs.items()}
-
-    rows = whole.in_panels(of)
-    student, teacher = distributed.gather(rows["student"].T), distributed.gather_constant(rows["teacher"].T)
-    return {"student": (student[:, 0], student[:, 1]), "teacher": (teacher[:, 0], teacher[:, 1])}
+    return batch.in_panels(compute, batch.ids, *sides, num_columns=num_columns)
 
 
-def vrd(_: FeatureTerm, comparison: Comparison) -> Rows:
+@term(VRDTerm)
+def vrd(_: VRDTerm, batch: Comparison) -> Rows:
     """CLIP-RD's vertical relational distillation (arXiv 2603.25383), as its released code adds it up.
 
-    Within each modality, teacher queries against student keys and the reverse, each modality at a scale of its own. The
+    Within each modality, teacher queries against student keys and the reverse, each modality at a learned scale. The
     images' distributions follow those of the texts (held constant), and both follow the true pairs, which is what trains
     the scales. As in CLIP-KD's, the released scales lack their exponential.
     """
-    student, teacher = comparison.projected, comparison.teacher
-    student_keys = comparison.projected_keys()
-    teacher_keys = comparison.batch_keys("teacher")
-    scales = comparison.scales["image"], comparison.scales["text"]
-    by_teacher = [s * q @ k.T for s, q, k in zip(scales, (teacher.image, teacher.text), student_keys, strict=True)]
-    by_student = [s * q @ k.T for s, q, k in zip(scales, (student.image, student.text), teacher_keys, strict=True)]
-    divergence = torch.stack([divergence_of(image, text, comparison) for image, text in (by_teacher, by_student)])
-    info_nce = comparison.tile(losses.info_nce)
-    logits = (*by_teacher, *by_student)
-    pairs = torch.stack([info_nce(way, comparison.own_columns, reduction="none") for way in logits])
-    contrastive = pairs.sum(dim=0, keepdim=True) / 2
-    value = divergence.mean(dim=0, keepdim=True) + contrastive
-    return {"value": value, "kl": divergence, "info_nce": contrastive}
+    scales, keys, teacher_keys = (batch.scales["image"], batch.scales["text"]), batch.projected_keys, batch.teacher_keys
+    info_nce = batch.tile(losses.info_nce)
+
+    def compute(own: Tensor, *sides: Tensor) -> Rows:
+        student, teacher = sides[:2], sides[2:]
+        by_teacher = [s * q @ k.T for s, q, k in zip(scales, teacher, keys, strict=True)]
+        by_student = [s * q @ k.T for s, q, k in zip(scales, student, teacher_keys, strict=True)]
+        divergence = torch.stack([divergence_of(image, text, batch) for image, text in (by_teacher, by_student)])
+        pairs = torch.stack([info_nce(way, own, reduction="none") for way in (*by_teacher, *by_student)])
+        contrastive = pairs.sum(dim=0, keepdim=True) / 2
+        value = divergence.mean(dim=0, keepdim=True) + contrastive
+        return {"value": value, "kl": divergence, "info_nce": contrastive}
+
+    sides = (*batch.projected[:2], *batch.teacher[:2])
+    return batch.in_panels(compute, batch.own_columns, *sides, num_columns=len(keys.text))
 
 
-def xrd(_: FeatureTerm, comparison: Comparison) -> Rows:
+@term(XRDTerm)
+def xrd(_: XRDTerm, batch: Comparison) -> Rows:
     """CLIP-RD's cross relational distillation: teacher image with student text should be distributed as teacher text with
     student image, and the reverse; each divergence pulls one side. Its scale is ICL's, which trains it on true pairs.
     """
-    teacher, scale = comparison.teacher, comparison.scales["cross"]
-    student_keys = comparison.projected_keys()
-    by_teacher = [scale * way for way in products(teacher, student_keys)]
-    by_student = [scale * way for way in comparison.cosines("teacher", queue=False)]
-    pairs = [(a, b) for one in (by_teacher, by_student) for a, b in (one, one[::-1])]
-    return {"value": torch.stack([divergence_of(student_side, target, comparison) for student_side, target in pairs])}
+    scale, keys, teacher_keys = batch.scales["cross"], batch.projected_keys, batch.teacher_keys
+
+    def compute(*sides: Tensor) -> Rows:
+        models = logits(Pairs(*sides[2:]), keys, scale), logits(Pairs(*sides[:2]), teacher_keys, scale)
+        pairs = [(a, b) for one in models for a, b in (one, one[::-1])]
+        return {"value": torch.stack([divergence_of(learner, target, batch) for learner, target in pairs])}
+
+    sides = (*batch.projected[:2], *batch.teacher[:2])
+    return batch.in_panels(compute, *sides, num_columns=len(keys.text))
 
 
-def divergence_of(student_logits: Tensor, target_logits: Tensor, comparison: Comparison) -> Tensor:
+def divergence_of(student_logits: Tensor, target_logits: Tensor, batch: Comparison) -> Tensor:
     """KL of each query, whose target is held constant."""
-    statistics = comparison.tile(losses.soft_target_statistics)
+    statistics = batch.tile(losses.soft_target_statistics)
     return statistics(student_logits, target_logits.detach().log_softmax(dim=-1)).kl

@@ -1,7 +1,7 @@
-"""The same numbers without the matrices: a panel of queries at a time, made again when its gradient is wanted.
+"""Memory-linear losses: process some queries at a time and recompute each panel of logits in the backward pass.
 
-What a loss makes of a query depends on no other query, so a panel of queries against all keys is complete in itself, the
-plain formulas serve, and nothing has to be merged. Memory is O(B·d + tile²) for B queries of width d.
+The loss of a query depends on no other query, so nothing has to be merged. Memory is O(B·d + tile²) for B queries of
+width d.
 """
 
 import functools
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 F = TypeVar("F", bound=Callable[..., Any])
-P = TypeVar("P")
 
 TILE_SIZE = 2048
 """Square root of the largest number of logits that are formed at once: 16 MB per matrix in float32."""
@@ -32,22 +31,22 @@ def panel_height(num_columns: int, *, tile_size: int | None = None) -> int:
 
 
 def in_panels(
-    compute: Callable[[P], Mapping[str, Float[Tensor, "*ways rows"]]], panels: Sequence[P]
+    compute: Callable[..., Mapping[str, Float[Tensor, "*ways rows"]]], rows: Sequence[Tensor], *, height: int
 ) -> dict[str, Float[Tensor, "*ways b"]]:
-    """What compute makes of every panel, put together.
+    """Apply compute to `height` rows of all tensors at a time and concatenate the results along their last axis.
 
-    A panel's intermediate values are forgotten and computed again for its gradient; so compute must be a function of the
-    panel alone, without collectives. A single panel is computed as it is.
+    The backward pass calls compute again, so it must be a pure function without collectives. One panel is not recomputed.
     """
-    if len(panels) == 1:
-        return dict(compute(panels[0]))
-    found = [checkpoint(compute, panel, use_reentrant=False, preserve_rng_state=False) for panel in panels]
+    if len(rows[0]) <= height:
+        return dict(compute(*rows))
+    panels = zip(*(each.split(height) for each in rows), strict=True)
+    found = [checkpoint(compute, *panel, use_reentrant=False, preserve_rng_state=False) for panel in panels]
     return {name: torch.cat([each[name] for each in found], dim=-1) for name in found[0]}  # type: ignore[index, union-attr]
 
 
 @functools.cache
 def compile_tile(function: F) -> F:
-    """A function of logits whose elementwise work torch.compile fuses: each logit is read a few times, not dozens.
+    """Fuse the elementwise work of a function of logits with torch.compile, so that each logit is read a few times.
 
     The first calls compile, for seconds to a minute each.
     """
