@@ -19,10 +19,10 @@ HELP = """usage: clipkd COMMAND [--help] …
 Distill a large CLIP into a small one.
 
 commands:
-  check    say what a training config will run, and all that is wrong with it: clipkd check configs/demo.yaml --data.path shards
-  cache    compute a teacher's features once, to train from them: clipkd cache configs/demo.yaml --output DIR --views 4
+  check    try a configuration and report every problem: clipkd check mine.yaml --data.path shards
+  cache    compute the teachers' features once, to train from them: clipkd cache mine.yaml --output DIR --views 4
            clipkd cache verify DIR [--recompute 64]
-  train    train a student from a config: clipkd train configs/demo.yaml --data.path shards
+  train    train a student: clipkd train mine.yaml, or clipkd train RECIPE --data.path shards
   report   draw a run's curves, throughput, skipped samples and evaluations as one HTML page
   eval     zero-shot numbers of any model: clipkd eval --model M --task imagenet1k --data /data/imagenet
            clipkd eval ls | validate DATA | compare FIRST SECOND

@@ -36,7 +36,7 @@ class ExportConfig:
     weights: Literal["student", "ema"] = "student"
     """The student's weights or their moving average."""
     verify: tuple[str, ...] | str = ()
-    """Task YAMLs such as eval/imagenet.yaml to evaluate every artefact on; needs `data`."""
+    """Tasks, by name (imagenet1k) or as YAML files, to evaluate every artefact on; needs `data`."""
     data: tuple[str, ...] | str = ()
     """Data of these tasks, as in `clipkd eval`; without `verify`, folders in CLIP_benchmark's layout to evaluate on."""
     license: str | None = None
