@@ -178,9 +178,9 @@ def test_a_run_gives_its_student_or_its_average(tmp_path: Path) -> None:
         "preprocess_cfg": distiller.student.preprocess_config,
     }
     optimizer = torch.optim.AdamW(distiller.parameters())
-    state = {"identity": {"student": identity}}
-    with_average = checkpoint.save(tmp_path / "a", 1, model=distiller, ema=average, optimizer=optimizer, state=state)
-    without = checkpoint.save(tmp_path / "b", 1, model=distiller, ema=None, optimizer=optimizer, state=state)
+    parts = {"model": distiller, "optimizer": optimizer, "memory": {}, "state": {"identity": {"student": identity}}}
+    with_average = checkpoint.save(tmp_path / "a", 1, ema=average, **parts)
+    without = checkpoint.save(tmp_path / "b", 1, ema=None, **parts)
     assert_same_weights(load(str(tmp_path / "a")), distiller.student)
     assert_same_weights(load(str(with_average)), distiller.student)
     assert_same_weights(load(str(tmp_path / "a"), ema=True), average)
