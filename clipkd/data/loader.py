@@ -13,14 +13,11 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clipkd import distributed
 from clipkd.config.data import DataConfig
-from clipkd.config.train import TrainConfig
 from clipkd.data.crops import Box, decoding_scale, random_crop_box, reduce_scale, render
-from clipkd.data.order import BatchOrder, Position, Purpose, generator
+from clipkd.data.order import Position, Purpose, generator
 from clipkd.data.skips import BadSample, Skip
 from clipkd.data.sources import Pair, PairSet
 from clipkd.errors import RunStopped
@@ -103,17 +100,15 @@ class AugmentedPairs(Dataset):
 
     def __getitem__(self, position: Position) -> Sample:
         view, id = position
-        substitutes: np.random.Generator | None = None
+        substitutes = generator(Purpose.SUBSTITUTE, self.augment.seed, *position)
         skipped: list[Skip] = []
         while len(skipped) < MAX_TRIES:
             try:
                 return self.make(view, id)._replace(skipped=tuple(skipped))
             except BadSample as bad:
                 skipped.append(bad.skip)
-            substitutes = substitutes or generator(Purpose.SUBSTITUTE, self.augment.seed, *position)
             id = int(substitutes.integers(len(self.pairs)))
-        key, _, message = skipped[-1]
-        raise RunStopped(f"{MAX_TRIES} samples in a row cannot be used, the last of them {key}: {message}")
+        raise no_sample(skipped[-1])
 
     def make(self, view: int, id: int) -> Sample:
         """Raises: BadSample."""
@@ -125,6 +120,10 @@ class AugmentedPairs(Dataset):
         return sample._replace(features=self.stored.read(pair, id, view % num_views, sample.caption_number))
 
 
+def no_sample(last: Skip) -> RunStopped:
+    return RunStopped(f"{MAX_TRIES} samples in a row cannot be used, the last of them {last.key}: {last.message}")
+
+
 class Collate:
     """Samples → Batch; pixels and tokens are made once for models that share them."""
 
@@ -134,7 +133,9 @@ class Collate:
     def __call__(self, samples: list[Sample]) -> Batch:
         pixels, captions, _, ids, labels, keys, skipped, features = zip(*samples, strict=True)
         return Batch(
-            pixels=tuple(stack(list(kind)) for kind in zip(*pixels, strict=True)),
+            pixels=tuple(
+                torch.from_numpy(np.stack(kind)).permute(0, 3, 1, 2).contiguous() for kind in zip(*pixels, strict=True)
+            ),
             texts=tuple(spec.tokenize(list(captions)) for spec in self.views.token_specs),
             ids=torch.tensor(ids),
             labels=torch.tensor(labels),
@@ -144,16 +145,10 @@ class Collate:
         )
 
 
-def stack(images: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-
-
-def is_death(error: BaseException | None) -> bool:
-    """Whether torch reports the death of a loader process; errors raised inside one have other messages."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader")
-
-
-def died(error: RuntimeError) -> RunStopped:
+def death(error: BaseException | None) -> RunStopped | None:
+    """What to raise if torch reports that a loader process died; errors raised inside one have other messages."""
+    if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader"):
+        return None
     return RunStopped(
         f"a loader process died or hangs ({' '.join(str(error).split())[:200]}); memory may have run out: lower "
         "data.num_workers and continue from the last checkpoint with --resume latest"
@@ -193,9 +188,9 @@ class Feed(Generic[B]):
         try:
             batch = next(self.batches)
         except RuntimeError as error:
-            if not is_death(error):
-                raise
-            raise died(error) from error
+            if stop := death(error):
+                raise stop from error
+            raise
         if (place := getattr(batch, "place", None)) is not None:
             self.places[place[0]] = place[1]
         return batch
@@ -210,8 +205,8 @@ class Feed(Generic[B]):
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-        if isinstance(value, RuntimeError) and is_death(value):  # torch's SIGCHLD handler raises anywhere in the step
-            raise died(value) from value
+        if stop := death(value):  # torch's SIGCHLD handler raises anywhere in the step
+            raise stop from value
 
     def close(self) -> None:
         """End the loader processes, which ignore SIGINT and SIGTERM."""
@@ -223,38 +218,10 @@ class Feed(Generic[B]):
             process.join()
 
 
-def indexed_batches(
-    pairs: PairSet,
-    config: TrainConfig,
-    views: Views,
-    *,
-    start: int = 0,
-    stored: FeatureRows | None = None,
-    pin_memory: bool = False,
-) -> Feed[Batch]:
-    """This process's batches of indexed pairs from step `start` on.
-
-    Raises: ValueError if the processes cannot share a batch or the data does not fill one.
-    """
-    mixture, process = pairs.mixture(config.seed), (distributed.rank(), distributed.world_size())
-    loader = DataLoader(
-        AugmentedPairs(pairs, Augment(config.data, views, config.seed), stored),
-        batch_sampler=BatchOrder(mixture, config.batch_size, range(start, config.steps), *process),
-        collate_fn=Collate(views),
-        **loader_options(config.data, pin_memory),
-    )
-    return Feed(loader, epoch=lambda step, _: step * config.batch_size / mixture.epoch_size)
-
-
 def loader_options(config: DataConfig, pin_memory: bool) -> dict[str, Any]:
     """Options of every DataLoader of this package."""
-    parallel = {"prefetch_factor": 4, "timeout": BATCH_TIMEOUT} if config.num_workers else {}
-    return {
-        "num_workers": config.num_workers,
-        "pin_memory": pin_memory,
-        "worker_init_fn": start_worker,
-        **parallel,
-    }
+    options = {"num_workers": config.num_workers, "pin_memory": pin_memory, "worker_init_fn": start_worker}
+    return options | ({"prefetch_factor": 4, "timeout": BATCH_TIMEOUT} if config.num_workers else {})
 
 
 def start_worker(_: int) -> None:

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 
+from torch.utils.data import DataLoader
+
 from clipkd import distributed
 from clipkd.config.data import DataConfig, SourceConfig
 from clipkd.config.train import TrainConfig
-from clipkd.data.loader import FeatureRows, Feed, indexed_batches
+from clipkd.data.loader import Augment, AugmentedPairs, Collate, FeatureRows, Feed, loader_options
+from clipkd.data.order import BatchOrder
 from clipkd.data.shards import WebdatasetPairs
-from clipkd.data.sources import PairSet, PairSource, configured_sources, is_remote
-from clipkd.data.stream import StreamedShards, streamed_batches
+from clipkd.data.sources import PairSet, PairSource
+from clipkd.data.stream import StreamedPairs, StreamedShards
 from clipkd.data.tables import HuggingFacePairs, TablePairs
 from clipkd.views import Batch, Views
 
@@ -20,8 +23,12 @@ def open_pairs(config: DataConfig) -> Pairs:
 
     Raises: FileNotFoundError or ValueError that name what is missing or damaged.
     """
-    sources = configured_sources(config)
-    remote = {s.format == "webdataset" and is_remote(path) for s in sources for path in s.paths}
+    sources = [config, *config.mix]
+    for number, source in enumerate(sources):
+        if not source.paths:
+            name = "data.path" if number == 0 else f"data.mix[{number - 1}].path"
+            raise ValueError(f"{name} is empty; set it to a folder of shards, a table or a Hugging Face data set")
+    remote = {is_remote(path, source) for source in sources for path in source.paths}
     if remote == {True}:
         return StreamedShards(sources)
     if True in remote:
@@ -29,16 +36,20 @@ def open_pairs(config: DataConfig) -> Pairs:
             "data.path and data.mix name both remote shards (URLs or pipes) and local data; copy the remote shards, or "
             "leave one kind out"
         )
-    tables = {"huggingface": HuggingFacePairs, "csv": TablePairs}
 
     def open_source(source: SourceConfig) -> PairSource:
         if source.format == "webdataset":
             return WebdatasetPairs(source)
-        return distributed.together(lambda: tables[source.format](source))
+        table = HuggingFacePairs if source.format == "huggingface" else TablePairs
+        return distributed.together(lambda: table(source))
 
     pairs = PairSet([open_source(source) for source in sources], sources)
     distributed.together(lambda: pairs.require_usable(config.max_skipped))
     return pairs
+
+
+def is_remote(path: str, source: SourceConfig) -> bool:
+    return source.format == "webdataset" and ("://" in path or path.startswith("pipe:"))
 
 
 def open_feed(
@@ -56,7 +67,18 @@ def open_feed(
     places: positions of a checkpoint's readers in streamed shards. stored: features to add to each indexed sample.
     Raises: ValueError if the processes cannot share a batch or the data does not fill one.
     """
+    options = loader_options(config.data, pin_memory)
     if isinstance(pairs, StreamedShards):
         assert stored is None
-        return streamed_batches(pairs, config, views, places=places or {}, pin_memory=pin_memory)
-    return indexed_batches(pairs, config, views, start=start, stored=stored, pin_memory=pin_memory)
+        streamed = StreamedPairs(pairs, config, views, places or {})
+        starts, num_shards = streamed.starts(max(1, config.data.num_workers)), streamed.mixture.epoch_size
+        loader = DataLoader(streamed, batch_size=None, **options)
+        return Feed(loader, places=starts, epoch=lambda _, places: min(places.values()) / num_shards)
+    mixture, process = pairs.mixture(config.seed), (distributed.rank(), distributed.world_size())
+    loader = DataLoader(
+        AugmentedPairs(pairs, Augment(config.data, views, config.seed), stored),
+        batch_sampler=BatchOrder(mixture, config.batch_size, range(start, config.steps), *process),
+        collate_fn=Collate(views),
+        **options,
+    )
+    return Feed(loader, epoch=lambda step, _: step * config.batch_size / mixture.epoch_size)

@@ -35,14 +35,6 @@ class SourceOrder:
         self.sizes, self.seed, self.number = shard_sizes.astype(np.int64), seed, number
         self.starts = np.cumsum(self.sizes) - self.sizes
         self.num_samples = int(self.sizes.sum())
-        self.planned: tuple[int, np.ndarray, np.ndarray] | None = None
-
-    def shards(self, view: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards in the order of a pass, and the place at which each ends."""
-        if self.planned is None or self.planned[0] != view:
-            order = generator(Purpose.SHARDS, self.seed, self.number, view).permutation(len(self.sizes))
-            self.planned = (view, order, np.cumsum(self.sizes[order]))
-        return self.planned[1:]
 
     def between(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """View index and sample of the places start … stop − 1 in the endless sequence of passes."""
@@ -50,7 +42,8 @@ class SourceOrder:
         while start < stop:
             view, first = divmod(start, self.num_samples)
             last = min(first + stop - start, self.num_samples)
-            order, ends = self.shards(view)
+            order = generator(Purpose.SHARDS, self.seed, self.number, view).permutation(len(self.sizes))
+            ends = np.cumsum(self.sizes[order])
             for place in range(np.searchsorted(ends, first, "right"), np.searchsorted(ends, last, "left") + 1):
                 shard, begin = order[place], ends[place] - self.sizes[order[place]]
                 samples.append(self.starts[shard] + np.arange(max(first - begin, 0), min(last, ends[place]) - begin))

@@ -12,19 +12,11 @@ from webdataset.shardlists import expand_urls
 from clipkd import distributed, progress
 from clipkd.config.data import SourceConfig
 from clipkd.data.skips import DAMAGED_SHARD, UNREADABLE_SHARD, BadSample, Skip, Skips
-from clipkd.data.sources import (
-    MAX_SAMPLE_BYTES,
-    Pair,
-    locate,
-    make_pair,
-    member_captions,
-    member_extensions,
-    missing_member,
-)
-from clipkd.data.tar_index import DUPLICATE, TarIndex, as_text, index_tar, is_indexed
+from clipkd.data.sources import MAX_SAMPLE_BYTES, Pair, locate, make_pair, member_extensions, missing_member
+from clipkd.data.tar_index import DUPLICATE, TarIndex, as_text, index_tar
 
 MANY_SHARDS = 20
-"""Number of unindexed shards from which on a progress bar is shown."""
+"""Shards of a process from which on a progress bar is shown."""
 
 MAX_ROWS_KEPT = 1 << 20
 """Rows of opened shards that a process keeps in memory: several blocks of the order, about 70 MB."""
@@ -67,9 +59,9 @@ class Rows:
     stamp: tuple[int, int]
     """Size and modification time of the shard."""
 
-    def digest(self, *, labels: bool) -> str:
-        spans = self.spans if labels else np.ascontiguousarray(self.spans[:, :2])
-        return hashlib.sha256(self.keys.tobytes() + spans.tobytes()).hexdigest()
+    def digest(self) -> str:
+        """Of keys, images and captions."""
+        return hashlib.sha256(self.keys.tobytes() + self.spans[:, :2].tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -78,8 +70,6 @@ class Survey:
 
     num_rows: int
     digest: str
-    unlabelled_digest: str
-    """Of keys, images and captions alone."""
     labelled: bool
     left_out: Skips
     damaged: list[Skip]
@@ -99,44 +89,37 @@ class WebdatasetPairs:
         """Index the shards. Call on every process: each indexes its share."""
         self.config, self.extensions = config, member_extensions(config)
         self.opened: OrderedDict[int, Rows] = OrderedDict()
-        shards = distributed.together(lambda: find_shards(config.paths))
-        surveys = self.survey_all(shards)
+        self.shards = distributed.together(lambda: find_shards(config.paths))
+        self.surveys = self.survey_all()
         self.left_out, self.damaged = Skips(), list[Skip]()
-        for survey in surveys:
+        for survey in self.surveys:
             self.left_out.merge(survey.left_out)
             self.damaged += survey.damaged
-        used = [number for number, survey in enumerate(surveys) if survey.num_rows]
-        self.num_shards = len(shards)
-        self.shards = [shards[number] for number in used]
-        self.surveys = [surveys[number] for number in used]
         self.shard_sizes = np.array([survey.num_rows for survey in self.surveys], np.int64)
         self.ends = np.cumsum(self.shard_sizes)
         self.require_pairs()
 
-    def survey_all(self, shards: list[Path]) -> list[Survey]:
+    def survey_all(self) -> list[Survey]:
         """Summaries of all shards, in order, on every process."""
-        share = range(distributed.rank(), len(shards), distributed.world_size())
-        visible = sum(not is_indexed(shards[number]) for number in share) >= MANY_SHARDS
-        tracked = progress.track_on_main(share, "index shards", len(share)) if visible else share
-        own = distributed.together(lambda: {number: self.survey(shards[number]) for number in tracked})
-        found = {number: survey for part in distributed.gather_objects(own) for number, survey in part.items()}
-        return [found[number] for number in range(len(shards))]
+        share = self.shards[distributed.rank() :: distributed.world_size()]
+        tracked = progress.track_on_main(share, "index shards", len(share)) if len(share) >= MANY_SHARDS else share
+        parts = distributed.gather_objects(distributed.together(lambda: [self.survey(shard) for shard in tracked]))
+        return [parts[number % len(parts)][number // len(parts)] for number in range(len(self.shards))]
 
     def survey(self, shard: Path) -> Survey:
         try:
             index, stamp = index_tar(shard), stamp_of(shard.stat())
         except OSError as error:
             skip = Skip(str(shard), UNREADABLE_SHARD, f"cannot be read ({error})")
-            return Survey(0, "", "", False, Skips(), [skip])
+            return Survey(0, "", False, Skips(), [skip])
         rows, left_out = self.complete_rows(index, shard, stamp)
         damaged = [Skip(str(shard), DAMAGED_SHARD, message)] if (message := str(index.damage)) else []
         labelled = bool((rows.spans[:, -1, 1] >= 0).any())
-        digest, unlabelled = rows.digest(labels=True), rows.digest(labels=False)
-        return Survey(len(rows.keys), digest, unlabelled, labelled, left_out, damaged)
+        return Survey(len(rows.keys), rows.digest(), labelled, left_out, damaged)
 
     def require_pairs(self) -> None:
         where = " ".join(self.config.paths)
-        if not self.shards:
+        if not self.shard_sizes.any():
             if self.damaged and not self.left_out:
                 raise ValueError(f"{self.damaged[0].key} {self.damaged[0].message}; no shard of {where} can be read")
             image, caption, *_ = (", ".join(f".{name}" for name in names) for names in self.extensions)
@@ -159,19 +142,10 @@ class WebdatasetPairs:
         complete = has_image & has_caption
         return Rows(index.keys[complete], spans[complete], stamp), left_out
 
-    def parts(self, *, labels: bool = False) -> list[tuple[str, str]]:
-        digests = [survey.digest if labels else survey.unlabelled_digest for survey in self.surveys]
-        return list(zip(map(str, self.shards), digests, strict=True))
+    def parts(self) -> list[tuple[str, str]]:
+        return [(str(shard), survey.digest) for shard, survey in zip(self.shards, self.surveys, strict=True)]
 
-    def read(self, index: int) -> Pair:
-        return make_pair(*self.read_members(index, slice(None)), self.config)
-
-    def read_captions(self, index: int) -> tuple[str, ...]:
-        key, (caption,) = self.read_members(index, slice(1, 2))
-        return member_captions(key, caption, self.config)
-
-    def read_members(self, index: int, wanted: slice) -> tuple[str, list[bytes | None]]:
-        """Key and the wanted ones of image, caption and label. Raises: BadSample."""
+    def read(self, index: int, *, image: bool = True) -> Pair:
         shard, row = locate(self.ends, index)
         path = self.shards[shard]
         key = str(path)
@@ -182,10 +156,12 @@ class WebdatasetPairs:
             with path.open("rb", buffering=0) as file:
                 if stamp_of(os.fstat(file.fileno())) != rows.stamp:
                     raise ValueError("it has been written again")
-                return key, [read_span(file.fileno(), *span) for span in rows.spans[row, wanted].tolist()]
+                first, *others = rows.spans[row].tolist()
+                members = [read_span(file.fileno(), *span) for span in (first if image else (0, 0), *others)]
         except (OSError, ValueError, EOFError) as error:
             message = f"the shard can no longer be read ({error})"
             raise BadSample(key, UNREADABLE_SHARD, message) from error
+        return make_pair(key, members, self.config)
 
     def rows(self, shard: int) -> Rows:
         """Raises: OSError if the shard is gone; ValueError if it has changed since the run began."""
@@ -195,7 +171,7 @@ class WebdatasetPairs:
         path = self.shards[shard]
         stamp = stamp_of(path.stat())
         rows, _ = self.complete_rows(index_tar(path), path, stamp)
-        if rows.digest(labels=True) != self.surveys[shard].digest:
+        if rows.digest() != self.surveys[shard].digest:
             raise ValueError("it holds other samples than when the run began")
         self.opened[shard] = rows
         while len(self.opened) > 1 and sum(len(kept.keys) for kept in self.opened.values()) > MAX_ROWS_KEPT:

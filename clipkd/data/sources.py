@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from clipkd.config.data import DataConfig, SourceConfig
+from clipkd.config.data import SourceConfig
 from clipkd.data.order import Mixture
 from clipkd.data.skips import BadSample, Skip, Skips, exceeds
 
@@ -38,24 +38,18 @@ class Pair:
 
 class PairSource(Protocol):
     shard_sizes: np.ndarray
-    """Samples per shard; samples are numbered through the shards in order."""
-    num_shards: int
-    """Shards without a usable sample included."""
+    """Samples per shard, 0 for one without a usable sample; samples are numbered through the shards in order."""
     left_out: Skips
     """Samples that the index shows to be unusable."""
     damaged: list[Skip]
     """Shards that cannot be read to their end."""
 
-    def parts(self, *, labels: bool = False) -> list[tuple[str, str]]:
-        """The files of the source, each with a digest of its samples and their order; labels count only on demand."""
+    def parts(self) -> list[tuple[str, str]]:
+        """The files of the source, each with a digest of its samples and their order; labels do not count."""
         ...
 
-    def read(self, index: int) -> Pair:
-        """Raises: BadSample."""
-        ...
-
-    def read_captions(self, index: int) -> tuple[str, ...]:
-        """The captions of `read`, without reading the image. Raises: BadSample."""
+    def read(self, index: int, *, image: bool = True) -> Pair:
+        """image: False leaves the image empty and does not read it. Raises: BadSample."""
         ...
 
 
@@ -65,6 +59,7 @@ class PairSet:
     def __init__(self, sources: Sequence[PairSource], configs: Sequence[SourceConfig]) -> None:
         self.sources, self.configs = list(sources), list(configs)
         self.ends = np.cumsum([int(source.shard_sizes.sum()) for source in sources])
+        self.damaged = [skip for source in sources for skip in source.damaged]
         self.left_out = Skips()
         for source in sources:
             self.left_out.merge(source.left_out)
@@ -72,21 +67,16 @@ class PairSet:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def read(self, index: int) -> Pair:
-        """Raises: BadSample."""
+    def read(self, index: int, *, image: bool = True) -> Pair:
+        """image: False leaves the image empty and does not read it. Raises: BadSample."""
         source, number = locate(self.ends, index)
-        return self.sources[source].read(number)
-
-    def read_captions(self, index: int) -> tuple[str, ...]:
-        """Raises: BadSample."""
-        source, number = locate(self.ends, index)
-        return self.sources[source].read_captions(number)
+        return self.sources[source].read(number, image=image)
 
     def identity(self) -> list[dict[str, Any]]:
         """Per source: content and options that a resumed run must find unchanged, wherever the files lie."""
         found = []
         for source, config in zip(self.sources, self.configs, strict=True):
-            digests = "".join(digest for _, digest in source.parts(labels=True))
+            digests = "".join(digest for _, digest in source.parts())
             fingerprint = hashlib.sha256(digests.encode()).hexdigest()
             found.append({"pairs": int(source.shard_sizes.sum()), "fingerprint": fingerprint, **identity_of(config)})
         return found
@@ -97,7 +87,7 @@ class PairSet:
 
     def unusable(self) -> Skips:
         """Damaged shards, and samples that the indexes show to be unusable."""
-        found = Skips(skip for source in self.sources for skip in source.damaged)
+        found = Skips(self.damaged)
         found.merge(self.left_out)
         return found
 
@@ -107,11 +97,11 @@ class PairSet:
 
     def require_usable(self, max_share: float) -> None:
         """Raises: ValueError if more is damaged than may be skipped, or none of the first samples can be read."""
-        damaged = [skip for source in self.sources for skip in source.damaged]
-        num_shards = sum(source.num_shards for source in self.sources)
-        if len(damaged) > max_share * num_shards:
+        num_shards = sum(len(source.shard_sizes) for source in self.sources)
+        if len(self.damaged) > max_share * num_shards:
+            first = self.damaged[0]
             raise ValueError(
-                f"{damaged[0].key} {damaged[0].message}; {len(damaged)} of {num_shards} shards are damaged: copy or write "
+                f"{first.key} {first.message}; {len(self.damaged)} of {num_shards} shards are damaged: copy or write "
                 "them again, or raise data.max_skipped to train on the others"
             )
         num_left_out = self.left_out.counts.total()
@@ -139,15 +129,14 @@ def identity_of(config: SourceConfig) -> dict[str, Any]:
 
 def probe(source: PairSource) -> None:
     """Raises: BadSample if none of the first samples can be read: most likely a key or column is wrong."""
-    first: BadSample | None = None
+    bad: list[BadSample] = []
     for index in range(min(NUM_PROBES, int(source.shard_sizes.sum()))):
         try:
             source.read(index)
             return
-        except BadSample as bad:
-            first = first or bad
-    assert first is not None
-    raise first
+        except BadSample as error:
+            bad.append(error)
+    raise bad[0]
 
 
 def member_extensions(config: SourceConfig) -> list[tuple[str, ...]]:
@@ -165,29 +154,22 @@ def missing_member(key: str, extensions: tuple[str, ...]) -> Skip:
 
 def make_pair(key: str, members: Sequence[bytes | None], config: SourceConfig) -> Pair:
     """Members of a webdataset sample, as `member_extensions` lists them, → Pair. Raises: BadSample."""
-    image, caption, *label = members
-    for content, extensions in zip((image, caption), member_extensions(config), strict=False):
+    for content, extensions in zip(members[:2], member_extensions(config), strict=False):
         if content is None:
             raise BadSample(*missing_member(key, extensions))
+    image, caption, *label = members
     assert image is not None
-    captions = member_captions(key, caption, config)
-    if not label or label[0] is None or config.label_key is None:
+    captions = as_captions(read_member(caption, config.caption_key, "caption", key), key)
+    if not label or label[0] is None:
         return Pair(key, image, captions)
-    value = read_member(label[0], config.label_key, "cls", key, "data.label_key")
-    return Pair(key, image, captions, as_label(value, key))
+    return Pair(key, image, captions, as_label(read_member(label[0], config.label_key, "label", key), key))
 
 
-def member_captions(key: str, caption: bytes | None, config: SourceConfig) -> tuple[str, ...]:
-    """Raises: BadSample."""
-    assert caption is not None
-    return as_captions(read_member(caption, config.caption_key, "txt", key, "data.caption_key"), key)
-
-
-def read_member(content: bytes, name: str, extension: str, where: str, option: str) -> Any:
-    """The text of a member if the option names its extension, otherwise the value of that key in its JSON."""
-    kind = option.split(".")[1].removesuffix("_key")
+def read_member(content: bytes | None, name: str | None, kind: str, where: str) -> Any:
+    """The text of a .txt or .cls member, otherwise the value of a key in a .json. Raises: BadSample."""
+    assert content is not None
     try:
-        if name == extension:
+        if name == {"caption": "txt", "label": "cls"}[kind]:
             return content.decode("utf-8")
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -195,7 +177,7 @@ def read_member(content: bytes, name: str, extension: str, where: str, option: s
     if isinstance(values, dict) and name in values:
         return values[name]
     held = f"only {sorted(values)[:20]}" if isinstance(values, dict) else f"it is a {type(values).__name__}"
-    raise BadSample(where, f"no {kind}", f"its json has no key {name!r}, {held}; see {option}")
+    raise BadSample(where, f"no {kind}", f"its json has no key {name!r}, {held}; see data.{kind}_key")
 
 
 def as_captions(value: Any, where: str) -> tuple[str, ...]:
@@ -222,17 +204,3 @@ def as_label(value: Any, where: str) -> int:
         return int(value)
     message = f"its label is {value!r}; it must be a class number from 0 on, or null; see data.label_key"
     raise BadSample(where, "wrong label", message)
-
-
-def is_remote(path: str) -> bool:
-    return "://" in path or path.startswith("pipe:")
-
-
-def configured_sources(config: DataConfig) -> list[SourceConfig]:
-    """`data` itself and each of `data.mix`. Raises: ValueError if one names no path."""
-    sources = [config, *config.mix]
-    for number, source in enumerate(sources):
-        if not source.paths:
-            name = "data.path" if number == 0 else f"data.mix[{number - 1}].path"
-            raise ValueError(f"{name} is empty; set it to a folder of shards, a table or a Hugging Face data set")
-    return sources

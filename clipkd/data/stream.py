@@ -16,14 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, cast
 
 import numpy as np
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.gopen import gopen, gopen_schemes
 from webdataset.shardlists import expand_urls
 
 from clipkd import distributed
 from clipkd.config.data import SourceConfig
 from clipkd.config.train import TrainConfig
-from clipkd.data.loader import MAX_TRIES, Augment, Collate, Feed, Sample, loader_options
+from clipkd.data.loader import MAX_TRIES, Augment, Collate, Sample, no_sample
 from clipkd.data.order import Mixture, Purpose, generator, share_of
 from clipkd.data.skips import DAMAGED_SHARD, BadSample, Skip
 from clipkd.data.sources import Pair, identity_of, make_pair, member_extensions
@@ -85,8 +85,16 @@ class StreamedPairs(IterableDataset):
         skipped: list[Skip] = []
         samples: list[Sample] = []
         opened: list[int] = []
-        for place, sample in self.samples(start, stride, skipped, opened):
-            samples.append(sample)
+        unusable = 0
+        for place, view, pair in self.shuffled(start, stride, skipped, opened):
+            try:
+                samples.append(self.augment(pair, view, key_id(pair.key)))
+                unusable = 0
+            except BadSample as bad:
+                skipped.append(bad.skip)
+                unusable += 1
+                if unusable == MAX_TRIES:
+                    raise no_sample(bad.skip) from bad
             if len(samples) == self.share:
                 batch = self.collate(samples)
                 yield batch._replace(skipped=tuple(skipped), shards_opened=len(opened), place=(reader, place))
@@ -102,12 +110,14 @@ class StreamedPairs(IterableDataset):
         first = min(self.places.values(), default=0)  # another number of readers: all return to the earliest position
         return {reader: first + reader for reader in readers}
 
-    def samples(self, start: int, stride: int, skipped: list[Skip], opened: list[int]) -> Iterator[tuple[int, Sample]]:
-        """Shuffled samples, each with the position of the first shard of which samples are still held."""
+    def shuffled(
+        self, start: int, stride: int, skipped: list[Skip], opened: list[int]
+    ) -> Iterator[tuple[int, int, Pair]]:
+        """Shuffled pairs: position of the first shard of which pairs are still held, view index, pair."""
         rng = generator(Purpose.STREAM, self.augment.seed, start)
         buffer: list[tuple[int, int, Pair]] = []
         held: Counter[int] = Counter()
-        empty = unusable = 0
+        empty = 0
         for place in itertools.count(start, stride):
             ((view, number),) = self.mixture.between(place, place + 1)
             opened.append(place)
@@ -116,25 +126,12 @@ class StreamedPairs(IterableDataset):
                 empty = 0
                 buffer.append((place, view, pair))
                 held[place] += 1
-                if len(buffer) <= SHUFFLE_BUFFER:
-                    continue
-                chosen = int(rng.integers(len(buffer)))
-                buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
-                came_from, its_view, chosen_pair = buffer.pop()
-                held[came_from] -= 1
-                if not held[came_from]:
-                    del held[came_from]
-                try:
-                    sample = self.augment(chosen_pair, its_view, key_id(chosen_pair.key))
-                except BadSample as bad:
-                    skipped.append(bad.skip)
-                    unusable += 1
-                    if unusable == MAX_TRIES:
-                        message = f"{MAX_TRIES} samples in a row cannot be used, the last of them {bad}"
-                        raise RunStopped(message) from bad
-                else:
-                    unusable = 0
-                    yield min(held, default=place), sample
+                if len(buffer) > SHUFFLE_BUFFER:
+                    chosen = int(rng.integers(len(buffer)))
+                    buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
+                    came_from, its_view, drawn = buffer.pop()
+                    held -= Counter([came_from])  # keeps positive counts only
+                    yield min(held, default=place), its_view, drawn
             if empty == MAX_EMPTY_SHARDS:
                 reason = f": {skipped[-1].key} {skipped[-1].message}" if skipped else ""
                 raise RunStopped(f"{MAX_EMPTY_SHARDS} streamed shards in a row gave no sample{reason}")
@@ -183,13 +180,3 @@ def read_content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 def key_id(key: str) -> int:
     """A streamed sample's id: 63 bits of its key's hash."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def streamed_batches(
-    shards: StreamedShards, config: TrainConfig, views: Views, *, places: Mapping[int, int], pin_memory: bool
-) -> Feed[Batch]:
-    """This process's batches of streamed pairs. Raises: ValueError if the processes cannot share a batch."""
-    pairs = StreamedPairs(shards, config, views, places)
-    loader = DataLoader(pairs, batch_size=None, **loader_options(config.data, pin_memory))
-    starts, epoch_size = pairs.starts(max(1, config.data.num_workers)), pairs.mixture.epoch_size
-    return Feed(loader, places=starts, epoch=lambda _, places: min(places.values()) / epoch_size)

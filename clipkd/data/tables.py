@@ -21,8 +21,7 @@ ROWS_PER_SHARD = 1 << 14
 
 def split_evenly(num_rows: int) -> np.ndarray:
     """Sizes of the shards of a table."""
-    whole, rest = divmod(num_rows, ROWS_PER_SHARD)
-    return np.array([ROWS_PER_SHARD] * whole + ([rest] if rest else []), np.int64)
+    return np.diff([*range(0, num_rows, ROWS_PER_SHARD), num_rows])
 
 
 class HuggingFacePairs:
@@ -36,32 +35,29 @@ class HuggingFacePairs:
         rows = load_rows(self.path, config.split)
         columns = require_columns(config, self.path, rows.column_names)
         self.rows = rows.select_columns(columns).cast_column(config.image_column, datasets.Image(decode=False))
-        self.captions = rows.select_columns([config.caption_key])
+        self.texts = self.rows.remove_columns(config.image_column)
         if not len(self.rows):
             raise ValueError(f"{self.path} holds no rows in split {config.split!r}")
-        self.shard_sizes = split_evenly(len(self.rows))
-        self.num_shards, self.left_out, self.damaged = len(self.shard_sizes), Skips(), list[Skip]()
+        self.shard_sizes, self.left_out, self.damaged = split_evenly(len(self.rows)), Skips(), list[Skip]()
 
-    def parts(self, *, labels: bool = False) -> list[tuple[str, str]]:
-        # The library's own fingerprint changes with the folder.
-        columns = [self.config.caption_key, self.config.label_key if labels else None]
-        digest = hashlib.sha256()
-        for rows in self.rows.select_columns([name for name in columns if name is not None]).iter(10_000):
+    def parts(self) -> list[tuple[str, str]]:
+        digest = hashlib.sha256()  # the library's own fingerprint changes with the folder
+        for rows in self.rows.select_columns([self.config.caption_key]).iter(10_000):
             digest.update(json.dumps(rows, default=str).encode())
         return [(self.path, digest.hexdigest())]
 
-    def read_captions(self, index: int) -> tuple[str, ...]:
-        return as_captions(self.captions[index][self.config.caption_key], f"{self.path} row {index}")
-
-    def read(self, index: int) -> Pair:
+    def read(self, index: int, *, image: bool = True) -> Pair:
         key, config = f"{self.path} row {index}", self.config
-        row = self.rows[index]
-        image: Mapping[str, Any] | None = row[config.image_column]
-        if image is None or (image["bytes"] is None and image["path"] is None):
-            raise BadSample(key, "no image", f"has no image in column {config.image_column!r}")
-        data = image["bytes"] if image["bytes"] is not None else read_file(Path(image["path"]), key)
+        row = (self.rows if image else self.texts)[index]
+        data = self.stored_image(row[config.image_column], key) if image else b""
         label = as_label(row[config.label_key], key) if config.label_key else UNLABELLED
         return Pair(key, data, as_captions(row[config.caption_key], key), label)
+
+    def stored_image(self, image: Mapping[str, Any] | None, key: str) -> bytes:
+        """Raises: BadSample."""
+        if image is None or (image["bytes"] is None and image["path"] is None):
+            raise BadSample(key, "no image", f"has no image in column {self.config.image_column!r}")
+        return image["bytes"] if image["bytes"] is not None else read_file(Path(image["path"]), key)
 
 
 class TablePairs:
@@ -69,29 +65,23 @@ class TablePairs:
 
     def __init__(self, config: SourceConfig) -> None:
         self.config = config
-        columns = [config.image_column, config.caption_key, *([config.label_key] if config.label_key else [])]
-        self.tables = [read_table(Path(path), columns, config) for path in config.paths]
+        self.tables = [read_table(Path(path), config) for path in config.paths]
         self.ends = np.cumsum([len(table) for table in self.tables])
-        self.shard_sizes = split_evenly(int(self.ends[-1]))
-        self.num_shards, self.left_out, self.damaged = len(self.shard_sizes), Skips(), list[Skip]()
+        self.shard_sizes, self.left_out, self.damaged = split_evenly(int(self.ends[-1])), Skips(), list[Skip]()
 
-    def parts(self, *, labels: bool = False) -> list[tuple[str, str]]:
+    def parts(self) -> list[tuple[str, str]]:
         """Digests of the complete files."""
         return [(path, sha256(Path(path))) for path in self.config.paths]
 
-    def read(self, index: int) -> Pair:
+    def read(self, index: int, *, image: bool = True) -> Pair:
         number, row = locate(self.ends, index)
         table = self.config.paths[number]
         path, caption, *label = (column[row].as_py() for column in self.tables[number].columns)
         key = f"{table} row {row}: {path}"
         if not path:
             raise BadSample(key, "no image", f"has no path in column {self.config.image_column!r}")
-        data = read_file(Path(table).parent / path, key)
+        data = read_file(Path(table).parent / path, key) if image else b""
         return Pair(key, data, as_captions(caption, key), as_label(label[0] or None, key) if label else UNLABELLED)
-
-    def read_captions(self, index: int) -> tuple[str, ...]:
-        number, row = locate(self.ends, index)
-        return as_captions(self.tables[number].column(1)[row].as_py(), f"{self.config.paths[number]} row {row}")
 
 
 def read_file(path: Path, key: str) -> bytes:
@@ -105,8 +95,8 @@ def read_file(path: Path, key: str) -> bytes:
         raise BadSample(key, "no image", f"the image file cannot be read ({error})") from error
 
 
-def read_table(path: Path, columns: list[str], config: SourceConfig) -> Any:
-    """The columns of a CSV or TSV file, all text. Columns given as numbers count from 0 in a file without a header line.
+def read_table(path: Path, config: SourceConfig) -> Any:
+    """The configured columns of a CSV or TSV file, all text. Without a header line, columns are numbered from 0.
 
     Raises: FileNotFoundError, or ValueError that names the existing columns, a row with too many or too few fields, or
         the line of an unclosed quote.
@@ -116,6 +106,7 @@ def read_table(path: Path, columns: list[str], config: SourceConfig) -> Any:
 
     if not path.is_file():
         raise FileNotFoundError(f"no file {path} (data.path)")
+    columns = list(columns_of(config).values())
     numbered = all(column.isdecimal() for column in columns)
     # A .tsv has no quoting: with it, a caption that begins with a quote would swallow the next rows.
     tabs = path.suffix.lower() == ".tsv"
@@ -156,10 +147,15 @@ def require_closed_quotes(path: Path, num_rows: int) -> None:
             ) from error
 
 
+def columns_of(config: SourceConfig) -> dict[str, str]:
+    """Option → column, in the order in which a source reads them."""
+    options = {"image_column": config.image_column, "caption_key": config.caption_key, "label_key": config.label_key}
+    return {option: column for option, column in options.items() if column is not None}
+
+
 def require_columns(config: SourceConfig, path: str, names: list[str]) -> list[str]:
     """The columns that a source reads. Raises: ValueError that names the existing ones if one is missing."""
-    options = {"image_column": config.image_column, "caption_key": config.caption_key, "label_key": config.label_key}
-    wanted = {option: column for option, column in options.items() if column is not None}
+    wanted = columns_of(config)
     hint = " (in a table without a header line: the column's number, from 0)" if config.format == "csv" else ""
     for option, column in wanted.items():
         if column not in names:

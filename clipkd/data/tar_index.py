@@ -61,10 +61,6 @@ def cache_paths(path: Path) -> tuple[Path, Path]:
     return path.with_name(path.name + ".clipkd-index.npz"), cache / "clipkd" / "shards" / f"{name}.npz"
 
 
-def is_indexed(path: Path) -> bool:
-    return any(cache.is_file() for cache in cache_paths(path))
-
-
 def index_tar(path: Path) -> TarIndex:
     """Read a shard's index from its cache, or scan the headers of the shard and cache the result.
 

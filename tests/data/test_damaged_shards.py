@@ -4,11 +4,9 @@ import functools
 import json
 import re
 import signal
-import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +18,7 @@ from clipkd.data.open import open_pairs
 from clipkd.data.skips import BadSample, Skip
 from clipkd.data.sources import Pair, PairSet
 from clipkd.data.stream import key_id, read_shard
-from clipkd.data.tar_index import index_tar, index_whole_tar
+from clipkd.data.tar_index import index_whole_tar
 from clipkd.images import BadImage, open_image, to_rgb
 from clipkd.views import Views
 from tests.data.samples import encode, view_spec, write_tar
@@ -141,10 +139,6 @@ def inserted(rng: np.random.Generator, *parts: bytes) -> bytes:
 Damage = Callable[[np.random.Generator], bytes]
 
 
-def cut(rng: np.random.Generator) -> bytes:
-    return tar(*members())[: rng.integers(1, len(tar(*members())))]
-
-
 def flipped(rng: np.random.Generator) -> bytes:
     data = np.frombuffer(tar(*members()), np.uint8).copy()
     places = rng.integers(0, len(data), rng.integers(1, 40))
@@ -161,11 +155,6 @@ def flipped_header(rng: np.random.Generator) -> bytes:
             block[byte] = int(rng.choice([0, 32, 48, 49, 53, 55, 83, 128, 255]))
         parts[place] = checked(block) + parts[place][BLOCK:]
     return tar(*parts)
-
-
-def swapped(rng: np.random.Generator) -> bytes:
-    parts = members()
-    return tar(*(parts[place] for place in rng.permutation(len(parts))))
 
 
 def zeroed(rng: np.random.Generator) -> bytes:
@@ -219,13 +208,6 @@ def headers_without_end(rng: np.random.Generator) -> bytes:
     return inserted(rng, member("more", content, kind) * int(rng.integers(2, 4000)))
 
 
-def duplicated(rng: np.random.Generator) -> bytes:
-    parts = members()
-    for place in rng.integers(0, len(parts), 5).tolist():
-        parts.insert(int(rng.integers(len(parts))), parts[place])
-    return tar(*parts)
-
-
 def other_kind(rng: np.random.Generator) -> bytes:
     """Folders, links, devices and pipes, with or without content, between samples or within one."""
     kind = b"123456"[(at := int(rng.integers(6))) : at + 1]
@@ -252,15 +234,12 @@ def odd_names(rng: np.random.Generator) -> bytes:
 
 
 TRIALS: dict[Damage, int] = {
-    cut: 25,
     flipped: 40,
     flipped_header: 60,
-    swapped: 10,
     zeroed: 20,
     absurd_size: 120,
     damaged_pax: 80,
     headers_without_end: 8,
-    duplicated: 15,
     other_kind: 40,
     odd_names: 30,
 }
@@ -377,44 +356,8 @@ def test_a_nested_json_is_a_bad_sample_and_a_long_text_is_cut(tmp_path: Path, de
         assert [skip.key for skip in taken.skipped][:1] == expected
 
 
-# Nothing outside of the shard and its index is touched.
-
-events: list[str] | None = None
-"""Files opened for writing, made, moved or removed, and programs started, while not None."""
-
-HARMLESS = ("os.listdir", "os.scandir", "os.putenv", "os.unsetenv")
-
-
-def listen(event: str, arguments: tuple[Any, ...]) -> None:
-    if events is None:
-        return
-    if event == "open":
-        path, mode, flags = arguments
-        if (isinstance(mode, str) and set(mode) & set("wax+")) or flags & 0o1103:  # O_WRONLY, O_RDWR, O_CREAT, O_TRUNC
-            events.append(f"open {path}")
-    elif event.startswith(("os.", "subprocess.", "shutil.", "pty.")) and event not in HARMLESS:
-        events.append(" ".join(map(str, (event, *arguments))))
-
-
-@pytest.fixture
-def audit(tmp_path: Path) -> Iterator[list[str]]:
-    """What happens to files while a test runs."""
-    global events
-    if not getattr(listen, "installed", False):
-        sys.addaudithook(listen)  # for good: it cannot be removed
-        listen.installed = True  # type: ignore[attr-defined]
-    events = []
-    (tmp_path / "a").write_text("a")
-    (tmp_path / "a").unlink()
-    assert [event.split()[0] for event in events] == ["open", "os.remove"]
-    yield events
-    events = None
-
-
 @pytest.mark.parametrize("streamed", [False, True], ids=["indexed", "streamed"])
-def test_names_that_lead_outside_links_and_devices_write_nothing_outside(
-    tmp_path: Path, streamed: bool, audit: list[str]
-) -> None:
+def test_names_that_lead_outside_links_and_devices_write_nothing_outside(tmp_path: Path, streamed: bool) -> None:
     names = ["../../evil{:04}", "/etc/evil{:04}", "/evil{:04}", "a/../../../evil{:04}", "~/evil{:04}"]
     parts = [member(*part) for number, name in enumerate(names) for part in sample(number, name)]
     for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE):
@@ -423,43 +366,13 @@ def test_names_that_lead_outside_links_and_devices_write_nothing_outside(
         parts += [checked(block), member("0900.jpg", picture(900))]
     path = tmp_path / "s.tar"
     path.write_bytes(tar(*parts))
-    audit.clear()
     if streamed:
         pairs = list(read_shard(str(path), SourceConfig(path=str(path)), []))
     else:
         source = open_all(path)
         pairs = [source.read(number) for number in range(len(source))]
-    written = [event for event in audit if event.split()[:2] != ["os.mkdir", str(tmp_path)]]  # which exists
     assert [pair.key for pair in pairs] == [f"{path}/{name.format(n)}" for n, name in enumerate(names)]
     for number, pair in enumerate(pairs):
         assert (pair.image, pair.captions) == (picture(number), (caption(number).decode(),))
-    assert all(f"{path}.clipkd-index.npz" in event for event in written)
-    assert len(written) == (0 if streamed else 2)  # the index is opened for writing, and moved to its place
+    assert {file.name for file in tmp_path.iterdir()} <= {"s.tar", "s.tar.clipkd-index.npz"}
     assert not [path for folder in ("/", "/etc", "~") for path in Path(folder).expanduser().glob("evil*")]
-
-
-class Payload:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("name", ["stamp", "keys", "damage"])
-def test_a_pickle_in_an_index_is_not_executed_but_replaced(tmp_path: Path, name: str) -> None:
-    path, cache = tmp_path / "s.tar", tmp_path / "s.tar.clipkd-index.npz"
-    path.write_bytes(tar(*members()))
-    expected = index_tar(path)
-    with np.load(cache) as stored:
-        arrays = dict(stored)
-    arrays[name] = np.array([Payload(tmp_path / "executed")], object)
-    np.savez(cache, **arrays)
-    np.load(cache, allow_pickle=True)[name]  # so that this test would see it
-    (tmp_path / "executed").unlink()
-    assert np.array_equal(index_tar(path).keys, expected.keys)
-    assert not (tmp_path / "executed").exists()
-    with np.load(cache) as stored:
-        assert np.array_equal(stored["keys"], expected.keys)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from clipkd.config.data import DataConfig
-from clipkd.data.loader import MAX_TRIES, Augment, AugmentedPairs, indexed_batches
+from clipkd.data.loader import MAX_TRIES, Augment, AugmentedPairs
+from clipkd.data.open import open_feed
 from clipkd.data.skips import BadSample, Skip, Skips
 from clipkd.data.sources import UNLABELLED, Pair, PairSet
 from clipkd.errors import RunStopped
@@ -25,19 +26,19 @@ class Ramps:
         if transparent:
             image.putalpha(0)
         self.image, self.bad = encode(image, "PNG"), bad
-        self.shard_sizes, self.num_shards = np.array([num_pairs]), 1
+        self.shard_sizes = np.array([num_pairs])
         self.left_out, self.damaged = Skips(), list[Skip]()
         self.asked: list[int] = []
 
-    def read(self, index: int) -> Pair:
+    def read(self, index: int, *, image: bool = True) -> Pair:
         self.asked.append(index)
-        key, image = f"ramp {index}", self.image
+        key, data = f"ramp {index}", self.image
         if index in self.bad:
             if index % 3 == 2:
                 raise BadSample(key, "no caption", "has no .txt")
-            image = (b"", b"broken")[index % 3]
+            data = (b"", b"broken")[index % 3]
         captions = (f"a{index:02}", f"b{index:02}", f"c{index:02}")
-        return Pair(key, image, captions, label=label_of(index))
+        return Pair(key, data, captions, label=label_of(index))
 
 
 def label_of(index: int) -> int:
@@ -71,7 +72,7 @@ def batches(
     data = DataConfig(path="x", min_crop=0.3, num_workers=num_workers, background=background)  # type: ignore[arg-type]
     views, pairs = Views([student or view_spec(8), *teachers]), PairSet([source or Ramps()], [data])  # type: ignore[list-item]
     with as_process(*process):
-        feed = indexed_batches(pairs, train_config(data), views, start=start)
+        feed = open_feed(pairs, train_config(data), views, start=start)
     with feed:
         loaded = [next(feed) for _ in range(6 - start)]
         with pytest.raises(StopIteration):
@@ -182,7 +183,7 @@ def test_transparent_pixels_show_white_or_one_colour_per_sample(background: str)
 @pytest.mark.parametrize(("weight", "epochs"), [(1.0, [0, 1, 2.5]), (0.5, [0, 2, 5])])
 def test_a_feed_counts_passes_through_the_data(weight: float, epochs: list[float]) -> None:
     data = DataConfig(path="x", num_workers=0, weight=weight)
-    feed = indexed_batches(PairSet([Ramps()], [data]), train_config(data), Views([view_spec(8)]))  # type: ignore[list-item]
+    feed = open_feed(PairSet([Ramps()], [data]), train_config(data), Views([view_spec(8)]))  # type: ignore[list-item]
     assert [feed.epoch(step) for step in (0, 3, 7.5)] == epochs  # type: ignore[arg-type]
 
 
@@ -251,10 +252,10 @@ def test_substitutes_are_the_same_for_any_number_of_processes_and_from_any_step(
 class Late(Ramps):
     """Nothing can be used before the hundredth reading."""
 
-    def read(self, index: int) -> Pair:
+    def read(self, index: int, *, image: bool = True) -> Pair:
         if len(self.asked) == MAX_TRIES - 1:
             self.bad = ()
-        return super().read(index)
+        return super().read(index, image=image)
 
 
 def test_a_hundred_bad_samples_in_a_row_stop_the_run_and_the_last_is_named() -> None:

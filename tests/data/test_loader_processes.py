@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from clipkd.config.data import DataConfig
-from clipkd.data.loader import Feed, indexed_batches
+from clipkd.data.loader import Feed
+from clipkd.data.open import open_feed
 from clipkd.data.skips import BadSample, Skip, Skips
 from clipkd.data.sources import Pair, PairSet
 from clipkd.views import Views, ViewSpec
@@ -69,10 +70,10 @@ class Made:
 
     def __init__(self, before: Callable[[int], None]) -> None:
         self.before = before
-        self.shard_sizes, self.num_shards = np.array([NUM_PAIRS]), 1
+        self.shard_sizes = np.array([NUM_PAIRS])
         self.left_out, self.damaged = Skips(), list[Skip]()
 
-    def read(self, index: int) -> Pair:
+    def read(self, index: int, *, image: bool = True) -> Pair:
         self.before(index)
         return Pair(f"pair {index}", plain_png(index), ("thing",))
 
@@ -81,7 +82,7 @@ def feed_of(before: Callable[[int], None], workers: int = 1, *, steps: int = 16,
     """Batches of 4."""
     data = DataConfig(path="made", num_workers=workers)
     pairs = PairSet([Made(before)], [data])  # type: ignore[list-item]
-    return indexed_batches(pairs, train_config(data, steps=steps), Views([spec or view_spec(4)]))
+    return open_feed(pairs, train_config(data, steps=steps), Views([spec or view_spec(4)]))
 
 
 def train(feed: Feed) -> int:

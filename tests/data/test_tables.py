@@ -60,7 +60,7 @@ def assert_things(source: PairSet, captions: Any = lambda number: (f"thing {numb
     for number in range(len(source)):
         pair = source.read(number)
         assert (pair.image, pair.captions) == (plain_png(number), captions(number)), pair.key
-        assert source.read_captions(number) == pair.captions
+        assert source.read(number, image=False).captions == pair.captions
 
 
 CAPTIONS = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipkd.data.tar_index import TarIndex, cache_paths, index_tar, index_whole_tar, is_indexed, scan_tar
+from clipkd.data.tar_index import TarIndex, cache_paths, index_tar, index_whole_tar, scan_tar
 from tests.data.samples import write_tar
 
 MEMBERS = [
@@ -98,7 +98,7 @@ def saved(**arrays: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a zip", saved(), saved(stamp=np.arange(3))])
+@pytest.mark.parametrize("damage", [b"", saved(), saved(stamp=np.arange(3)), saved(stamp=np.array([print], object))])
 def test_a_damaged_cache_is_replaced(tmp_path: Path, damage: bytes) -> None:
     path = write_tar(tmp_path / "s.tar", MEMBERS)
     expected = index_tar(path)
@@ -129,7 +129,6 @@ def test_the_index_of_a_read_only_folder_is_in_the_users_cache(
         (user_cache / "clipkd").write_text("a file where a folder should be")
     first = index_tar(path)
     assert len(first.keys) == 5
-    assert is_indexed(path) == writable
     if writable:
         (stored,) = (user_cache / "clipkd" / "shards").iterdir()
         assert cache_paths(path) == (cache_of(path), stored)
@@ -210,8 +209,3 @@ def test_of_a_repeated_key_the_first_sample_is_kept(tmp_path: Path) -> None:
         assert str(index.damage) == ""
     assert_refused_as_a_whole(path, "holds 'a' more than once")
     assert_refused_as_a_whole(write_tar(tmp_path / "t.tar", [(odd, b"1"), (odd, b"2")]), "holds 'caf.* more than once")
-
-
-def test_a_missing_shard_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.tar"):
-        index_tar(tmp_path / "none.tar")

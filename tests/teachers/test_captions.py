@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clipkd.data import BadSample
+from clipkd.data import BadSample, Pair
 from clipkd.teachers.cache.captions import Captions, number_captions
 from clipkd.teachers.cache.plan import cut
 from clipkd.teachers.store.manifest import Shard
@@ -56,11 +56,12 @@ class FakePairs:
     def __init__(self, captions: list[list[str] | None]) -> None:
         self.captions = captions
 
-    def read_captions(self, index: int) -> tuple[str, ...]:
+    def read(self, index: int, *, image: bool) -> Pair:
+        assert not image
         found = self.captions[index]
         if found is None:
             raise BadSample(str(index), "no caption", "has none")
-        return tuple(found)
+        return Pair(str(index), b"", tuple(found))
 
 
 def numbered(captions: list[list[str] | None], sizes: list[int]) -> tuple[Any, Captions, list[Shard]]:

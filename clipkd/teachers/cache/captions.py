@@ -49,7 +49,7 @@ class Captions:
         samples = np.searchsorted(self.starts, numbers, "right") - 1
         try:
             return [
-                pairs.read_captions(sample)[number - self.starts[sample]]
+                pairs.read(sample, image=False).captions[number - self.starts[sample]]
                 for sample, number in zip(samples.tolist(), numbers.tolist(), strict=True)
             ]
         except (BadSample, IndexError) as error:
@@ -96,7 +96,7 @@ def digest_captions(
 def read_captions(pairs: PairSet, index: int) -> tuple[str, ...]:
     """A sample's captions; none if they cannot be used."""
     try:
-        return pairs.read_captions(index)
+        return pairs.read(index, image=False).captions
     except BadSample as bad:
         require_readable(bad)
         return ()
