@@ -42,14 +42,6 @@ def test_pixels_are_normalised_per_channel_by_hand() -> None:
     assert pixels.flatten().tolist() == [255, 51, 0, 0, 0, 255]  # the batch is unchanged
 
 
-def test_every_value_is_normalised_to_float_precision() -> None:
-    spec = replace(view_spec(16), mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
-    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    exact = [(np.arange(256) / 255 - mean) / std for mean, std in zip(spec.mean, spec.std, strict=True)]
-    expected = torch.tensor(np.stack(exact)).view(1, 3, 16, 16)
-    assert (spec.normalize(pixels).double() - expected).abs().max() < 1e-6
-
-
 def test_a_batch_holds_bytes_ids_labels_and_keys_in_the_samples_order() -> None:
     batch, _, views = collate(view_spec(3), view_spec(5))
     assert {part.dtype for part in batch.pixels} == {torch.uint8}
@@ -82,20 +74,6 @@ def test_models_share_exactly_their_equal_inputs(other: ViewSpec, shared: str) -
     assert len(batch.texts) == (1 if "texts" in shared else 2)
     assert (teacher.images is student.images) == ("images" in shared)
     assert (teacher.texts is student.texts) == ("texts" in shared)
-
-
-def test_tokens_are_made_once_per_tokenizer() -> None:
-    calls: list[str] = []
-
-    def counting(name: str) -> ViewSpec:
-        def spoken(texts: list[str]) -> torch.Tensor:
-            calls.append(name)
-            return tokenize(texts)
-
-        return replace(view_spec(8), tokenizer_name=name, tokenize=spoken)
-
-    collate(counting("a"), counting("b"), counting("a"), counting("b"))
-    assert sorted(calls) == ["a", "b"]
 
 
 @pytest.mark.parametrize("order", [(0,), (0, 1, 2), (2, 1, 0), (1, 0, 2), (0, 2, 1, 0)])

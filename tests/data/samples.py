@@ -5,6 +5,7 @@ import io
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from clipkd.config.data import DataConfig
 from clipkd.config.objective import ObjectiveConfig
 from clipkd.config.terms import InfoNCETerm
 from clipkd.config.train import TrainConfig
-from clipkd.views import ViewSpec
+from clipkd.data.loader import Feed
+from clipkd.data.sources import PairSet
+from clipkd.views import Batch, ViewSpec
 
 
 def encode(image: Image.Image, format: str, **options: object) -> bytes:
@@ -56,6 +59,23 @@ def pair_members(numbers: Iterable[int], name: str = "{:04}") -> list[tuple[str,
         for key in [name.format(number)]
         for member in ((f"{key}.png", plain_png(number)), (f"{key}.txt", f"thing {number}".encode()))
     ]
+
+
+def labels(source: PairSet) -> list[int]:
+    return [source.read(number).label for number in range(len(source))]
+
+
+def assert_things(source: PairSet, captions: Any = lambda number: (f"thing {number}",)) -> None:
+    """Number N is thing N with its image, unless other captions are expected."""
+    for number in range(len(source)):
+        pair = source.read(number)
+        assert (pair.image, pair.captions) == (plain_png(number), captions(number)), pair.key
+        assert source.read(number, image=False).captions == pair.captions
+
+
+def take(feed: Feed[Batch], steps: int) -> list[Batch]:
+    with feed:
+        return [next(feed) for _ in range(steps)]
 
 
 def train_config(data: DataConfig, *, batch_size: int = 4, steps: int = 6, seed: int = 0) -> TrainConfig:

@@ -208,17 +208,6 @@ def headers_without_end(rng: np.random.Generator) -> bytes:
     return inserted(rng, member("more", content, kind) * int(rng.integers(2, 4000)))
 
 
-def other_kind(rng: np.random.Generator) -> bytes:
-    """Folders, links, devices and pipes, with or without content, between samples or within one."""
-    kind = b"123456"[(at := int(rng.integers(6))) : at + 1]
-    name = rng.choice(["folder", "0003.jpg", "0900.jpg", "0900.txt"])
-    block = bytearray(header(name, int(rng.choice([0, 10, 600])), kind))
-    block[157:257] = rng.choice(["0001.jpg", "/etc/passwd", "../../x", ""]).encode().ljust(100, b"\0")
-    parts = members()
-    parts.insert(int(rng.integers(1, len(parts))), checked(block))
-    return tar(*parts)
-
-
 NAMES = ["../../{}", "/{}", "/etc/{}", "a/../../{}", "./{}", "~/{}", "a b/{}", "C:\\{}", "a//{}", "\x7f\x1b[31m{}"]
 NAMES += ["ä" * 30 + "{}", "`touch x`{}", "-rf {}", "%s%n{}", "{{}}{}", "\n{}", "a.b/{}", "..{}", "{}\r"]
 ODD_NAMES = [b"", b".", b"..", b"...", b"/", b"noname", b"a/", b".jpg", b"a.", b"\xff\xfe.jpg", b"\xe9.txt", b"a/.txt"]
@@ -240,7 +229,6 @@ TRIALS: dict[Damage, int] = {
     absurd_size: 120,
     damaged_pax: 80,
     headers_without_end: 8,
-    other_kind: 40,
     odd_names: 30,
 }
 

@@ -214,27 +214,6 @@ def test_bad_samples_are_named_and_replaced_and_the_good_ones_stay_as_they_were(
                 assert int("".join(map(chr, after.student.texts[place].tolist()))[1:]) == substitute
 
 
-def test_skips_are_the_samples_tried_in_that_order() -> None:
-    source = Ramps(bad=tuple(range(1, 12)))
-    taken = augmented(source)[3, 5]
-    assert source.asked[0] == 5
-    assert source.asked[-1] == taken.id == 0
-    assert [skip.key for skip in taken.skipped] == [f"ramp {index}" for index in source.asked[:-1]]
-    assert augmented(Ramps())[3, 5].skipped == ()
-
-
-def test_a_substitute_depends_on_the_position_alone() -> None:
-    def substitutes(seed: int, order: Sequence[int], id: int = 5) -> list[int]:
-        pairs = augmented(Ramps(bad=BAD, num_pairs=100), seed)
-        drawn = {view: pairs[view, id] for view in order}
-        return [drawn[view].id for view in range(40)]
-
-    first = substitutes(0, range(40))
-    assert first == substitutes(0, np.random.default_rng(0).permutation(40).tolist())
-    assert first not in (substitutes(1, range(40)), substitutes(0, range(40), id=7))
-    assert 25 < len(set(first)) <= 40  # of forty draws among 96, some 33 differ
-
-
 def test_substitutes_are_the_same_for_any_number_of_processes_and_from_any_step() -> None:
     whole = batches(Ramps(bad=BAD))
     assert sum(len(seen.batch.skipped) for seen in whole) > 6
@@ -249,15 +228,6 @@ def test_substitutes_are_the_same_for_any_number_of_processes_and_from_any_step(
         assert together.batch.skipped == sum((part.batch.skipped for part in parts), ())
 
 
-class Late(Ramps):
-    """Nothing can be used before the hundredth reading."""
-
-    def read(self, index: int, *, image: bool = True) -> Pair:
-        if len(self.asked) == MAX_TRIES - 1:
-            self.bad = ()
-        return super().read(index, image=image)
-
-
 def test_a_hundred_bad_samples_in_a_row_stop_the_run_and_the_last_is_named() -> None:
     source = Ramps(bad=range(12))
     with pytest.raises(RunStopped) as caught:
@@ -266,4 +236,3 @@ def test_a_hundred_bad_samples_in_a_row_stop_the_run_and_the_last_is_named() -> 
     last = source.asked[-1]
     start = f"100 samples in a row cannot be used, the last of them ramp {last}: {MESSAGES[last % 3]}"
     assert str(caught.value).startswith(start)
-    assert len(augmented(Late(bad=range(12)))[0, 4].skipped) == 99

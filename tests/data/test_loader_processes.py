@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
@@ -24,7 +23,7 @@ from clipkd.data.open import open_feed
 from clipkd.data.skips import BadSample, Skip, Skips
 from clipkd.data.sources import Pair, PairSet
 from clipkd.views import Views, ViewSpec
-from tests.data.samples import plain_png, tokenize, train_config, view_spec
+from tests.data.samples import plain_png, train_config, view_spec
 
 NUM_PAIRS = 64
 FORK = multiprocessing.get_context("fork")
@@ -115,11 +114,6 @@ def unusable(index: int) -> None:
 
 def spec_with(tokens: Callable[[list[str]], Tensor]) -> ViewSpec:
     return ViewSpec((4, 4), (0.0,) * 3, (1.0,) * 3, "bilinear", tokens, "tokens")
-
-
-def test_all_batches_come_from_any_number_of_loader_processes() -> None:
-    for workers in (0, 1, 2):
-        assert isolated(lambda workers=workers: (train(feed_of(nothing, workers)), children())) == ("", (16, []))
 
 
 def killed_in_a_step() -> None:
@@ -233,64 +227,3 @@ def fails_in_a_step() -> None:
 def test_a_run_that_fails_ends_its_loader_processes_and_says_why() -> None:
     # They ignore the SIGTERM by which Python ends its children, and would be waited for for ever.
     assert isolated(fails_in_a_step) == ("ValueError", "training fails")
-
-
-def hanging() -> tuple[str, list[Any], int | None]:
-    inside = FORK.Event()
-
-    def hang(_: int) -> None:
-        inside.set()
-        time.sleep(10 * HANGS)
-
-    feed = feed_of(hang)
-    message = ""
-    try:
-        next(feed)
-    except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-    assert inside.wait(HANGS)
-    (child,) = children()
-    feed.close()
-    left = [process.pid for process in children()]
-    child.join()
-    return message, left, child.exitcode
-
-
-def test_a_loader_process_that_hangs_is_reported_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clipkd.data.loader.BATCH_TIMEOUT", 1)
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # seconds that torch waits for its end
-    raised, value = isolated(hanging)
-    assert not raised, value
-    message, left, exit_code = value
-    assert message.startswith("RunStopped: a loader process died or hangs (DataLoader timed out after 1 seconds)")
-    assert (exit_code, left) == (-signal.SIGKILL, [])
-
-
-def two_feeds() -> tuple[int, bool]:
-    other = FORK.Process(target=time.sleep, args=(10 * HANGS,), daemon=True)
-    other.start()
-    kept, closed = feed_of(nothing, 1, steps=100), feed_of(nothing, 1)
-    next(kept)
-    next(closed)
-    closed.close()
-    time.sleep(0.2)
-    alive = other.is_alive()
-    other.kill()
-    return train(kept), alive
-
-
-def test_closing_one_feed_leaves_other_processes_alone() -> None:
-    # A program that calls clipkd.training.loop may have children of its own.
-    assert isolated(two_feeds) == ("", (99, True))
-
-
-def test_loader_processes_use_one_thread_each() -> None:
-    def threads(texts: list[str]) -> Tensor:
-        return torch.full_like(tokenize(texts), torch.get_num_threads())
-
-    def case() -> int:
-        torch.set_num_threads(2)
-        with feed_of(nothing, 1, spec=spec_with(threads)) as feed:
-            return int(next(feed).texts[0].max())
-
-    assert isolated(case) == ("", 1)

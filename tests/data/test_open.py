@@ -148,28 +148,6 @@ def test_an_epoch_of_a_mix_takes_every_source_as_often_as_its_weight_says(
     assert_same(batches, read(tmp_path / "shards", 8, mix=mix))
 
 
-@pytest.mark.parametrize(("world_size", "workers"), [(1, 1), (2, 3)])
-def test_a_sample_that_cannot_be_read_has_the_same_substitute_everywhere(
-    tmp_path: Path, world_size: int, workers: int
-) -> None:
-    images = [b"no image" if number == 11 else picture(number) for number in range(16)]
-    members = [(f"s{n}.{end}", data) for n, image in enumerate(images) for end, data in (("png", image), ("txt", b"a"))]
-    path = write_tar(tmp_path / "0.tar", members)
-    batches = read(path, 4, workers=workers, world_size=world_size)
-    assert_same(batches, read(path, 4))
-    skipped = [skip[:2] for batch in batches for skip in batch.skipped]
-    assert skipped == [(f"{path}/s11", "undecodable image")] * 2  # once in each of two epochs
-    assert f"{path}/s11" not in keys_of(batches)
-
-
-def test_impossible_batches_are_refused(tmp_path: Path) -> None:
-    write_shards(tmp_path, [7])
-    with pytest.raises(ValueError, match=r"batch_size is 8 but data\.path holds only 7 pairs"):
-        read(tmp_path, 1)
-    with pytest.raises(ValueError, match=r"batch_size 8 .* 3 processes"):
-        read(tmp_path, 1, world_size=3)
-
-
 # Two real processes.
 
 RANKS = 2

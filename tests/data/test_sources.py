@@ -17,7 +17,7 @@ from clipkd.data.open import open_pairs
 from clipkd.data.shards import WebdatasetPairs
 from clipkd.data.skips import BadSample
 from clipkd.data.sources import PairSet
-from tests.data.samples import pair_members, plain_png, write_tar
+from tests.data.samples import assert_things, labels, pair_members, plain_png, write_tar
 
 
 def shard(path: Path, numbers: range, *, json_captions: bool = False) -> Path:
@@ -33,17 +33,6 @@ def webdataset(*paths: str | Path, **options: Any) -> PairSet:
     pairs = open_pairs(DataConfig(path=tuple(map(str, paths)), **options))
     assert isinstance(pairs, PairSet)
     return pairs
-
-
-def labels(source: PairSet) -> list[int]:
-    return [source.read(number).label for number in range(len(source))]
-
-
-def assert_things(source: PairSet, captions: Any = lambda number: (f"thing {number}",)) -> None:
-    for number in range(len(source)):
-        pair = source.read(number)
-        assert (pair.image, pair.captions) == (plain_png(number), captions(number)), pair.key
-        assert source.read(number, image=False).captions == pair.captions
 
 
 def test_folders_tars_and_patterns_are_taken_in_the_order_of_the_list(tmp_path: Path) -> None:
@@ -185,20 +174,21 @@ def test_labels_come_from_the_cls_member_or_a_key_of_the_json(tmp_path: Path) ->
     assert_things(source)
 
 
-@pytest.mark.parametrize("wrong", [b"cat", b"-2", b"1.0", b"", b"\xff"])
-def test_a_wrong_cls_member_names_its_sample(tmp_path: Path, wrong: bytes) -> None:
-    source = webdataset(labelled(tmp_path / "a.tar", "cls", [b"7", wrong]), label_key="cls")
-    assert source.read(0).label == 7
-    with pytest.raises(BadSample, match=r"a\.tar/0001: its label (is '.*'; .* see data\.label_key|cannot be read)"):
-        source.read(1)
+DEEP = b'{"class": ' + b"[" * 3000 + b"]" * 3000 + b"}"
 
 
-@pytest.mark.parametrize("wrong", [b'"cat"', b"-2", b"1.0", b"true", b"[1]", b'1, "class', b"[" * 3000 + b"]" * 3000])
-def test_a_wrong_label_in_a_json_names_its_sample(tmp_path: Path, wrong: bytes) -> None:
-    contents = [b'{"class": 7}', b'{"class": ' + wrong + b"}"]
-    source = webdataset(labelled(tmp_path / "a.tar", "json", contents), label_key="class")
+@pytest.mark.parametrize(
+    ("key", "wrong"),
+    [
+        *(("cls", label) for label in (b"cat", b"-2", b"1.0", b"", b"\xff")),
+        *(("class", label) for label in (b'{"class": true}', b'{"class": [1]}', b'{"class": 1, "class', DEEP)),
+    ],
+)
+def test_a_wrong_label_names_its_sample(tmp_path: Path, key: str, wrong: bytes) -> None:
+    extension, good = ("cls", b"7") if key == "cls" else ("json", b'{"class": 7}')
+    source = webdataset(labelled(tmp_path / "a.tar", extension, [good, wrong]), label_key=key)
     assert source.read(0).label == 7
-    with pytest.raises(BadSample, match=r"a\.tar/0001: its label "):
+    with pytest.raises(BadSample, match=r"a\.tar/0001: its label (is .*; .* see data\.label_key|cannot be read)"):
         source.read(1)
 
 
@@ -266,14 +256,11 @@ def test_the_identity_of_a_mixture_is_the_same_for_a_copy(tmp_path: Path) -> Non
     [
         (0, lambda root: shard(root / "one" / "b.tar", range(3, 6))),
         (0, lambda root: (root / "one" / "b.tar").rename(root / "one" / "0.tar")),
-        (0, lambda root: (root / "one" / "a.tar").unlink()),
-        (1, lambda root: shard(root / "two" / "a.tar", range(12, 9, -1), json_captions=True)),  # type: ignore[arg-type]
         (2, lambda root: write_table(root / "table.csv", range(21, 24))),
         (2, lambda root: (root / "table.csv").write_text((root / "table.csv").read_text().replace("thing", "what"))),
-        (3, lambda root: rows(range(30, 34)).save_to_disk(root / "saved")),
         (3, lambda root: rows(range(34, 29, -1)).save_to_disk(root / "saved")),
     ],
-    ids=["sample", "order", "removed", "reversed", "row", "caption", "fewer rows", "reversed rows"],
+    ids=["sample", "order", "row", "caption", "reversed rows"],
 )
 def test_the_identity_of_a_mixture_changes_with_the_content_of_one_part(
     tmp_path: Path, part: int, change: Callable[[Path], Any]
