@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from clipkd import __version__
 from clipkd.config.parse import parse, parse_into
-from clipkd.errors import Interrupted, RunStopped
+from clipkd.errors import Interrupted, RunStopped, one_line
 
 HELP = """usage: clipkd COMMAND [--help] …
 
@@ -61,14 +61,12 @@ def run_command(name: str, command: Callable[[list[str]], None], arguments: list
             tell_own_warnings(name)
             command(arguments)
     except (ValueError, OSError, FloatingPointError, RunStopped) as error:
-        message = str(error).strip()
-        if "Original Traceback" in message:  # raised in a loader process; its last line is what happened
-            message = message.splitlines()[-1].split(": ", 1)[-1]
+        message = one_line(error)
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full:
             goes_on = {"train": ", then go on with --resume latest", "cache": ", then give the same command again"}
             message += "; free space" + goes_on.get(name, "")
-        print(f"clipkd {name}{process}: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"clipkd {name}{process}: error: {message}", file=sys.stderr)
         if os.environ.get("CLIPKD_TRACEBACK"):
             raise
         raise SystemExit(1 if full or isinstance(error, FloatingPointError | RunStopped) else 2) from None

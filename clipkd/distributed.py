@@ -15,28 +15,26 @@ from torch import Tensor
 T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=1)
-"""How long a process waits in a collective for the others.
+"""Longest wait for another process in a collective.
 
-NCCL aborts the job after 10 minutes by default. Indexing shards, encoding a shard for a teacher cache and saving to a slow
-disk take longer than that on one process while the others wait.
+NCCL's default of 10 minutes is too short while one process indexes shards, encodes a cache's shard or saves to a slow disk.
 """
 
 
 def join_processes() -> PartialState:
-    """Connect the processes that a launcher started; on one process this only finds the device.
+    """Connect the processes that a launcher started, and find this process's device.
 
-    PartialState alone overlooks ACCELERATE_USE_CPU, by which Accelerator connects CPU processes: each of them would then
-    take itself for the only one. The first call fixes time limit and backend for every later Accelerator.
+    The first call fixes timeout and backend for every later Accelerator.
     """
+    # PartialState alone ignores ACCELERATE_USE_CPU: each CPU process would run as if it were the only one.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     return PartialState(cpu=on_cpu, **process_group_options(on_cpu=on_cpu))
 
 
 def process_group_options(*, on_cpu: bool) -> dict[str, Any]:
-    """Time limit and backend of the process group; empty where no launcher started several processes.
+    """Timeout and backend of the process group; empty for a single process.
 
-    On GPUs tensors go through NCCL and Python objects through gloo: pickled values need no device memory, and a process
-    that waits for them keeps its GPU free.
+    On GPUs tensors use NCCL and Python objects gloo, which needs no device memory and waits without occupying the GPU.
     """
     if int(os.environ.get("LOCAL_RANK", -1)) < 0:
         return {}
@@ -45,9 +43,9 @@ def process_group_options(*, on_cpu: bool) -> dict[str, Any]:
 
 
 def make_accelerator(precision: str, *, trackers: Sequence[str] = (), folder: str | None = None) -> Accelerator:
-    """Accelerate for DDP at a configured precision (auto, fp32, bf16, fp16).
+    """Set up Accelerate for DDP. precision: auto, fp32, bf16 or fp16.
 
-    Raises: ValueError if Accelerate's own settings would change what the configuration says.
+    Raises: ValueError if Accelerate's own settings contradict the configuration.
     """
     accelerator = Accelerator(
         mixed_precision=resolve_precision(precision, join_processes().device),
@@ -56,8 +54,8 @@ def make_accelerator(precision: str, *, trackers: Sequence[str] = (), folder: st
     )
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
-            "Accelerate is set to accumulate gradients, which would lose negatives; unset it (accelerate config), and "
-            "set micro_batches here"
+            "Accelerate is set to accumulate gradients, which loses negatives; unset it (accelerate config) and set "
+            "micro_batches"
         )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ValueError(
@@ -94,7 +92,7 @@ def barrier() -> None:
 
 
 class _GatherRows(torch.autograd.Function):
-    """All-gather whose backward adds up what every process's loss says about this process's rows."""
+    """All-gather whose backward sums the gradients that all processes have for this process's rows."""
 
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:  # type: ignore[override]
@@ -108,14 +106,14 @@ class _GatherRows(torch.autograd.Function):
 def gather(rows: Float[Tensor, "b d"]) -> Float[Tensor, "B d"]:
     """Rows of all processes in rank order, with the exact gradient.
 
-    Each process takes the mean loss over its own queries and DDP averages over processes: then parameters get the
-    gradient of the mean over all queries, as on one process. Every process must bring the same number of rows.
+    If each process takes the mean loss over its queries and DDP averages over processes, parameters get the gradient of
+    the mean over all queries. Every process must pass the same number of rows.
     """
     return rows if world_size() == 1 else _GatherRows.apply(rows)  # type: ignore[return-value]
 
 
 def sum_of_own_rows(rows: Float[Tensor, "B *rest"]) -> Float[Tensor, "b *rest"]:
-    """Of what every process says of the rows of all, the sum of what is said of this process's rows."""
+    """Sum over processes of the part that belongs to this process's rows (reduce-scatter)."""
     if world_size() == 1:
         return rows
     own = rows.new_empty(len(rows) // world_size(), *rows.shape[1:])
@@ -144,9 +142,9 @@ def gather_objects(value: T) -> list[T]:
 
 
 def together(make: Callable[[], T]) -> T:
-    """What `make` returns here. An error of one process is raised on all: none waits for one that is gone.
+    """Call `make` on every process and return its result; an error of one process is raised on all.
 
-    `make` itself must not wait for other processes.
+    make: must not contain a collective.
     """
     value: list[T] = []
     error: Exception | None = None
@@ -160,7 +158,7 @@ def together(make: Callable[[], T]) -> T:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What `make` returns on the main process, where alone it is called; its error is raised on all."""
+    """Call `make` on the main process only; its result is returned, and its error raised, on all."""
     return gather_objects(together(lambda: make() if rank() == 0 else None))[0]  # type: ignore[return-value]
 
 

@@ -1,4 +1,4 @@
-"""Errors and early ends: checked options, all problems at once, a run that stops, signals that wait for the current step."""
+"""Errors and early ends: checks of options, messages of one line, runs that stop, signals that wait for the current step."""
 
 import contextlib
 import signal
@@ -30,6 +30,14 @@ def collecting() -> Iterator[list[str]]:
         COLLECTED.reset(token)
 
 
+def one_line(error: BaseException) -> str:
+    """An error's message in one line; of a loader process's error, whose message is a traceback, only its last line."""
+    message = str(error).strip()
+    if "Original Traceback" in message:
+        message = message.splitlines()[-1].split(": ", 1)[-1]
+    return " ".join(message.split())
+
+
 PATIENCE = 3.0
 """Seconds within which a repeated signal counts as the same one: launchers pass on what the terminal already sent."""
 
@@ -42,7 +50,7 @@ class Interrupted(BaseException):
     """A signal ended the run, usually after a save: exit status 128 + its number (130 for Ctrl-C, 143 for SIGTERM)."""
 
     def __init__(self, number: int, message: str = "") -> None:
-        super().__init__(message or f"{signal.Signals(number).name}")
+        super().__init__(message or signal.Signals(number).name)
         self.number = number
 
 
@@ -74,7 +82,7 @@ class Interruption:
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[Interruption]:
-    """Within it SIGINT and SIGTERM wait for the current step; repeated after PATIENCE they end it at once."""
+    """Defer SIGINT and SIGTERM to the end of the current step; repeated after PATIENCE they end it at once."""
     interruption = Interruption()
     before = {number: signal.signal(number, interruption.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -11,7 +11,7 @@ from torch import nn
 from clipkd import data, distributed
 from clipkd.config.parse import parse
 from clipkd.config.train import TrainConfig
-from clipkd.errors import RunStopped, collecting
+from clipkd.errors import RunStopped, collecting, one_line
 from clipkd.models import students
 from clipkd.models.cost import count_saved
 from clipkd.models.encoder import Encoder
@@ -43,29 +43,19 @@ class Findings:
             return make()
         except torch.OutOfMemoryError as error:
             advice = "raise micro_batches, lower objective.tile_size or batch_size, or set teacher.dtype to bf16"
-            self.add(f"the device's memory is too small: {advice} ({error})")
+            self.add(f"the device's memory is too small: {advice} ({one_line(error)})")
         except (ValueError, OSError, FloatingPointError, RunStopped, RuntimeError) as error:
-            self.add(str(error))
+            self.add(one_line(error))
         except SystemExit:  # raised by a task file's parser, which has printed the reason
-            self.add("evaluation.task cannot be used, as said above")
+            self.add("evaluation.task cannot be used; the reason is above")
         return None
 
     def add(self, problem: str) -> None:
-        if "Original Traceback" in problem:  # raised in a loader process; the last line has the message
-            problem = problem.strip().splitlines()[-1].split(": ", 1)[-1]
-        self.problems.append(" ".join(problem.split())[:2000])
-
-    def share(self) -> None:
-        """Give every process the problems of all. Call on every process."""
-        found = distributed.gather_objects(self.problems)
-        self.problems = list(dict.fromkeys(problem for problems in found for problem in problems))
+        self.problems.append(problem[:2000])
 
 
 def check(arguments: list[str]) -> list[str]:
-    """Arguments of `clipkd train` → this process's problems; prints a description of the run.
-
-    Writes only indexes of shards, and in a teacher cache the list of verified files.
-    """
+    """Arguments of `clipkd train` → this process's problems; prints a description of the run, which is not written."""
     findings = Findings()
     with collecting() as wrong_options:
         config = parse(arguments, "check")
@@ -76,7 +66,8 @@ def check(arguments: list[str]) -> list[str]:
     if not wrong_options:
         describe_parts(config, parts, findings)
     findings.attempt(lambda: find_checkpoint(config))
-    findings.share()
+    everywhere = distributed.gather_objects(findings.problems)
+    findings.problems = list(dict.fromkeys(problem for problems in everywhere for problem in problems))
     if not findings.problems:
         try_run(config, Parts(**parts), findings)
     elif distributed.rank() > 0:
@@ -121,8 +112,8 @@ def describe_parts(config: TrainConfig, parts: dict[str, Any], findings: Finding
 
 def describe_data(config: TrainConfig, pairs: data.Pairs, findings: Findings) -> None:
     world_size, seen = distributed.world_size(), config.steps * config.batch_size
-    batch = f"{config.batch_size:,} pairs = {world_size} × {config.batch_size / world_size:g}"
-    batch += f" in {config.micro_batches} micro-batches" if config.micro_batches > 1 else ""
+    parts = f" in {config.micro_batches} micro-batches" if config.micro_batches > 1 else ""
+    batch = f"{config.batch_size:,} pairs = {world_size} × {config.batch_size / world_size:g}{parts}"
     batch += f"; {config.steps:,} steps see {seen:,}"
     tell("data", pairs.describe())
     if isinstance(pairs, data.PairSet):
@@ -158,11 +149,9 @@ def describe_model(role: str, encoder: Encoder, findings: Findings) -> None:
 
 def compare_views(student: ViewSpec, teacher: ViewSpec) -> str:
     """The inputs that the teacher does not share with the student; each costs time in the loader."""
-    own = [
-        f"{name} {theirs} (student {ours})"
-        for name in ("size", "interpolation", "mean", "std", "tokenizer_name")
-        if (theirs := getattr(teacher, name)) != (ours := getattr(student, name))
-    ]
+    names = ("size", "interpolation", "mean", "std", "tokenizer_name")
+    pairs = [(name, getattr(teacher, name), getattr(student, name)) for name in names]
+    own = [f"{name} {theirs} (student {ours})" for name, theirs, ours in pairs if theirs != ours]
     return f"sees its own {', '.join(own)}" if own else "sees the student's pixels and tokens"
 
 
