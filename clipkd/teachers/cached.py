@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,46 +26,25 @@ from clipkd.teachers.store.reader import TeacherCache
 from clipkd.views import Batch, Features, View
 
 
-@dataclass(frozen=True)
-class StoredTeacher:
-    """What the manifest of a cache says of a teacher."""
-
-    name: str
-    dim: int
-    logit_scale: Tensor
-    logit_bias: Tensor | None
-
-
 class CachedTeachers:
     """Teachers whose features come with every batch. It has the methods of `LoadedTeachers`."""
 
     encoders: Sequence[Encoder] = ()
 
     def __init__(self, stored: TeacherCache) -> None:
-        self.stored = stored
+        self.stored, self.models = stored, stored.manifest.teachers
         self.to(torch.device("cpu"))
 
     def to(self, device: torch.device) -> None:
         self.device = device
-        self.models = [
-            StoredTeacher(
-                record.name,
-                record.dim,
-                torch.tensor(record.logit_scale, device=device),
-                None if record.logit_bias is None else torch.tensor(record.logit_bias, device=device),
-            )
-            for record in self.stored.manifest.teachers
-        ]
+        self.scales = [torch.tensor(one.logit_scale, device=device) for one in self.models]
+        biases = [one.logit_bias for one in self.models]
+        self.biases = [None if bias is None else torch.tensor(bias, device=device) for bias in biases]
 
     def features(self, batch: Batch, views: Sequence[View]) -> tuple[Features, ...]:
         return tuple(
-            Features(
-                self.read(batch, f"image.{number}"),
-                self.read(batch, f"text.{number}"),
-                teacher.logit_scale,
-                teacher.logit_bias,
-            )
-            for number, teacher in enumerate(self.models)
+            Features(self.read(batch, f"image.{number}"), self.read(batch, f"text.{number}"), scale, bias)
+            for number, (scale, bias) in enumerate(zip(self.scales, self.biases, strict=True))
         )
 
     def student_view(self, batch: Batch, view: View) -> View:
@@ -74,7 +52,7 @@ class CachedTeachers:
         return view if kind is None else view._replace(text_features=self.read(batch, kind))
 
     def read(self, batch: Batch, kind: str) -> Tensor:
-        """One kind of stored vectors of a batch → float32; half precision is normalised again, since rounding moves the norm."""
+        """One kind of a batch's stored vectors as float32. Half precision is normalised again: rounding moves the norm."""
         stored = batch.features[self.stored.kinds.index(kind)].to(self.device, non_blocking=True)
         features = self.stored.as_float(stored)
         return features if self.stored.manifest.dtype == "float32" else F.normalize(features, dim=-1)
@@ -83,12 +61,11 @@ class CachedTeachers:
         return self.stored.classes().to(self.device)
 
     def identity(self) -> dict[str, Any]:
-        teachers = {str(number): record.identity for number, record in enumerate(self.stored.manifest.teachers)}
+        teachers = {str(number): record.identity for number, record in enumerate(self.models)}
         return {"teachers": teachers, "teacher_cache": self.stored.identity()}
 
     def fill_in(self, config: TrainConfig) -> TrainConfig:
-        records = self.stored.manifest.teachers
-        models, dtype = tuple(record.model for record in records), records[0].identity["dtype"]
+        models, dtype = tuple(record.model for record in self.models), self.models[0].identity["dtype"]
         return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, models=models, dtype=dtype))
 
     def describe(self) -> str:
@@ -98,11 +75,9 @@ class CachedTeachers:
 def open_cache(config: TrainConfig, student: Encoder, pairs: Pairs) -> CachedTeachers:
     """Open teacher.cache; check that it is undamaged and was made for this configuration. Call on every process.
 
-    A student that shares the first teacher's text tower gets it from that teacher, which is loaded for the copy.
-
     Raises: FileNotFoundError or ValueError naming the file or option that does not fit.
     """
-    if config.student.text == "teacher":
+    if config.student.text == "teacher":  # the only part of a teacher that is loaded
         copy_text_tower(load_teacher(config.teacher.names[0]), student)
     folder = Path(config.teacher.cache or "")
     manifest = distributed.together(lambda: read_manifest(folder))
@@ -128,13 +103,10 @@ def open_cache(config: TrainConfig, student: Encoder, pairs: Pairs) -> CachedTea
 
 
 def require_same_teachers(config: TrainConfig, folder: Path, records: Sequence[TeacherRecord]) -> None:
-    """Compare the teachers that the configuration names with the teachers of the cache. Raises: ValueError."""
-    named = config.teacher.names
+    """Compare the teachers that the configuration names, if any, with the teachers of the cache. Raises: ValueError."""
+    named, advice = config.teacher.names, "leave it out, or make another cache"
     if named and len(named) != len(records):
-        raise ValueError(
-            f"{folder} holds {len(records)} teachers, teacher.models names {len(named)}; leave it out, or make another "
-            "cache"
-        )
+        raise ValueError(f"{folder} holds {len(records)} teachers, teacher.models names {len(named)}; {advice}")
     for number, (model, record) in enumerate(zip(named, records, strict=False)):
         digests = {str(path): files.sha256(path) for path in weight_files(model)}
         other = [path for path, digest in digests.items() if digest not in record.files.values()]
@@ -143,7 +115,7 @@ def require_same_teachers(config: TrainConfig, folder: Path, records: Sequence[T
         if other:
             raise ValueError(
                 f"{folder} holds features of {record.model}, but teacher.models[{number}] has other weights, {other[0]}; "
-                "leave it out, or make another cache"
+                f"{advice}"
             )
         if config.teacher.dtype != record.identity["dtype"]:
             raise ValueError(

@@ -32,8 +32,8 @@ class LoadedTeachers:
     """Where the loader reads features that become `Batch.features`; None if the models compute them."""
 
     @property
-    def models(self) -> list[Encoder]:
-        """Name, width, logit scale and logit bias of every teacher, whether it is loaded or not."""
+    def models(self) -> Sequence[Encoder]:
+        """Name, dim and logit bias of every teacher, whether it is loaded or not."""
         return self.encoders
 
     def to(self, device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """Fixtures of this folder: commands run in this process, on the CPU, on data and caches that are made once."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from clipkd.teachers.cache import command
-from tests.teachers.world import Made, World, copied, make_world
+from tests.teachers.world import Made, World, make_world
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -51,4 +52,5 @@ def made(world: World) -> Made:
 @pytest.fixture
 def copy(made: Made, tmp_path: Path) -> Path:
     """A copy of the cache that may be damaged."""
-    return copied(made.folder, tmp_path / "copy")
+    folder = tmp_path / "copy"
+    return shutil.copytree(made.folder, folder, ignore=shutil.ignore_patterns(".lock", ".verified.json"))

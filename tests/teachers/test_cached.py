@@ -12,7 +12,7 @@ import pytest
 
 from clipkd.teachers.cache import command
 from tests.data.samples import write_tar
-from tests.teachers.world import Made, World, copied, data_config, flip, members, with_classes, write_model
+from tests.teachers.world import Made, World, data_config, members, with_classes, write_model
 
 
 def edited(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -45,12 +45,11 @@ def test_only_a_finished_manifest_of_this_version_is_accepted(made: Made, copy: 
         made.open(folder=copy)
     broken: list[Callable[[dict[str, Any]], Any]] = [
         lambda manifest: manifest.pop("version"),
-        lambda manifest: manifest.pop("shards"),
         lambda manifest: manifest["shards"][0].pop("first"),
         lambda manifest: manifest.update(classes=3),
         lambda manifest: manifest["shards"][0]["files"]["samples"].update(name="../samples.npy"),
     ]
-    damaged = [content[: len(content) // 2], b"", b"[]", b"\xff\xfe"]
+    damaged = [content[: len(content) // 2], b"[]", b"\xff\xfe"]
     for change in (*broken, *damaged):
         path.write_bytes(content if callable(change) else change)
         if callable(change):
@@ -71,7 +70,7 @@ def test_only_a_finished_manifest_of_this_version_is_accepted(made: Made, copy: 
 def own_data(made: Made) -> Iterator[Path]:
     """The folder that the cache was made from, restored afterwards."""
     folder = made.world.folder / "data"
-    kept = copied(folder, made.world.folder / "kept")
+    kept = shutil.copytree(folder, made.world.folder / "kept")
     yield folder
     shutil.rmtree(folder)
     shutil.copytree(kept, folder)
@@ -115,7 +114,6 @@ def test_only_the_teachers_it_was_made_with_may_be_named(made: Made, tmp_path: P
     other = write_model(tmp_path, "other", seed=11)
     wrong: list[tuple[tuple[str, ...], Any, str]] = [
         ((first,), "fp32", r"float32 holds 2 teachers, teacher\.models names 1"),
-        ((first, second, second), "fp32", r"float32 holds 2 teachers, teacher\.models names 3"),
         ((other, second), "fp32", r"but teacher\.models\[0\] has other weights, .*other\.safetensors"),
         ((first, first), "fp32", r"but teacher\.models\[1\] has other weights, .*first\.safetensors"),
         (
@@ -128,18 +126,8 @@ def test_only_the_teachers_it_was_made_with_may_be_named(made: Made, tmp_path: P
     for teachers, dtype, message in wrong:
         with pytest.raises(ValueError, match=message):
             made.open(*teachers, dtype=dtype)
-    content = Path(weights).read_bytes()
-    flip(Path(weights))
-    with pytest.raises(ValueError, match=r"but teacher\.models\[0\] has other weights, .*first\.safetensors"):
-        made.open(first, second, student=object_without_frozen_text())
-    Path(weights).write_bytes(content)
     filled = made.open().fill_in(made.training())
     assert filled.teacher.names == (first, second)
-
-
-def object_without_frozen_text() -> Any:
-    """Enough of a student to open a cache."""
-    return type("Student", (), {"text_is_frozen": False})()
 
 
 def test_a_cache_without_the_class_vectors_of_the_closed_set_is_refused(

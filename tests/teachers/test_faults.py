@@ -2,9 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,16 +15,12 @@ def test_damaged_files_are_named(made: Made, copy: Path) -> None:
     path = copy / "features" / "00001.text.1.npy"
     content = path.read_bytes()
     made.open(folder=copy)
-    damages: list[tuple[Callable[[], Any], str]] = [
-        (lambda: path.unlink(), r"there is no .*00001\.text\.1\.npy; 1 of 15 files of the cache are damaged"),
-        (lambda: path.write_bytes(content[:-1]), rf"npy has {len(content) - 1:,} bytes instead of {len(content):,}"),
-        (lambda: path.write_bytes(content + b"0"), rf"npy has {len(content) + 1:,} bytes instead of {len(content):,}"),
-        (lambda: flip(path, 200), r"00001\.text\.1\.npy does not hold what was written \(its SHA-256 differs\)"),
-    ]
-    for damage, message in damages:
-        damage()
-        if path.exists():
-            os.utime(path)
+    for damaged, message in (
+        (None, r"there is no .*00001\.text\.1\.npy; 1 of 15 files of the cache are damaged"),
+        (content[:-1], rf"npy has {len(content) - 1:,} bytes instead of {len(content):,}"),
+        (content[:-1] + b"?", r"00001\.text\.1\.npy does not hold what was written \(its SHA-256 differs\)"),
+    ):
+        path.write_bytes(damaged) if damaged else path.unlink()
         with pytest.raises(ValueError, match=message):
             made.open(folder=copy)
         path.write_bytes(content)

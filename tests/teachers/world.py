@@ -54,7 +54,7 @@ class World:
     captions: list[list[str]]
     """Captions of every sample."""
 
-    def config(self, output: Path, *teachers: str, dtype_of_teachers: str = "fp32", **changes: Any) -> CacheConfig:
+    def config(self, output: Path, *teachers: str, dtype_of_teachers: Any = "fp32", **changes: Any) -> CacheConfig:
         """Both teachers unless some are named, two views, float32."""
         options: dict[str, Any] = {
             "views": NUM_VIEWS,
@@ -63,14 +63,9 @@ class World:
             "precision": "fp32",
             "objective": ObjectiveConfig(kl=KLTerm(weight=1.0), keys="student"),
             "data": data_config(self.folder / "data"),
+            "teacher": TeacherConfig(models=teachers or tuple(self.teachers.values()), dtype=dtype_of_teachers),
         }
-        options |= teacher_options(*(teachers or self.teachers.values()), dtype=dtype_of_teachers)
         return CacheConfig(output=str(output), **(options | changes))
-
-
-def teacher_options(*models: str, dtype: Any = "fp32", cache: Path | None = None) -> dict[str, Any]:
-    """Options of a configuration that name these teachers."""
-    return {"teacher": TeacherConfig(models=models, dtype=dtype, cache=cache and str(cache))}
 
 
 @dataclass(frozen=True)
@@ -87,17 +82,19 @@ class Made:
 
     @property
     def pairs(self) -> PairSet:
-        return pair_set(self.config.data)
+        pairs = open_pairs(self.config.data)
+        assert isinstance(pairs, PairSet)
+        return pairs
 
-    def training(self, *teachers: str, folder: Path | None = None, dtype: str = "fp32", **changes: Any) -> TrainConfig:
+    def training(self, *teachers: str, folder: Path | None = None, dtype: Any = "fp32", **changes: Any) -> TrainConfig:
         """The training that reads the cache; it names no teacher unless some are given."""
         values = {item.name: getattr(self.config, item.name) for item in dataclasses.fields(TrainConfig)}
-        values |= teacher_options(*teachers, dtype=dtype, cache=folder or self.folder)
-        return TrainConfig(**(values | {"output": "run"} | changes))
+        teacher = TeacherConfig(models=teachers, dtype=dtype, cache=str(folder or self.folder))
+        return TrainConfig(**(values | {"output": "run", "teacher": teacher} | changes))
 
     def open(self, *teachers: str, student: Encoder | None = None, **changes: Any) -> CachedTeachers:
         config = self.training(*teachers, **changes)
-        return open_cache(config, student or load(self.world.teachers["first"]), open_pairs(config.data))
+        return open_cache(config, student or load_model(self.world.teachers["first"]), open_pairs(config.data))
 
 
 def data_config(path: Path, **changes: Any) -> DataConfig:
@@ -114,7 +111,7 @@ def captions_of(id: int) -> list[str]:
 
 
 def picture(id: int) -> tuple[str, bytes]:
-    """Suffix and content: PNGs with transparency, wide ones, and JPEGs that are decoded at half their size."""
+    """Suffix and content: PNGs with and without transparency, and JPEGs that are decoded at half their size."""
     rng = np.random.default_rng(id)
     if id % 3 == 0:
         return "jpg", encode(Image.fromarray(rng.integers(0, 256, (90, 130, 3), np.uint8)), "JPEG")
@@ -169,26 +166,9 @@ def with_classes(folder: Path) -> ObjectiveConfig:
     return ObjectiveConfig(closed_set=term)
 
 
-def load(teacher: str) -> Encoder:
-    return load_model(teacher)
-
-
-def pair_set(options: DataConfig) -> PairSet:
-    pairs = open_pairs(options)
-    assert isinstance(pairs, PairSet)
-    return pairs
-
-
 def content_of(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", ".verified.json"))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def copied(folder: Path, to: Path) -> Path:
-    for name, content in content_of(folder).items():
-        (to / name).parent.mkdir(parents=True, exist_ok=True)
-        (to / name).write_bytes(content)
-    return to
 
 
 def flip(path: Path, offset: int = -1) -> None:

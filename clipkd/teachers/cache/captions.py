@@ -11,9 +11,6 @@ from clipkd.data import UNREADABLE_SHARD, BadSample, PairSet
 from clipkd.errors import RunStopped
 from clipkd.teachers.store.manifest import Shard
 
-NOTICEABLE_SAMPLES = 50_000
-"""Samples from which on reading their captions shows a progress bar."""
-
 DIGEST_BYTES = 16
 """Two of a billion captions share a digest with a probability of 10⁻²¹."""
 
@@ -59,15 +56,18 @@ class Captions:
 
 
 def number_captions(pairs: PairSet, ranges: list[tuple[int, int]]) -> Captions:
-    """Read every caption once, without images. Call on every process; the processes share the ranges.
+    """Read every caption once, without images. Call on every process; needs about 60 bytes of memory per caption.
 
-    Needs about 60 bytes of memory per caption. ranges: first sample and number of samples.
-    Raises: RunStopped if a shard cannot be read at the moment.
+    ranges: first sample and number of samples. Raises: RunStopped if a shard cannot be read at the moment.
     """
     share = range(distributed.rank(), len(ranges), distributed.world_size())
-    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for part in distributed.gather_objects(distributed.together(lambda: digest_captions(pairs, ranges, share))):
-        found |= part
+    own = distributed.together(
+        lambda: {
+            number: digest_captions(pairs, *ranges[number])
+            for number in progress.track_on_main(share, "read captions", len(share))
+        }
+    )
+    found = {number: each for part in distributed.gather_objects(own) for number, each in part.items()}
     counts, digests = (np.concatenate([found[number][part] for number in range(len(ranges))]) for part in range(2))
     # np.unique sorts by digest; number the texts by their first occurrence instead.
     _, first_of, kinds = np.unique(digests, return_index=True, return_inverse=True)
@@ -77,29 +77,18 @@ def number_captions(pairs: PairSet, ranges: list[tuple[int, int]]) -> Captions:
     return Captions(np.concatenate([[0], np.cumsum(counts)]), text_of_kind[kinds], first_of[order])
 
 
-def digest_captions(
-    pairs: PairSet, ranges: list[tuple[int, int]], share: range
-) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Number of a range → number of captions of each sample, and the digest of each caption."""
-    parts = {}
-    visible = distributed.rank() == 0 and sum(rows for _, rows in ranges) >= NOTICEABLE_SAMPLES
-    for number in progress.track(share, "read captions", len(share), visible=visible):
-        first, rows = ranges[number]
-        captions = [read_captions(pairs, index) for index in range(first, first + rows)]
-        digests = [
-            hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest() for texts in captions for text in texts
-        ]
-        parts[number] = (np.array([len(texts) for texts in captions], np.int64), np.array(digests, f"S{DIGEST_BYTES}"))
-    return parts
-
-
-def read_captions(pairs: PairSet, index: int) -> tuple[str, ...]:
-    """A sample's captions; none if they cannot be used."""
-    try:
-        return pairs.read(index, image=False).captions
-    except BadSample as bad:
-        require_readable(bad)
-        return ()
+def digest_captions(pairs: PairSet, first: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Number of captions of each sample, and the digest of each caption."""
+    counts, digests = [], []
+    for index in range(first, first + rows):
+        try:
+            captions = pairs.read(index, image=False).captions
+        except BadSample as bad:
+            require_readable(bad)
+            captions = ()
+        counts.append(len(captions))
+        digests += [hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest() for text in captions]
+    return np.array(counts, np.int64), np.array(digests, f"S{DIGEST_BYTES}")
 
 
 def require_readable(bad: BadSample) -> None:

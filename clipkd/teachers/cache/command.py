@@ -29,8 +29,6 @@ from clipkd.teachers.store.compare import require_same
 from clipkd.teachers.store.faults import find_faults
 from clipkd.teachers.store.manifest import CONFIG, MANIFEST, PLAN, Manifest, Shard, read_manifest, to_json
 
-__all__ = ["CacheConfig", "run"]
-
 TEXTS_AT_A_TIME = 512
 
 
@@ -39,7 +37,7 @@ def run(config: CacheConfig) -> Path:
 
     Raises: ValueError or FileNotFoundError before anything is computed if the options cannot work or the folder holds
         another cache; OSError that names a file that cannot be written; RunStopped if too many samples are damaged.
-        Finished shards stay, and the next call continues after them.
+        Finished shards stay for the next call.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -57,10 +55,9 @@ def run(config: CacheConfig) -> Path:
     encoder = FeatureEncoder(config, pairs, teachers.encoders, student and student.to(accelerator.device), accelerator)
     job = Job(encoder, Path(config.output), plan, captions)
     with contextlib.ExitStack() as stack:
-        if distributed.from_main(lambda: job.open_folder(stack)):
-            job.reopen_if_damaged()
+        if distributed.from_main(lambda: job.open_folder(stack)) and not job.reopen_if_damaged():
+            return job.folder
         todo = distributed.from_main(job.find_missing)
-        distributed.from_main(lambda: job.announce(todo))
         job.make_shards(todo)
         distributed.from_main(job.finish)
     return job.folder
@@ -107,8 +104,8 @@ class Job:
         files.write_text(folder / "README.md", describe_folder(self.plan))
         return False
 
-    def reopen_if_damaged(self) -> None:
-        """Turn a finished cache with damaged files into an unfinished one without their shards. Call on every process."""
+    def reopen_if_damaged(self) -> bool:
+        """If files of a finished cache are damaged, make it an unfinished one without their shards and return True."""
         manifest = distributed.from_main(lambda: read_manifest(self.folder))
         faults = find_faults(self.folder, manifest, trust=False)
 
@@ -118,21 +115,19 @@ class Job:
                     writer.record_path(self.folder, number).unlink(missing_ok=True)
             (self.folder / MANIFEST).unlink()
             files.sync(self.folder)
+            say("\n".join(f"rebuilding: {fault}" for fault in faults.values()))
 
-        for fault in faults.values():
-            say(f"rebuilding: {fault}")
         if faults:
             distributed.from_main(reopen)
+        return bool(faults)
 
     def find_missing(self) -> list[int]:
-        """Numbers of the shards that are not complete."""
-        if (self.folder / MANIFEST).is_file():
-            return []
-        return [number for number in range(len(self.plan.shards)) if writer.read_record(self.folder, number) is None]
+        """Numbers of the shards that are not complete; prints what will be stored. Main process only.
 
-    def announce(self, todo: list[int]) -> None:
-        """Print what will be stored. Main process only. Raises: ValueError if the disk has too little space."""
+        Raises: ValueError if the disk has too little space.
+        """
         plan, numbers = self.plan, range(len(self.plan.shards))
+        todo = [number for number in numbers if writer.read_record(self.folder, number) is None]
         sizes = [sum(file.bytes for file in planned_files(plan, n, self.captions).values()) for n in numbers]
         needed, free = sum(sizes[number] for number in todo), shutil.disk_usage(self.folder).free
         say(
@@ -146,27 +141,23 @@ class Job:
                 "fewer --views or --dtype float16"
             )
         say(f"{len(todo)} of {len(sizes)} shards to make")
+        return todo
 
     def make_shards(self, todo: list[int]) -> None:
         """Make shards in rounds of one per process; after each round all processes learn of an error."""
         world_size = distributed.world_size()
-        share = todo[distributed.rank() :: world_size]
-        shards = [self.plan.shards[number] for number in share]
+        shards = [self.plan.shards[number] for number in todo[distributed.rank() :: world_size]]
         num_batches = sum(len(self.encoder.batches(shard)) for shard in shards)
         with (
             self.encoder.feed(shards) as feed,
             progress.Bar(f"{self.folder.name}: batches", num_batches, visible=distributed.rank() == 0) as bar,
         ):
-            for turn in range(-(-len(todo) // world_size)):
-                own = share[turn : turn + 1]
+            for turn in range(0, len(todo), world_size):
+                own = todo[turn : turn + world_size][distributed.rank() :][:1]
                 distributed.together(lambda own=own: [self.make_shard(number, feed, bar) for number in own])
 
     def make_shard(self, number: int, feed: data.Feed[ViewBatch], bar: progress.Bar) -> None:
-        """Compute and write a shard.
-
-        Raises: OSError that names the file; ValueError if features are not finite; RunStopped if captions have changed, a
-            loader process dies, or too many samples cannot be used.
-        """
+        """Compute and write a shard. Raises: OSError that names the file; ValueError or RunStopped with the reason."""
         shard, planned = self.plan.shards[number], planned_files(self.plan, number, self.captions)
         texts = self.captions.read_texts(shard, self.encoder.pairs)
         parts = [
@@ -205,12 +196,7 @@ class Job:
             )
 
     def finish(self) -> None:
-        """Write the class vectors, and the manifest that makes the cache usable. Main process only.
-
-        Raises: RunStopped if more samples cannot be used than data.max_skipped allows.
-        """
-        if (self.folder / MANIFEST).is_file():
-            return
+        """Write the class vectors, and the manifest that makes the cache usable. Main process only. Raises: RunStopped."""
         records = (writer.read_record(self.folder, number) for number in range(len(self.plan.shards)))
         shards = tuple(shard for shard in records if shard is not None)
         assert len(shards) == len(self.plan.shards)

@@ -68,13 +68,9 @@ class FeatureEncoder:
     """A student whose frozen text tower is none of the teachers'; its text features are stored too."""
     accelerator: Accelerator
 
-    @property
-    def views(self) -> Views:
-        return Views([teacher.spec for teacher in self.teachers])
-
     def dataset(self) -> EveryView:
-        augment = Augment(self.config.data, self.views, self.config.seed)
-        return EveryView(self.pairs, augment, self.config.views)
+        views = Views([teacher.spec for teacher in self.teachers])
+        return EveryView(self.pairs, Augment(self.config.data, views, self.config.seed), self.config.views)
 
     def batches(self, shard: Shard) -> list[list[int]]:
         """Sample ids, cut within the shard so that they do not depend on the number of processes."""
@@ -93,7 +89,7 @@ class FeatureEncoder:
     @torch.inference_mode()
     def encode_images(self, batch: ViewBatch) -> dict[str, np.ndarray]:
         """image.N → features [samples, views, width] of teacher N, in the type in which they are stored."""
-        kinds = [spec.pixels for spec in self.views.pixel_specs]
+        kinds = [spec.pixels for spec in Views([teacher.spec for teacher in self.teachers]).pixel_specs]
         pixels = [kind.to(self.accelerator.device, non_blocking=True) for kind in batch.pixels]
         found = {}
         for number, teacher in enumerate(self.teachers):

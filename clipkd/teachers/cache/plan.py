@@ -50,9 +50,8 @@ def make_plan(
 
     student: one whose frozen text tower is none of the teachers'. precision: autocast of the towers.
     """
-    ranges = cut(pairs, config.views)
+    ranges, shards = cut(pairs, config.views), []
     captions = number_captions(pairs, ranges)
-    shards = []
     for first, rows in ranges:
         first_text, end = captions.firsts.searchsorted(captions.starts[[first, first + rows]]).tolist()
         shards.append(Shard(first, rows, first_text, end - first_text))

@@ -1,7 +1,6 @@
 """`clipkd cache verify`: check that a cache holds what was written, and that its teachers compute the same features."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,10 @@ from clipkd.config.parse import parse_into
 from clipkd.models.load import weight_files
 from clipkd.teachers.cache.encode import FeatureEncoder, collate
 from clipkd.teachers.cache.options import VerifyConfig
-from clipkd.teachers.loaded import LoadedTeachers, load_teachers
+from clipkd.teachers.loaded import load_teachers
 from clipkd.teachers.store.compare import require_same
 from clipkd.teachers.store.faults import find_faults
-from clipkd.teachers.store.manifest import CONFIG, augmentation_of, read_manifest, sources_of
+from clipkd.teachers.store.manifest import CONFIG, as_json, augmentation_of, read_manifest, sources_of
 from clipkd.teachers.store.reader import TeacherCache
 
 COSINE_TOLERANCE, COSINE_TOLERANCE_HALF = 1e-4, 1e-2
@@ -27,8 +26,7 @@ ABOUT = "Check a cache: clipkd cache verify FOLDER [--recompute 64]."
 def verify(arguments: list[str]) -> list[str]:
     """Check the cache in a folder, print what was checked, and return the problems.
 
-    arguments: the folder, then options. Options of the cache's own configuration may be overridden where data or teachers
-    have moved.
+    arguments: the folder, then options, which override the cache's configuration where data or teachers have moved.
 
     Raises: FileNotFoundError or ValueError if the folder is no finished cache.
     """
@@ -54,22 +52,34 @@ def verify(arguments: list[str]) -> list[str]:
 
 
 def recompute(config: VerifyConfig, cache: TeacherCache) -> list[str]:
-    """Compute the features of some samples, in all views and with their first captions, with the teachers themselves.
+    """Compute the features of some samples, all views and first captions, and compare; return the problems.
 
-    Raises: ValueError if data, teachers or options are not those of the cache.
+    Raises: ValueError naming the option or file in which data, teachers or options differ from the cache.
     """
     teachers, pairs = load_teachers(config, None), data.open_pairs(config.data)
     if not isinstance(pairs, data.PairSet):
         raise ValueError("a cache is made from local data; data.path names shards behind URLs or pipes")
-    require_same_cache(config, cache, teachers, pairs)
+    now = {
+        "num_views": config.views,
+        "dtype": config.dtype,
+        "augmentation": augmentation_of(config),
+        "data": sources_of(pairs),
+        "teachers": [
+            {"identity": identity, "model": model, "files": {str(path): "" for path in weight_files(model)}}
+            for identity, model in zip(teachers.identities, config.teacher.names, strict=True)
+        ],
+    }
+    plan = cache.manifest.plan()
+    teachers_before = [{"identity": record["identity"]} for record in plan["teachers"]]
+    require_same(cache.folder, {name: plan[name] for name in now} | {"teachers": teachers_before}, as_json(now))
     accelerator = distributed.make_accelerator(config.precision)
     teachers.to(accelerator.device)
     # In float32 whatever the cache stores, so that the difference shows what rounding costs.
     exact = dataclasses.replace(config, dtype="float32")
     encoder = FeatureEncoder(exact, pairs, teachers.encoders, None, accelerator)
-    num_recomputed, largest, lowest, problems = 0, 0.0, 1.0, []
+    dataset, num_recomputed, largest, lowest, problems = encoder.dataset(), 0, 0.0, 1.0, []
     for id in np.unique(np.linspace(0, len(pairs) - 1, min(config.recompute, len(pairs))).astype(int)).tolist():
-        batch = collate([encoder.dataset()[id]])
+        batch = collate([dataset[id]])
         if batch.skips[0] is not None:
             continue
         pair = pairs.read(id)
@@ -80,13 +90,11 @@ def recompute(config: VerifyConfig, cache: TeacherCache) -> list[str]:
             problems.append(f"{bad}, but it can be used now: make another cache")
             continue
         num_recomputed += 1
-        for view, (kind, row) in (
-            (view, each) for view, part in enumerate(rows) for each in zip(cache.kinds, part, strict=True)
-        ):
-            stored = cache.as_float(torch.from_numpy(row.copy()))
-            again = torch.from_numpy(computed[kind][0, view] if kind.startswith("image") else computed[kind][0])
+        for kind, *found in zip(cache.kinds, *rows, strict=True):
+            stored = cache.as_float(torch.from_numpy(np.stack(found)))
+            again = torch.from_numpy(computed[kind][0]).expand_as(stored)  # a caption's in every view
             largest = max(largest, (stored - again).abs().max().item())
-            lowest = min(lowest, torch.cosine_similarity(stored, again, dim=0).item())
+            lowest = min(lowest, torch.cosine_similarity(stored, again).min().item())
     print(
         f"{num_recomputed} samples recomputed, {config.views} views each: largest difference {largest:.2g}, lowest cosine "
         f"{lowest:.7f}"
@@ -95,23 +103,3 @@ def recompute(config: VerifyConfig, cache: TeacherCache) -> list[str]:
     if not lowest >= 1 - (COSINE_TOLERANCE_HALF if half else COSINE_TOLERANCE):
         problems.append(f"the teachers compute other features than {cache.folder} holds: their cosine is {lowest:.5f}")
     return problems
-
-
-def require_same_cache(
-    config: VerifyConfig, cache: TeacherCache, teachers: LoadedTeachers, pairs: data.PairSet
-) -> None:
-    """Raises: ValueError naming the option or file in which the configuration differs from the cache."""
-    plan = cache.manifest.plan()
-    identities = [json.loads(json.dumps(identity)) for identity in teachers.identities]
-    found = {
-        "num_views": config.views,
-        "dtype": config.dtype,
-        "augmentation": augmentation_of(config),
-        "data": sources_of(pairs),
-        "teachers": [
-            {"identity": identity, "model": model, "files": {str(path): "" for path in weight_files(model)}}
-            for identity, model in zip(identities, config.teacher.names, strict=True)
-        ],
-    }
-    teachers_before = [{"identity": record["identity"]} for record in plan["teachers"]]
-    require_same(cache.folder, {name: plan[name] for name in found} | {"teachers": teachers_before}, found)

@@ -65,12 +65,11 @@ def require_same_parts(folder: Path, number: int, before: dict[str, str], after:
     """
     option = f"data.mix[{number - 1}].path" if number else "data.path"
     if len(before) != len(after):
-        missing = [path for path, digest in before.items() if digest not in after.values()]
-        added = [path for path, digest in after.items() if digest not in before.values()]
-        named = (f"; {missing[0]} is missing" if missing else "") + (f"; {added[0]} is new" if added else "")
+        named = [f"; {path} is missing" for path, digest in before.items() if digest not in after.values()][:1]
+        named += [f"; {path} is new" for path, digest in after.items() if digest not in before.values()][:1]
         raise ValueError(
-            f"{option} holds {len(after)} files, {folder} was made from {len(before)}{named}; put them back, or make another "
-            "cache"
+            f"{option} holds {len(after)} files, {folder} was made from {len(before)}{''.join(named)}; put them back, or "
+            "make another cache"
         )
     for (was, old_digest), (now, new_digest) in zip(before.items(), after.items(), strict=True):
         if old_digest != new_digest:

@@ -1,11 +1,9 @@
 """Find damaged files of a cache by their size and SHA-256."""
 
 import contextlib
-import json
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from clipkd import distributed, files, progress
 from clipkd.teachers.store.manifest import FileRecord, Manifest
@@ -14,8 +12,6 @@ VERIFIED = ".verified.json"
 """Files that were hashed before, with size and times of change. An unchanged file is not hashed at every start."""
 
 MOST_THREADS = 8
-NOTICEABLE_BYTES = 1 << 30
-"""Bytes to hash (about a second's work) from which on a progress bar is shown."""
 
 
 def find_faults(folder: Path, manifest: Manifest, *, trust: bool = True) -> dict[str, str]:
@@ -25,18 +21,18 @@ def find_faults(folder: Path, manifest: Manifest, *, trust: bool = True) -> dict
     """
     share = manifest.files()[distributed.rank() :: distributed.world_size()]
     stamps = {file.name: [*stamp(folder / file.name), file.sha256] for file in share}
-    known = read_verified(folder) if trust else {}
+    known = (files.read_rows(folder / VERIFIED) or [{}])[0] if trust else {}
     unknown = [file for file in share if known.get(file.name) != stamps[file.name]]
     with ThreadPoolExecutor(MOST_THREADS) as pool:
         checks = pool.map(lambda file: find_fault(folder / file.name, file), unknown)
-        if sum(file.bytes for file in unknown) >= NOTICEABLE_BYTES:
-            checks = progress.track_on_main(checks, "check the cache", len(unknown))
+        checks = progress.track_on_main(checks, "check the cache", len(unknown))
         faults = {file.name: fault for file, fault in zip(unknown, checks, strict=True) if fault}
     everywhere = distributed.gather_objects((faults, stamps, len(unknown)))
     found = {name: fault for part, _, _ in everywhere for name, fault in part.items()}
     if distributed.rank() == 0 and not found and any(num_hashed for _, _, num_hashed in everywhere):
         with contextlib.suppress(OSError):  # in a folder that cannot be written, files are hashed at every start
-            files.write_json(folder / VERIFIED, {name: one for _, part, _ in everywhere for name, one in part.items()})
+            verified = {name: one for _, part, _ in everywhere for name, one in part.items()}
+            files.write_text(folder / VERIFIED, files.to_json(verified))
     return {file.name: found[file.name] for file in manifest.files() if file.name in found}
 
 
@@ -62,11 +58,3 @@ def stamp(path: Path) -> list[int]:
     except OSError:
         return []
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino] if stat.S_ISREG(found.st_mode) else []
-
-
-def read_verified(folder: Path) -> dict[str, list[Any]]:
-    try:
-        found = json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -34,8 +34,7 @@ class TeacherCache:
     def read(self, pair: Pair, id: int, view: int, caption_number: int) -> tuple[np.ndarray, ...]:
         """One stored vector per kind, for a view and one of the sample's captions.
 
-        Raises: BadSample if the sample could not be used when the cache was made; RunStopped if the sample has changed
-            since, or a file cannot be read.
+        Raises: BadSample if the cache has no features of the sample; RunStopped if it has changed or a file is unreadable.
         """
         shard, row = self.find(self.first_ids, id)
         crc, *texts = self.vector(shard.files["samples"], row).tolist()
@@ -92,10 +91,9 @@ class TeacherCache:
     def describe(self) -> str:
         one = self.manifest
         precision = f" computed in {one.precision}" if one.precision != "no" else ""
-        student = ""
-        if self.student_text is not None:
-            lacking = "; it lacks the student's frozen text tower, whose features are computed at every step"
-            student = lacking if self.student_kind is None else "; the student reads its text features too"
+        student = "; the student reads its text features too" if self.student_kind else ""
+        if self.student_text is not None and self.student_kind is None:
+            student = "; it lacks the student's frozen text tower, whose features are computed at every step"
         return (
             f"{one.num_samples:,} samples × {one.num_views} views and {one.num_texts:,} captions of "
             f"{', '.join(teacher.name for teacher in one.teachers)}, {one.dtype}{precision}{student}"
