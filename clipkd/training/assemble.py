@@ -69,9 +69,8 @@ def require_installed(config: TrainConfig) -> None:
         if importlib.util.find_spec(tracker) is None:
             raise ValueError(f"log.trackers names {tracker}, which is not installed: pip install 'clipkd[{tracker}]'")
     compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
-    device = distributed.join_processes().device
-    on_cpu = device is not None and device.type == "cpu"
-    if config.objective.compile and on_cpu and not any(map(shutil.which, filter(None, compilers))):
+    device = torch.device(distributed.join_processes().device or "cpu")
+    if config.objective.compile and device.type == "cpu" and not any(map(shutil.which, filter(None, compilers))):
         raise ValueError(
             "objective.compile needs a C++ compiler on a CPU (g++ or clang++); install one, or leave it out"
         )
@@ -82,19 +81,19 @@ def open_tasks(config: TrainConfig) -> list[Subject]:
     options = config.evaluation
     subjects = open_subjects(as_tuple(options.task), as_tuple(options.data)) if options.data else []
     if options.best is not None:
+        known = {subject.name: ["main_metric", *METRICS[subject.data.kind]] for subject in subjects}
         task, metric = parse_best(options.best)
-        found = [subject for subject in subjects if subject.name == task]
-        if not found:
-            raise ValueError(f"evaluation.best is {options.best!r}; tasks here: {[s.name for s in subjects]}")
-        if metric not in (known := ("main_metric", *METRICS[found[0].data.kind])):
-            raise ValueError(f"evaluation.best is {options.best!r}; metrics of {task}: {list(known)}")
+        if task not in known:
+            raise ValueError(f"evaluation.best is {options.best!r}; tasks here: {list(known)}")
+        if metric not in known[task]:
+            raise ValueError(f"evaluation.best is {options.best!r}; metrics of {task}: {known[task]}")
     return subjects
 
 
 def identify(config: TrainConfig, parts: Parts) -> dict[str, Any]:
     """Everything beyond the configuration that a resumed run must share."""
     student, closed_set = parts.student, config.objective.closed_set
-    identity: dict[str, Any] = {
+    return {
         "student": {
             "name": student.name,
             "model_cfg": student.model_config,
@@ -104,10 +103,8 @@ def identify(config: TrainConfig, parts: Parts) -> dict[str, Any]:
         "pairs": {str(number): source for number, source in enumerate(parts.pairs.identity())},
         "mixed_precision": parts.accelerator.mixed_precision,
         "augmentation": data.AUGMENTATION_VERSION,
+        "classes": closed_set_fingerprint(closed_set) if closed_set.weight else None,
     }
-    if closed_set.weight:
-        identity["classes"] = closed_set_fingerprint(closed_set)
-    return identity
 
 
 def make_distiller(config: TrainConfig, parts: Parts) -> Distiller:

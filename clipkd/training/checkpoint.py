@@ -26,18 +26,21 @@ def save(
 ) -> Path:
     """Write RUN/checkpoints/step_N under a temporary name, then rename it. Call on one process only.
 
-    model.safetensors: everything trainable. ema.safetensors: the averaged student. optimizer.safetensors: AdamW's moments
-    by parameter name. memory.safetensors: the queue and the class prior. state.json: `state`, with length and SHA-256 of
-    the other files.
+    memory: the queue and the class prior. state: other entries of state.json, which holds the other files' hashes too.
 
-    Raises: OSError that names what could not be written; nothing of the checkpoint stays.
+    Raises: OSError that names the file; nothing of the checkpoint stays.
     """
     folder = checkpoint_folder(run, step)
     temporary = folder.with_name(folder.name + ".tmp")
     remove_leftovers(run)
     temporary.mkdir(parents=True)
+    moments = {
+        f"{name}/{key}": torch.as_tensor(value)
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
     tensors = {"model": model.state_dict(), "ema": {} if ema is None else ema.state_dict(), "memory": memory}
-    tensors["optimizer"] = optimizer_tensors(model, optimizer)
+    tensors["optimizer"] = moments
     try:
         for name, content in tensors.items():
             if content or name == "optimizer":
@@ -66,7 +69,7 @@ def prune(run: Path, keep: int) -> None:
 
 
 def remove_leftovers(run: Path) -> None:
-    """Delete what a kill or a full disk left half written or half deleted."""
+    """Delete checkpoints that a kill or a full disk left incomplete."""
     for leftover in (run / "checkpoints").glob("step_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -99,14 +102,6 @@ def restore(
     load_optimizer(model, optimizer, read_tensors(folder / "optimizer.safetensors"))
     memory = folder / "memory.safetensors"
     return read_tensors(memory) if memory.exists() else {}
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": value if isinstance(value, Tensor) else torch.tensor(value)
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -20,12 +20,12 @@ Rows = list[dict[str, Any]]
 
 
 class Evaluator:
-    """Evaluates the student, and its moving average where there is one, on every configured task."""
+    """Evaluates the student and its moving average on every configured task."""
 
     def __init__(
         self, config: TrainConfig, subjects: list[Subject], encoders: dict[str, Encoder], device: torch.device
     ) -> None:
-        """encoders: student, and ema where there is one."""
+        """encoders: student, then ema where there is one."""
         self.config, self.subjects, self.encoders, self.device = config, subjects, encoders, device
         self.folder = Path(config.output)
 
@@ -77,14 +77,13 @@ class Evaluator:
         if self.config.evaluation.best is None:
             return False
         task, metric = parse_best(self.config.evaluation.best)
-        weights = "ema" if "ema" in self.encoders else "student"
+        weights = list(self.encoders)[-1]  # ema where there is one
 
-        def values(found: Rows) -> list[float]:
+        def best_of(found: Rows) -> float:
             own = [row["metrics"].get(metric) for row in found if (row["key"], row["weights"]) == (task, weights)]
-            return [value for value in own if value is not None]
+            return max((value for value in own if value is not None), default=-1.0)
 
-        earlier = values(self.rows_of(checkpoint.best_step(self.folder)))
-        return any(value > max(earlier, default=-1.0) for value in values(rows))
+        return best_of(rows) > best_of(self.rows_of(checkpoint.best_step(self.folder)))
 
 
 def parse_best(best: str) -> tuple[str, str]:

@@ -1,8 +1,7 @@
-"""GradCache (arXiv 2101.06983): batches whose activations do not fit, with all their negatives and the same gradient.
+"""GradCache (arXiv 2101.06983): micro-batches with the negatives and the gradient of the complete batch.
 
-Towers treat each pair separately; only the loss looks at the whole batch. So the features are computed without
-activations, one micro-batch at a time; the loss of the whole batch gives their gradients; and each micro-batch passes
-the towers a second time, through which these gradients flow back.
+Features are computed without activations, one micro-batch at a time; the loss of the batch gives their gradients; and each
+micro-batch passes the towers again, through which these gradients flow back.
 """
 
 from collections.abc import Callable
@@ -32,11 +31,11 @@ def backward(
     model: Callable[..., Encoded] | None = None,
     start_backward: Callable[[Tensor], Any] = Tensor.backward,
 ) -> tuple[Float[Tensor, ""], Metrics]:
-    """Loss and metrics of a batch; adds its gradients to the parameters', as one backward pass would add them.
+    """Loss and metrics of a batch; adds its gradients to the parameters' as one backward pass would.
 
-    reseed: called with a micro-batch's number before each of its two passes, so that both draw the same dropout. model:
-    the distiller as DDP wraps it; gradients are exchanged once, with the last micro-batch. start_backward: of a scalar
-    (Accelerator.backward scales it under fp16). A BatchNorm sees micro-batches, and counts each once in its averages.
+    reseed: called with a micro-batch's number before each of its two passes, for equal dropout. model: the distiller as
+    DDP wraps it, used for the last micro-batch. start_backward: of a scalar, such as Accelerator.backward. A BatchNorm sees
+    micro-batches, and counts each once in its averages.
     """
     views, prompts = view.split(micro_batches), split(distiller.prompts_at(step), micro_batches)
 

@@ -24,7 +24,7 @@ from clipkd.views import Batch, View, Views, join
 
 @dataclass
 class Learner:
-    """The student of this process with all that a step reads or changes."""
+    """The student of this process, and all that a step reads or changes."""
 
     config: TrainConfig
     accelerator: Accelerator
@@ -66,12 +66,14 @@ class Learner:
 
     @torch.no_grad()
     def targets(self, batch: Batch, view: View, teacher_views: list[View]) -> Targets:
-        """Features of the frozen teachers and, if the objective needs them, of the moving average.
-
-        Raises: ValueError if a label is none of the closed set's classes.
-        """
-        device = self.accelerator.device
-        require_known_labels(self.distiller, batch)
+        """Features of the teachers and the moving average. Raises: ValueError for a label beyond the closed set."""
+        device, closed_set = self.accelerator.device, self.distiller.closed_set
+        if closed_set is not None and (largest := int(batch.labels.max())) >= len(closed_set.teacher_classes):
+            raise ValueError(
+                f"{batch.keys[int(batch.labels.argmax())]} has class {largest} by data.label_key, but "
+                f"objective.closed_set.classes names {len(closed_set.teacher_classes)}, numbered from 0; name them all, or "
+                "leave that image out"
+            )
         with self.accelerator.autocast():
             teachers, momentum = self.teachers.features(batch, teacher_views), None
             if self.distiller.needs_momentum:
@@ -104,7 +106,7 @@ class Learner:
         return loss, metrics
 
     def require_finite(self, step: int, loss: Tensor, norm: Tensor, targets: Targets, batch: Batch) -> None:
-        """Raises: FloatingPointError on every process; RUN/nonfinite_step_N.json has the keys of the batch by then."""
+        """Raises: FloatingPointError on every process, after writing the batch's keys to RUN/nonfinite_step_N.json."""
         # DDP averages gradients, so one process's NaN is in every process's norm and all stop together. Under fp16 the
         # loss scaler searches its scale through infinite norms; there the averaged loss is tested instead.
         scaler = self.accelerator.scaler
@@ -137,17 +139,6 @@ class Learner:
             # DDP copies the main process's buffers at the next forward only; the averages must not differ before.
             distributed.copy_from_main(self.distiller.student.buffers())
             memory.update_average(self.ema, self.distiller.student, self.config.optim.ema_momentum)
-
-
-def require_known_labels(distiller: Distiller, batch: Batch) -> None:
-    """Raises: ValueError if a label is none of the closed set's classes."""
-    closed_set = distiller.closed_set
-    if closed_set is not None and (largest := int(batch.labels.max())) >= len(closed_set.teacher_classes):
-        key = batch.keys[int(batch.labels.argmax())]
-        raise ValueError(
-            f"{key} has class {largest} by data.label_key, but objective.closed_set.classes names "
-            f"{len(closed_set.teacher_classes)}, numbered from 0; name them all, or leave that image out"
-        )
 
 
 def require_all_trained(distiller: Distiller) -> None:

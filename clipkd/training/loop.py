@@ -10,10 +10,9 @@ from clipkd.training.run import open_run
 def train(config: TrainConfig) -> Path:
     """Train as configured, on every process that was launched; returns the run folder.
 
-    Raises: ValueError or FileNotFoundError before anything is written if the configuration cannot work (at the first
-        step if the loss does not reach a part of the student, later for a label beyond the classes); FloatingPointError
-        before the update if the loss or gradient is not finite; RunStopped if too much of the data is damaged or a
-        loader process dies; Interrupted after SIGINT or SIGTERM, once the current step is saved.
+    Raises: ValueError or FileNotFoundError if the configuration cannot work, before anything is written where that is known
+        by then; FloatingPointError before the update if loss or gradient is not finite; RunStopped if too much of the data
+        is damaged or a loader process dies; Interrupted after SIGINT or SIGTERM, once the current step is saved.
     """
     run = open_run(config)
     with run.lock, deferred_signals() as signals, run.feed, run.recorder.bar:

@@ -131,10 +131,7 @@ class Run:
 
 
 def open_run(config: TrainConfig) -> Run:
-    """Build and check everything; write the run folder only when nothing can fail any more.
-
-    Raises: ValueError or FileNotFoundError that name the option to change.
-    """
+    """Build and check everything, then write the run folder. Raises: ValueError or FileNotFoundError naming the option."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     parts = assemble(config)
@@ -143,18 +140,15 @@ def open_run(config: TrainConfig) -> Run:
     with run.watch.paused():
         distributed.together(lambda: open_folder(run, parts) if accelerator.is_main_process else None)
         if config.log.trackers:
-            plain = configuration.flatten(configuration.to_dict(config))
+            options = configuration.flatten(configuration.to_dict(config)).items()
             # Trackers take no lists.
-            plain = {name: str(value) if isinstance(value, list) else value for name, value in plain.items()}
+            plain = {name: str(value) if isinstance(value, list) else value for name, value in options}
             accelerator.init_trackers("clipkd", config=plain)
     return run
 
 
 def build_run(config: TrainConfig, parts: Parts, *, dry: bool = False) -> Run:
-    """Put the parts together, at the step of the checkpoint that is resumed; writes nothing.
-
-    dry: steps are only tried, and write no record either.
-    """
+    """Put the parts together at the step of the resumed checkpoint; writes nothing. dry: the run's steps write nothing."""
     config, accelerator, teachers = parts.teachers.fill_in(config), parts.accelerator, parts.teachers
     identity = identify(config, parts)
     resumed = find_checkpoint(config)
@@ -199,10 +193,7 @@ def build_run(config: TrainConfig, parts: Parts, *, dry: bool = False) -> Run:
 
 
 def open_folder(run: Run, parts: Parts) -> None:
-    """Lock the run folder, write config.yaml and drop the records of steps that will be done again.
-
-    Raises: ValueError if another process writes into the folder.
-    """
+    """Lock the run folder, write config.yaml and drop the records of later steps. Raises: ValueError if it is locked."""
     start, steps, pairs = run.done, run.config.steps, parts.pairs
     compiles = "; the first steps compile it, which takes minutes" if run.config.objective.compile else ""
     lines = [
@@ -211,8 +202,7 @@ def open_folder(run: Run, parts: Parts) -> None:
     ]
     if teachers := parts.teachers.describe():
         lines.insert(1, f"teacher: {teachers}, for {run.feed.epoch(steps):.3g} epochs")
-    for line in lines:
-        progress.console.print(line, soft_wrap=True, markup=False)
+    progress.console.print("\n".join(lines), soft_wrap=True, markup=False)
     run.folder.mkdir(parents=True, exist_ok=True)
     run.lock = files.claim(run.folder)
     configuration.save(run.config, run.folder / "config.yaml")

@@ -1,13 +1,13 @@
 """Checkpoints are complete or absent, and loading one never runs code from it."""
 
 import os
-import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clipkd import files
 from clipkd.models import run_folder
@@ -38,13 +38,9 @@ def save(run: Path, step: int, model: Model | None = None, ema: nn.Module | None
     )
 
 
-def tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
-    assert a.keys() == b.keys()
-    return [name for name in a if not torch.equal(a[name], b[name])]
+def differing(one: nn.Module, other: nn.Module) -> list[str]:
+    found = other.state_dict()
+    return [name for name, tensor in one.state_dict().items() if not torch.equal(tensor, found[name])]
 
 
 def test_a_restored_run_continues_bit_by_bit(tmp_path: Path) -> None:
@@ -55,16 +51,15 @@ def test_a_restored_run_continues_bit_by_bit(tmp_path: Path) -> None:
     assert checkpoint.restore(folder, model=restored, ema=restored_ema, optimizer=restored_optimizer) == {}
     state = run_folder.read_state(folder)
     assert (state["step"], state["seconds"], state["n"]) == (3, 1.5, [1])
-    assert differing(tensors(restored), tensors(model)) == []
-    assert differing(tensors(restored_ema), tensors(ema)) == []
+    assert differing(restored, model) == differing(restored_ema, ema) == []
     train(model, optimizer, 2, seed=6)
     train(restored, restored_optimizer, 2, seed=6)
-    assert differing(tensors(restored), tensors(model)) == []
+    assert differing(restored, model) == []
     # Without the optimizer's moments the next step is another one.
     fresh, fresh_optimizer = make(seed=4)
     run_folder.load_into(fresh, folder / "model.safetensors")
     train(fresh, fresh_optimizer, 2, seed=6)
-    assert "0.weight" in differing(tensors(fresh), tensors(model))
+    assert "0.weight" in differing(fresh, model)
 
 
 def test_a_checkpoint_is_safetensors_and_json_that_others_may_read(tmp_path: Path) -> None:
@@ -102,13 +97,9 @@ def test_a_save_that_dies_half_way_leaves_the_earlier_one_and_no_other(
     assert run_folder.resolve(tmp_path) == first
     assert save(tmp_path, 2) == run_folder.resolve(tmp_path)
     assert not leftover.exists()
-
-
-def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
-    save(tmp_path, 5)
-    other = make(seed=9)
-    folder = save(tmp_path, 5, other)
-    assert differing(files.read_tensors(folder / "model.safetensors"), tensors(other[0])) == []
+    other, found = make(seed=9), make()[0]
+    run_folder.load_into(found, save(tmp_path, 2, other) / "model.safetensors")  # replaces the earlier one
+    assert differing(found, other[0]) == []
 
 
 def test_what_is_no_complete_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:
@@ -167,18 +158,15 @@ def restore(folder: Path, *, width: int = 4) -> None:
     checkpoint.restore(folder, model=model, ema=make(width=width)[0], optimizer=optimizer)
 
 
-@pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "missing"])
 @pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.safetensors"])
-def test_a_damaged_weight_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
+def test_a_damaged_weight_file_is_named(tmp_path: Path, name: str) -> None:
     folder = save(tmp_path, 1, train(*make(), 1, seed=0), make()[0])
     restore(folder)
     whole = (folder / name).read_bytes()
-    if damage == "missing":
-        (folder / name).unlink()
-    else:
-        (folder / name).write_bytes({"cut": whole[: len(whole) - 8], "garbage": b"x" * 500, "empty": b""}[damage])
-    with pytest.raises(ValueError, match=rf"{name} is missing or damaged"):
-        restore(folder)
+    for damaged in (whole[:-8], b"x" * 500, b"", None):
+        (folder / name).write_bytes(damaged) if damaged is not None else (folder / name).unlink()
+        with pytest.raises(ValueError, match=rf"{name} is missing or damaged"):
+            restore(folder)
 
 
 @pytest.mark.parametrize(
@@ -206,25 +194,17 @@ def test_weights_and_moments_of_another_model_are_refused(tmp_path: Path) -> Non
 
 
 class Trap:
-    """Unpickling this makes a folder."""
-
-    def __init__(self, sprung: Path) -> None:
-        self.sprung = sprung
+    """Unpickling this fails the test."""
 
     def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.sprung),)
+        return pytest.fail, ("unpickled",)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_pickle_in_a_checkpoint_is_refused_and_never_run(tmp_path: Path, name: str) -> None:
-    folder, sprung = save(tmp_path / "run", 1, ema=make()[0]), tmp_path / "sprung"
-    payload = pickle.dumps(Trap(sprung), protocol=0)
-    (folder / name).write_bytes(payload)
+    folder = save(tmp_path / "run", 1, ema=make()[0])
+    torch.save({"0.weight": Trap()}, folder / name)
     with pytest.raises(ValueError, match=name):
         restore(folder)
-    torch.save({"0.weight": Trap(sprung)}, folder / name)
-    with pytest.raises(ValueError, match=name):
-        restore(folder)
-    assert not sprung.exists()
-    pickle.loads(payload)  # the trap does work
-    assert sprung.is_dir()
+    with pytest.raises(pytest.fail.Exception, match="unpickled"):
+        torch.load(shutil.copy(folder / name, tmp_path / "trap"), weights_only=False)

@@ -66,9 +66,7 @@ def test_dropout_is_the_same_in_both_passes() -> None:
     distiller.zero_grad()
     cached, found = take(distiller, view, targets, 4)
     assert cached.item() == pytest.approx(loss.item(), rel=1e-13)
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
     torch.manual_seed(9)
     assert take_loss(distiller, view, targets)[0].item() != pytest.approx(loss.item(), rel=1e-6)  # it does drop
 
@@ -82,8 +80,7 @@ def test_batchnorm_counts_each_micro_batch_once() -> None:
         again(part)
     expected = dict(again.named_buffers())
     assert len(expected) == 3
-    for name, buffer in expected.items():
-        torch.testing.assert_close(found[name], buffer)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_micro_batch_s_activations_are_gone_before_the_next() -> None:
@@ -111,5 +108,4 @@ def test_gradients_are_added_to_those_that_are_there_and_a_frozen_scale_gets_non
     assert "student.model.logit_scale" not in once
     assert {"image_projection.weight", "student.model.visual.1.weight"} <= once.keys()
     _, twice = take(distiller, view, targets, 2)
-    for name, gradient in once.items():
-        torch.testing.assert_close(twice[name], 2 * gradient)
+    torch.testing.assert_close(twice, {name: 2 * gradient for name, gradient in once.items()})

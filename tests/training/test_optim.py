@@ -1,7 +1,5 @@
 """The learning rate as a function of the step, and which parameters decay."""
 
-import itertools
-
 import pytest
 import torch
 from torch import nn
@@ -16,19 +14,7 @@ def test_learning_rate_by_hand() -> None:
     assert [rates[6], rates[8], rates[10]] == pytest.approx([1 + 0.5**0.5, 1.0, 1 - 0.5**0.5])
     assert rates[12] == pytest.approx(0.0, abs=1e-15)
     assert learning_rate(0, peak=0.3, warmup_steps=0, steps=1) == 0.3  # without warm-up the first step has the peak
-
-
-@pytest.mark.parametrize(("warmup_steps", "steps"), [(0, 50), (1, 50), (49, 50), (50, 50), (80, 50)])
-def test_learning_rate_rises_to_the_peak_and_falls_from_there_without_a_jump(warmup_steps: int, steps: int) -> None:
-    rates = [learning_rate(step, peak=1.0, warmup_steps=warmup_steps, steps=steps) for step in range(steps)]
-    rise, fall = rates[:warmup_steps], rates[warmup_steps:]
-    assert rise == sorted(rise)
-    assert fall == sorted(fall, reverse=True)
-    assert all(0 < rate <= 1 for rate in rates)
-    assert max(rates) == (1.0 if warmup_steps <= steps else steps / warmup_steps)
-    # Warm-up rises by 1/warmup_steps, half a cosine by π/2 of its length at most.
-    longest = max(1 / max(warmup_steps, 1), 1.6 / max(steps - warmup_steps, 1))
-    assert all(abs(after - before) <= longest + 1e-12 for before, after in itertools.pairwise(rates))
+    assert learning_rate(9, peak=1.0, warmup_steps=20, steps=10) == 0.5  # the run may end within the warm-up
 
 
 def test_matrices_decay_and_each_group_has_its_own_rate() -> None:
