@@ -23,13 +23,14 @@ from clipkd.models.create import create_student
 from tests.data.samples import encode, write_tar
 from tests.e2e import forked
 from tests.e2e.forked import Command, running
+from tests.teachers.world import content_of
 
 
 @dataclass(frozen=True)
 class Event:
-    place: Literal["write", "half", "written", "batch", "unlink", "step"]
-    """Before, in the middle of, or right after a file of a cache is written; before a batch of images is encoded, a file
-    is removed, or a training step."""
+    place: Literal["write", "half", "written", "batch", "unlink", "step", "save"]
+    """Before, half through or after writing a file of a cache; before encoding a batch, removing a file, taking a training
+    step, or syncing a file of a checkpoint."""
     number: int
     """Which of them, from 1."""
     what: Literal["SIGKILL", "SIGINT", "SIGTERM", "fill"] = "SIGKILL"
@@ -64,7 +65,7 @@ def wrap(owner: Any, name: str, event: Event) -> None:
 
 
 def is_counted(path: Path) -> bool:
-    """Only what a cache is made of counts: no texts for people, no index of a shard, no list of verified files."""
+    """Whether a file belongs to a cache's format."""
     return path.suffix in (".npy", ".json") and path.name != ".verified.json"
 
 
@@ -96,9 +97,10 @@ def break_writing(event: Event) -> None:
 
 
 def run_with(event: Event, arguments: list[str], environment: dict[str, str], out: str, err: str) -> None:
-    """What a fork does in place of forked.run_command, which it calls."""
+    """Replaces forked.run_command in the forked process."""
     if int(environment.get("RANK", "0")) == event.rank:
         from clipkd.teachers.cache import encode
+        from clipkd.training import checkpoint
         from clipkd.training.learner import Learner
 
         if event.place in ("write", "half", "written"):
@@ -107,6 +109,8 @@ def run_with(event: Event, arguments: list[str], environment: dict[str, str], ou
             wrap(encode.FeatureEncoder, "encode_images", event)
         elif event.place == "unlink":
             wrap(Path, "unlink", event)
+        elif event.place == "save":
+            wrap(checkpoint, "sync", event)
         else:
             wrap(Learner, "step", event)
     forked.run_command(arguments, environment, out, err)
@@ -116,7 +120,7 @@ def run_with(event: Event, arguments: list[str], environment: dict[str, str], ou
 def with_event(
     event: Event, *arguments: object, environment: Mapping[str, str], folder: Path, processes: int = 1
 ) -> Iterator[Command]:
-    """A command to which it happens; certainly over afterwards."""
+    """A command in which an event happens."""
     with (
         mock.patch.object(forked, "run_command", functools.partial(run_with, event)),
         running(*arguments, environment=environment, folder=folder, processes=processes) as command,
@@ -125,30 +129,25 @@ def with_event(
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file of a cache but its lock, what was found right, and where config.yaml says that it lies."""
-    found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    contents = {name: path.read_bytes() for name, path in found.items() if name not in (".lock", ".verified.json")}
-    if "config.yaml" in contents:
-        lines = contents["config.yaml"].splitlines()
-        contents["config.yaml"] = b"\n".join(line for line in lines if not line.startswith(b"output:"))
-    return contents
+    """Content of every file of a cache; of config.yaml without the output."""
+    found = content_of(folder)
+    lines = found["config.yaml"].splitlines()
+    return found | {"config.yaml": b"\n".join(line for line in lines if not line.startswith(b"output:"))}
 
 
 SHARDS = (20, 12, 16)
 CAPTIONS = ("one", "thing in colour", "picture of something", "shape, seen from above")
 
 
-def write_samples(folder: Path, *, jpeg: bool = False) -> Path:
-    """48 pairs of noise in three shards: KEY.png or a large KEY.jpg, and KEY.json with three captions, some of which are
-    those of other samples, and one of eight labels."""
+def write_samples(folder: Path) -> Path:
+    """48 pairs of noise in three shards; three captions each, some of them shared, and one of eight labels."""
     rng, number = np.random.default_rng(0), 0
     for shard, rows in enumerate(SHARDS):
         members = []
         for _ in range(rows):
-            coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
-            image = coarse.resize((480, 360) if jpeg else (48, 36))
+            image = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((48, 36))
             captions = [f"{number} of them", CAPTIONS[number % 4], f"a {CAPTIONS[number % 3]} number {number}"]
-            members.append((f"{number:03d}.{'jpg' if jpeg else 'png'}", encode(image, "JPEG" if jpeg else "PNG")))
+            members.append((f"{number:03d}.png", encode(image, "PNG")))
             members.append((f"{number:03d}.json", json.dumps({"captions": captions, "label": number % 8}).encode()))
             number += 1
         write_tar(folder / f"{shard:05d}.tar", members)

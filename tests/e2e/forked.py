@@ -1,7 +1,4 @@
-"""The command line in processes of their own that begin with everything imported: a start takes a moment, not ten seconds.
-
-A server process imports the package once and forks for every command (multiprocessing's forkserver).
-"""
+"""Commands in processes forked from a server that has imported everything (multiprocessing's forkserver): quick to start."""
 
 import contextlib
 import multiprocessing
@@ -78,11 +75,9 @@ class Command:
         """To every process and its children."""
         for process in self.processes:
             assert process.pid is not None
-            try:
-                os.killpg(process.pid, number)
-            except ProcessLookupError:  # so young that it has no group yet, or over
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it is over
+                young = os.getpgid(process.pid) != process.pid  # before its setsid
+                (os.kill if young else os.killpg)(process.pid, number)
 
     @property
     def stdout(self) -> str:

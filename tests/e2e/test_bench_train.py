@@ -1,6 +1,5 @@
 """`scripts/bench_train.py` at a size that says nothing about time: every variant has a row, and both losses are one number."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,27 +8,23 @@ from typing import Any
 import pytest
 import torch
 
+from clipkd import files
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_train.py"
 VARIANTS = ("plain", "online", "online_gkl", "cached", "open_clip")
 PARTS = ("data", "teacher", "student", "loss", "optimizer")
 
 
 @pytest.fixture(scope="module")
-def results(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rows(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     output = tmp_path_factory.mktemp("bench_train") / "results" / "train.jsonl"
     sizes = ("--setting", "demo", "--batch", 8, "--images", 32, "--steps", 2, "--rounds", 2, "--workers", 1)
     command = [sys.executable, SCRIPT, *sizes, "--device", "cpu", "--threads", 1, "--variants", *VARIANTS]
     command += ["--output", output]
     done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"→ {output}"
-    assert "online_gkl" in done.stdout
-    return output
-
-
-@pytest.fixture(scope="module")
-def rows(results: Path) -> dict[str, dict[str, Any]]:
-    machine, *rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    assert [name for name in VARIANTS if name not in done.stdout] == []
+    machine, *rows = files.read_rows(output)
     assert machine["kind"] == "machine"
     assert [row["variant"] for row in rows] == list(VARIANTS)
     return {row["variant"]: row for row in rows}
@@ -37,9 +32,6 @@ def rows(results: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.slow
 def test_rates_ratios_and_shares_fit_together(rows: dict[str, dict[str, Any]]) -> None:
-    for row in rows.values():
-        assert (row["student"], row["teacher"], row["batch"]) == ("demo-student", "demo-teacher", 8)
-        assert (row["precision"], row["threads"], row["workers"], row["rounds"]) == ("fp32", 1, 1, 2)
     for name, row in rows.items():
         one, two = row["seconds_per_step_rounds"]
         assert row["seconds_per_step"] == pytest.approx((one + two) / 2)
@@ -63,16 +55,6 @@ def test_clipkd_and_open_clip_start_from_one_loss(rows: dict[str, dict[str, Any]
     assert abs(rows["online_gkl"]["first_loss"] - rows["online"]["first_loss"]) > 1e-3
     assert rows["plain"]["first_loss"] < 3  # the logarithm of 8 pairs is 2.08
     assert rows["cached"]["cache_bytes"] >= 2 * 32 * 128 * 2  # 32 images and texts of 128 numbers of 2 bytes
-
-
-@pytest.mark.slow
-def test_the_table_has_a_line_per_variant(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import bench_train
-
-    table = bench_train.table(results).splitlines()
-    assert [line.split("|")[3].strip() for line in table[2:]] == [f"`{name}`" for name in VARIANTS]
-    assert len({line.count("|") for line in table}) == 1
 
 
 def test_parts_of_a_step_make_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

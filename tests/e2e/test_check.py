@@ -94,14 +94,3 @@ def test_a_dry_step_reports_what_it_finds_and_leaves_nothing(clipkd: Run, data: 
     assert "its batch begins with" in wild.stderr
     assert not (tmp_path / "other").exists()
     assert tree(tmp_path / "run") == before
-
-
-def test_streamed_shards_that_are_not_there_are_a_problem(clipkd: Run, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "0.tar").write_bytes((data / "pairs" / "00000.tar").read_bytes())
-    arguments = (*SMALL, "--steps", 20, "--output", tmp_path / "run")
-    done = clipkd("check", *arguments, "--data.path", f"pipe:cat {tmp_path}/{{0..9}}.tar", check=False)
-    assert done.returncode == 2
-    assert "streamed shards could not be read to their end, more than data.max_skipped allows" in done.stderr
-    assert "damaged shard: " in done.stdout
-    assert "the program behind it ended with status 1" in done.stdout
-    assert not (tmp_path / "run").exists()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import SMALL, Run
-from tests.e2e.test_train import VARYING, read_metrics
+from tests.e2e.runs import VARYING, read_metrics
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "losses"
 OPTIONS = {

@@ -1,5 +1,6 @@
 """Every wrong input: one clear line that names it, a non-zero exit, nothing half-written."""
 
+import contextlib
 import math
 import shutil
 import subprocess
@@ -19,18 +20,14 @@ from tests.e2e.conftest import SMALL, Run
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command in this process: an interpreter that imports torch for each wrong option would take minutes."""
+    """The command in this process, where torch is imported already."""
 
     def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
         monkeypatch.setattr(sys, "argv", ["clipkd", *map(str, arguments)])
-        status = 0
-        try:
+        with pytest.raises(SystemExit) if not check else contextlib.nullcontext() as stop:
             main()
-        except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else 1
         out, err = capsys.readouterr()
-        assert not check or status == 0, err
-        return subprocess.CompletedProcess(arguments, status, out, err)
+        return subprocess.CompletedProcess(arguments, stop.value.code if stop else 0, out, err)
 
     return run
 
@@ -53,18 +50,13 @@ def assert_refused(done: subprocess.CompletedProcess[str], output: Path, *words:
         (("--student.model", "ViT-X-99"), ("ViT-X-99", "did you mean")),
         (("--teacher.models", "nowhere", "--objective.gkl.weight", "1"), ("nowhere",)),
         (("--objective.gkl.weight", "1"), ("objective.gkl", "teacher.models")),
-        (("--objective.gkl.temperature", "-1"), ("objective.gkl.temperature is -1",)),
         (("--objective.queue", "4"), ("objective.queue is 4", "no term")),
         (("--objective.itc.weight", "1"), ("objective.itc", "optim.ema_momentum is 0")),
         (("--precision", "fp16"), ("precision is fp16",)),
         (("--evaluation.data", "[/no/such/set]"), ("/no/such/set",)),
         (("--config", "/no/such.yaml"), ("/no/such.yaml",)),
-        (
-            ("--teacher.models", "ViT-L-14@openai", "--objective.gkl.weight", "1"),
-            ("QuickGELU", "ViT-L-14-quickgelu"),
-        ),
+        (("--teacher.models", "ViT-L-14@openai", "--objective.gkl.weight", "1"), ("QuickGELU", "ViT-L-14-quickgelu")),
     ],
-    ids=lambda value: value[0].strip("-") if isinstance(value[0], str) and value[0].startswith("--") else "",
 )
 def test_wrong_option(here: Run, data: Path, tmp_path: Path, arguments: tuple, words: tuple) -> None:
     output = tmp_path / "run"
@@ -111,10 +103,9 @@ def test_a_teacher_whose_features_are_not_finite_is_named(here: Run, data: Path,
     output = tmp_path / "run"
     arguments = ("train", *SMALL, "--data.path", data / "pairs", "--output", output, "--steps", 2)
     done = here(*arguments, "--teacher.models", tmp_path / "teacher", "--objective.gkl.weight", 1, check=False)
-    assert done.returncode == 1
-    assert "teacher.models[0]'s text features are not finite" in done.stderr
-    assert "stopped before the weights were touched" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("clipkd train: error: step 1: the loss is nan")
+    line = done.stderr.splitlines()[-1]
+    assert (done.returncode, line.startswith("clipkd train: error: step 1: the loss is nan")) == (1, True)
+    assert "teacher.models[0]'s text features are not finite" in line
     assert not (output / "checkpoints").exists()
 
 
@@ -125,9 +116,7 @@ def test_a_label_beyond_the_classes_is_named(here: Run, data: Path, teacher: Pat
     arguments += ("--teacher.models", teacher)
     options = ("--objective.closed_set.weight", 1, "--objective.closed_set.classes", tmp_path / "classes.txt")
     done = here(*arguments, *options, "--data.label_key", "label", check=False)
-    assert done.returncode == 2
-    assert "data.label_key" in done.stderr
-    assert "names 2, numbered from 0" in done.stderr
+    assert (done.returncode, "names 2, numbered from 0" in done.stderr) == (2, True)
     shutil.rmtree(output)
     assert_refused(here(*arguments, *options, check=False), output, "class_prior", "data.label_key")
     missing = here(*arguments, *options, "--data.label_key", "cls", check=False)
