@@ -25,7 +25,8 @@ def find_faults(folder: Path, manifest: Manifest, *, trust: bool = True) -> dict
     unknown = [file for file in share if known.get(file.name) != stamps[file.name]]
     with ThreadPoolExecutor(MOST_THREADS) as pool:
         checks = pool.map(lambda file: find_fault(folder / file.name, file), unknown)
-        checks = progress.track_on_main(checks, "check the cache", len(unknown))
+        if unknown:
+            checks = progress.track_on_main(checks, "check the cache", len(unknown))
         faults = {file.name: fault for file, fault in zip(unknown, checks, strict=True) if fault}
     everywhere = distributed.gather_objects((faults, stamps, len(unknown)))
     found = {name: fault for part, _, _ in everywhere for name, fault in part.items()}
