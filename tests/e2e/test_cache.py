@@ -347,8 +347,8 @@ def test_check_describes_the_cache_and_lists_a_wrong_one_beside_other_problems(
     words = ("check", *setting.common, "--steps", STEPS, "--output", tmp_path / "run")
     done = setting.clipkd(*words, "--teacher.cache", setting.cache)
     assert "teacher   48 samples × 2 views and 100 captions of " in done.stdout
-    for words in (f", float32, from {setting.cache}\n", "finds the caption of", "images/s"):
-        assert words in done.stdout
+    for part in (f", float32, from {setting.cache}\n", "finds the caption of", "images/s"):
+        assert part in done.stdout
     assert not (tmp_path / "run").exists()
     cache = tmp_path / "cache"
     shutil.copytree(setting.cache, cache)
