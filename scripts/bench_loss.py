@@ -3,7 +3,7 @@
     python scripts/bench_loss.py --output eval/results/loss.jsonl
 
 The objective is the default recipe's: student queries, in the teacher's space, against teacher keys of the batch and of a
-queue, N = B + Q in all; gamma 0.3, ce_weight 1, mse_weight 0.1, row_weight reference, mean of both directions. All forms get
+queue, N = B + Q in all; gamma 0.3, ce_weight 1, mse_weight 0.1, mean of both directions. All forms get
 the same features: unit-norm, in clusters, of width --teacher-dim, given in --dtype; student and teacher at logit scale 100,
 the student's with a gradient. The forms take turns step by step, so that a busy machine slows all alike
 (OMP_WAIT_POLICY=PASSIVE helps there).
@@ -128,8 +128,8 @@ def expanded_gkl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def weigh(rows: losses.RowStatistics) -> Tensor:
-    weights = losses.row_weights(rows.log_weight_mass, "reference")
-    return CE_WEIGHT * rows.ce.mean() + MSE_WEIGHT * losses.weighted_squared_error(rows.variance, weights)
+    wmse = 0.5 * (losses.row_weights(rows.log_weight_mass) * rows.variance).sum()
+    return CE_WEIGHT * rows.ce.mean() + MSE_WEIGHT * wmse
 
 
 def panels(inputs: Inputs) -> Tensor:

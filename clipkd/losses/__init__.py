@@ -3,14 +3,12 @@
 from clipkd.losses.contrastive import info_nce, info_nce_gradients, sigmoid_loss, soft_label_bce
 from clipkd.losses.features import feature_mse
 from clipkd.losses.fused import QueryStatistics, query_statistics
-from clipkd.losses.gkl import RowStatistics, dkl, gkl, row_statistics, row_weights, weighted_squared_error
+from clipkd.losses.gkl import RowStatistics, gkl, row_statistics, row_weights
 from clipkd.losses.panels import TILE_SIZE, compile_tile, in_panels, panel_height
 from clipkd.losses.soft_targets import (
     SoftTargetStatistics,
-    kl,
     log_mean_softmax,
     mixed_target,
-    soft_cross_entropy,
     soft_target_statistics,
 )
 
@@ -20,13 +18,11 @@ __all__ = [
     "RowStatistics",
     "SoftTargetStatistics",
     "compile_tile",
-    "dkl",
     "feature_mse",
     "gkl",
     "in_panels",
     "info_nce",
     "info_nce_gradients",
-    "kl",
     "log_mean_softmax",
     "mixed_target",
     "panel_height",
@@ -34,8 +30,6 @@ __all__ = [
     "row_statistics",
     "row_weights",
     "sigmoid_loss",
-    "soft_cross_entropy",
     "soft_label_bce",
     "soft_target_statistics",
-    "weighted_squared_error",
 ]

@@ -1,57 +1,40 @@
 """Contrastive losses on similarity logits: one row per query, one column per candidate."""
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Reduction = Literal["mean", "none"]
-"""Over queries; none gives one value per query."""
 
-
-def info_nce(
-    logits: Float[Tensor, "b c"],
-    positives: Int[Tensor, "b"] | Bool[Tensor, "b c"],
-    *,
-    reduction: Reduction = "mean",
-) -> Float[Tensor, "*rows"]:
-    """Mean over queries of −log softmax(logits)[positive], nats (CLIP, arXiv 2103.00020).
+def info_nce(logits: Float[Tensor, "b c"], positives: Int[Tensor, "b"] | Bool[Tensor, "b c"]) -> Float[Tensor, "b"]:
+    """−log softmax(logits)[positive] of each query, nats (CLIP, arXiv 2103.00020).
 
     positives: each query's column, or a mask of all its positives, which then share the target equally (ALBEF,
-    arXiv 2107.07651) and must not be none. CLIP's loss is the mean of this over both directions.
+    arXiv 2107.07651) and must not be none. CLIP's loss is the mean over queries and directions.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if positives.dtype == torch.bool:
-        target = positives.to(logits.dtype) / positives.sum(dim=-1, keepdim=True)
-        return F.cross_entropy(logits, target, reduction=reduction)
-    return F.cross_entropy(logits, positives, reduction=reduction)
+        positives = positives.to(logits.dtype) / positives.sum(dim=-1, keepdim=True)
+    return F.cross_entropy(logits, positives, reduction="none")
 
 
-def sigmoid_loss(
-    logits: Float[Tensor, "b c"], positives: Bool[Tensor, "b c"], *, reduction: Reduction = "mean"
-) -> Float[Tensor, "*rows"]:
-    """−1/b Σ_ij log σ(z_ij · logits_ij), z = 1 for positives and −1 for all others, nats (SigLIP, arXiv 2303.15343).
+def sigmoid_loss(logits: Float[Tensor, "b c"], positives: Bool[Tensor, "b c"]) -> Float[Tensor, "b"]:
+    """−Σ_j log σ(z_ij · logits_ij), z = 1 for positives and −1 for all others, nats (SigLIP, arXiv 2303.15343).
 
-    The logits carry the bias. One direction covers every pair.
+    The logits carry the bias. SigLIP's loss is the mean over the queries of one direction, which covers every pair.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    rows = -F.logsigmoid(torch.where(positives, logits, -logits)).sum(dim=-1)
-    return rows if reduction == "none" else rows.mean()
+    return -F.logsigmoid(torch.where(positives, logits, -logits)).sum(dim=-1)
 
 
-def soft_label_bce(
-    student_logits: Float[Tensor, "b c"], teacher_logits: Float[Tensor, "b c"], *, reduction: Reduction = "mean"
-) -> Float[Tensor, "*rows"]:
-    """1/b Σ_ij of the binary cross-entropy between σ(teacher) and σ(student), nats: SigLIP's loss with soft labels.
+def soft_label_bce(student_logits: Float[Tensor, "b c"], teacher_logits: Float[Tensor, "b c"]) -> Float[Tensor, "b"]:
+    """Σ_j of the binary cross-entropy between σ(teacher) and σ(student), nats: SigLIP's loss with soft labels.
 
     Both logits carry their model's bias. No gradient reaches the teacher.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     labels = teacher_logits.detach().to(dtype).sigmoid()
-    rows = F.binary_cross_entropy_with_logits(student_logits.to(dtype), labels, reduction="none").sum(dim=-1)
-    return rows if reduction == "none" else rows.mean()
+    return F.binary_cross_entropy_with_logits(student_logits.to(dtype), labels, reduction="none").sum(dim=-1)
 
 
 def info_nce_gradients(

@@ -7,12 +7,12 @@ Logits exist for one panel of queries at a time. With s and u a query's student 
 
     ∂KL/∂s = (π − q)/T   ∂Var/∂s = −2 w (d − μ)   ∂InfoNCE/∂s = softmax(s) − one_hot(positive)
 
-The gradient of a query is the product of these three rows with the keys, each times an upstream gradient. If the keys are
-constant, the forward pass forms the products and keeps these three vectors per query: no logit is computed twice. A key's
-gradient sums over queries and needs their upstream gradients first, so the backward pass recomputes every panel for it.
+The gradient of a query is the product of these three rows with the keys, each times an upstream gradient. A single panel
+keeps the rows. Of several panels with constant keys, the forward pass forms the products and keeps these three vectors per
+query. A key's gradient sums over queries and needs their upstream gradients first: the backward pass recomputes each panel.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,8 +69,8 @@ def query_statistics(
     and `log_weight_mass` carry no gradient. positives: the column of each query's own pair, for InfoNCE.
 
         rows = query_statistics(image, text_keys, t_image, t_text_keys, logit_scale=s, teacher_logit_scale=t, gamma=0.3)
-        gkl = ce_weight * rows.ce.mean()
-        gkl += mse_weight * weighted_squared_error(rows.variance, row_weights(rows.log_weight_mass, "reference"))
+        wmse = 0.5 * (row_weights(rows.log_weight_mass) * rows.variance).sum()
+        gkl = ce_weight * rows.ce.mean() + mse_weight * wmse
 
     At most tile_size² logits are formed at once (TILE_SIZE² by default), but at least the m logits of one query: a row is
     never split, so no running sums are merged. Gather the keys of other processes before the call.
@@ -120,18 +120,14 @@ def query_statistics(
 def require_shapes(
     queries: Tensor, keys: Tensor, teacher_queries: Tensor, teacher_keys: Tensor, positives: Tensor | None
 ) -> None:
-    named = {"queries": queries, "keys": keys, "teacher_queries": teacher_queries, "teacher_keys": teacher_keys}
-    shapes = ", ".join(f"{name} {tuple(each.shape)}" for name, each in named.items())
-    if any(each.ndim != 2 or not each.is_floating_point() for each in named.values()):
-        raise ValueError(f"{shapes}: all must be matrices of features")
-    if [len(queries), len(keys)] != [len(teacher_queries), len(teacher_keys)]:
-        raise ValueError(f"{shapes}: both models need the same queries and keys")
-    if [queries.shape[1], teacher_queries.shape[1]] != [keys.shape[1], teacher_keys.shape[1]]:
-        raise ValueError(f"{shapes}: queries and keys of a model need the same width")
-    if positives is not None and positives.shape != queries.shape[:1]:
+    given = [tuple(each.shape) for each in (queries, keys, teacher_queries, teacher_keys)]
+    (n, *d), (m, *_), (_, *t), _ = given
+    if given != [(n, *d), (m, *d), (n, *t), (m, *t)] or len(d) != 1 or len(t) != 1:
         raise ValueError(
-            f"positives is of shape {tuple(positives.shape)}; it needs one column per query: {len(queries)}"
+            f"queries and keys of student and teacher are of shapes {given}; they need n × d, m × d, n × t and m × t"
         )
+    if positives is not None and positives.shape != (n,):
+        raise ValueError(f"positives is of shape {tuple(positives.shape)}; it needs one column per query: {n}")
 
 
 class Panel(NamedTuple):
@@ -233,8 +229,12 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, options: Options, *tensors: Tensor | None) -> Tensor:  # type: ignore[override]
-        inputs = Inputs(*tensors)  # type: ignore[arg-type]
+        inputs, ctx.options = Inputs(*tensors), options  # type: ignore[arg-type]
         queries, keys = inputs.queries, rounded(inputs.keys, options.matmul_dtype)
+        if len(queries) <= options.panel_height:
+            ((_, panel),) = inputs.panels(options)
+            ctx.save_for_backward(*inputs, *panel[1:])
+            return panel.statistics
         keeps_derivatives = options.needs_gradient and not ctx.needs_input_grad[2]
         num_derivatives = 2 if inputs.positives is None else 3
         derivatives = queries.new_empty(num_derivatives, *queries.shape) if keeps_derivatives else None
@@ -242,13 +242,11 @@ class _Statistics(torch.autograd.Function):
         for rows, panel in inputs.panels(options):
             statistics[:, rows] = panel.statistics
             if derivatives is not None:
-                matrices = panel.error, panel.spread, panel.prediction
-                for derivative, matrix in zip(derivatives, matrices, strict=False):
+                for derivative, matrix in zip(derivatives, panel[1:], strict=False):
                     assert matrix is not None
                     derivative[rows] = product(rounded(matrix, options.matmul_dtype), keys)
         if derivatives is not None and inputs.positives is not None:
             derivatives[2] -= inputs.keys[inputs.positives]
-        ctx.options = options
         ctx.save_for_backward(*(inputs if derivatives is None else (queries, inputs.scale, derivatives)))
         return statistics
 
@@ -257,36 +255,42 @@ class _Statistics(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         kl, variance, info_nce = upstream[:3, :, None]
         factors = torch.stack([-kl / ctx.options.powers.temperature, 2 * variance, info_nce])
+        queries, *others = ctx.saved_tensors
         with torch.autocast(upstream.device.type, enabled=False):
-            if ctx.needs_input_grad[2]:
-                inputs = Inputs(*ctx.saved_tensors)
-                queries, scale = inputs.queries, inputs.scale
-                along_queries, along_keys = recompute(inputs, factors, ctx.options)
-                along_keys *= scale
-            else:
-                queries, scale, derivatives = ctx.saved_tensors
+            if len(others) == 2:
+                scale, derivatives = others
                 along_queries, along_keys = (factors[: len(derivatives)] * derivatives).sum(dim=0), None
+            else:
+                inputs, kept, scale = Inputs(queries, *others[:6]), others[6:], others[1]
+                panels = [(slice(None), Panel(upstream, *kept))] if kept else inputs.panels(ctx.options)
+                along_queries, along_keys = backpropagate(
+                    inputs, panels, factors, ctx.options.matmul_dtype, keys=ctx.needs_input_grad[2]
+                )
             return None, scale * along_queries, along_keys, (along_queries * queries).sum(), None, None, None, None
 
 
-def recompute(
-    inputs: Inputs, factors: Float[Tensor, "3 n 1"], options: Options
-) -> tuple[Float[Tensor, "n d"], Float[Tensor, "m d"]]:
-    """Gradients of queries and keys, divided by logit_scale."""
-    dtype = options.matmul_dtype
+def backpropagate(
+    inputs: Inputs,
+    panels: Iterable[tuple[slice, Panel]],
+    factors: Float[Tensor, "3 n 1"],
+    dtype: torch.dtype | None,
+    *,
+    keys: bool,
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "m d"] | None]:
+    """Gradients of queries, divided by logit_scale, and of keys if wanted."""
     # Half precision would lose the small factors of a mean over thousands of queries: the largest becomes 1 for the products.
     unit = factors.new_ones(()) if dtype is None else factors.abs().amax().clamp(min=1e-30)
-    factors = factors / unit
-    along_queries, along_keys = torch.empty_like(inputs.queries), torch.zeros_like(inputs.keys)
-    keys = rounded(inputs.keys, dtype)
-    for rows, panel in inputs.panels(options):
+    factors, candidates = factors / unit, rounded(inputs.keys, dtype)
+    along_queries, along_keys = torch.empty_like(inputs.queries), torch.zeros_like(inputs.keys) if keys else None
+    for rows, panel in panels:
         error, spread, prediction = factors[:, rows]
-        gradient = panel.error.mul_(error).addcmul_(panel.spread, spread)
+        gradient = (panel.error * error).addcmul_(panel.spread, spread)
         if panel.prediction is not None:
             assert inputs.positives is not None
             gradient.addcmul_(panel.prediction, prediction)
             gradient.scatter_add_(1, inputs.positives[rows, None], -prediction)
         gradient = rounded(gradient, dtype)
-        along_queries[rows] = product(gradient, keys)
-        along_keys += product(gradient.T, rounded(inputs.queries[rows], dtype))
-    return along_queries * unit, along_keys * unit
+        along_queries[rows] = product(gradient, candidates)
+        if along_keys is not None:
+            along_keys += product(gradient.T, rounded(inputs.queries[rows], dtype))
+    return along_queries * unit, None if along_keys is None else along_keys * (inputs.scale * unit)

@@ -4,7 +4,6 @@ Everything is computed from five numbers per row, so that `query_statistics` ser
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -70,23 +69,9 @@ def require_gkl(*, temperature: float, weight_temperature: float, gamma: float) 
         raise ValueError(f"gamma is {gamma}; it must be 0 (uniform pair weights) or more")
 
 
-RowWeight = Literal["reference", "uniform"]
-
-
-def row_weights(log_weight_mass: Float[Tensor, "b"], row_weight: RowWeight) -> Float[Tensor, "b"]:
-    """Shares of the queries in the squared-error half, summing to 1: P²/Σ P² (published code) or 1/b."""
-    if row_weight == "uniform":
-        return torch.full_like(log_weight_mass, 1 / len(log_weight_mass))
-    if row_weight == "reference":
-        return (2 * log_weight_mass).softmax(dim=0)
-    raise ValueError(f"row_weight is {row_weight!r}; choose 'reference' or 'uniform'")
-
-
-def weighted_squared_error(
-    variance: Float[Tensor, "*ways b"], weights: Float[Tensor, "*ways b"]
-) -> Float[Tensor, "*ways"]:
-    """GKL's squared-error half ½ Σ_i ω_i Var_i; weights ω: the rows' shares, from `row_weights`."""
-    return 0.5 * (weights * variance).sum(dim=-1)
+def row_weights(log_weight_mass: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
+    """Shares P²/Σ P² of the queries in the squared-error half, as in the published code; they sum to 1."""
+    return (2 * log_weight_mass).softmax(dim=0)
 
 
 def gkl(
@@ -98,8 +83,6 @@ def gkl(
     gamma: float,
     temperature: float = 1.0,
     weight_temperature: float = 1.0,
-    row_weight: RowWeight = "reference",
-    scale_by_temperature_squared: bool = False,
 ) -> Float[Tensor, ""]:
     """Generalized Kullback-Leibler divergence (arXiv 2503.08038), sample-wise weights, in closed form.
 
@@ -107,36 +90,12 @@ def gkl(
 
     with w = softmax(teacher/T_w)^γ. The double sum over pairs of candidates equals 2 P_i² Var_i, so nothing larger
     than the logits is formed. In the published code alpha is our `ce_weight` and beta our `mse_weight`. As there, the
-    soft target and w carry no gradient; the squared error reaches both sides, so detach a frozen teacher. The published
-    code has no T² on the cross-entropy half; `scale_by_temperature_squared` puts it there.
+    soft target and w carry no gradient, the squared error reaches both sides, and no T² multiplies the cross-entropy.
 
-    Raises: ValueError as `row_statistics`, or for an unknown row_weight.
+    Raises: ValueError as `row_statistics`.
     """
     rows = row_statistics(
         student_logits, teacher_logits, temperature=temperature, weight_temperature=weight_temperature, gamma=gamma
     )
-    factor = temperature**2 if scale_by_temperature_squared else 1.0
-    weighted_mse = weighted_squared_error(rows.variance, row_weights(rows.log_weight_mass, row_weight))
-    return ce_weight * factor * rows.ce.mean() + mse_weight * weighted_mse
-
-
-def dkl(
-    student_logits: Float[Tensor, "b c"],
-    teacher_logits: Float[Tensor, "b c"],
-    *,
-    ce_weight: float,
-    mse_weight: float,
-    gamma: float = 1.0,
-    **options: Any,
-) -> Float[Tensor, ""]:
-    """Decoupled Kullback-Leibler divergence (arXiv 2305.13948): `gkl` whose squared error moves the teacher's side only.
-
-    With ce_weight = mse_weight = gamma = T = T_w = 1 and uniform rows its gradients are those of the mean
-    KL(softmax(teacher) ‖ softmax(student)) on both sides (the paper's Theorem 1). A frozen teacher leaves the
-    cross-entropy half alone; GKL (first called IKL) is the step that lets the other half reach the student.
-
-    options and errors: see `gkl`.
-    """
-    still = student_logits.detach()
-    soft = gkl(student_logits, teacher_logits, ce_weight=ce_weight, mse_weight=0.0, gamma=gamma, **options)
-    return soft + gkl(still, teacher_logits, ce_weight=0.0, mse_weight=mse_weight, gamma=gamma, **options)
+    wmse = 0.5 * (row_weights(rows.log_weight_mass) * rows.variance).sum()
+    return ce_weight * rows.ce.mean() + mse_weight * wmse

@@ -69,43 +69,7 @@ def log_mean_softmax(
         (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(dim=-1)
         for logits in teacher_logits
     ]
-    if len(single) == 1:
-        return single[0]
     return torch.stack(single).logsumexp(dim=0) - math.log(len(single))
-
-
-def kl(
-    student_logits: Float[Tensor, "b c"],
-    teacher_logits: Float[Tensor, "b c"],
-    *,
-    temperature: float = 1.0,
-    scale_by_temperature_squared: bool = False,
-) -> Float[Tensor, ""]:
-    """Mean over rows of KL(softmax(teacher/T) ‖ softmax(student/T)), nats. No gradient reaches the teacher.
-
-    Hinton et al. 2015, who multiply by T²: `scale_by_temperature_squared`.
-
-    Raises: ValueError if the temperature is not positive or the shapes differ.
-    """
-    factor = temperature**2 if scale_by_temperature_squared else 1.0
-    log_target = log_mean_softmax([teacher_logits], temperature=temperature)
-    return factor * soft_target_statistics(student_logits, log_target, temperature=temperature).kl.mean()
-
-
-def soft_cross_entropy(
-    student_logits: Float[Tensor, "b c"],
-    teacher_logits: Float[Tensor, "b c"],
-    *,
-    temperature: float = 1.0,
-    scale_by_temperature_squared: bool = False,
-) -> Float[Tensor, ""]:
-    """Mean over rows of −Σ softmax(teacher/T) log softmax(student/T), nats: the gradient of `kl`, larger by the entropy.
-
-    Raises: ValueError if the temperature is not positive or the shapes differ.
-    """
-    factor = temperature**2 if scale_by_temperature_squared else 1.0
-    log_target = log_mean_softmax([teacher_logits], temperature=temperature)
-    return factor * soft_target_statistics(student_logits, log_target, temperature=temperature).ce.mean()
 
 
 def mixed_target(

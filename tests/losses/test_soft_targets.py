@@ -1,4 +1,4 @@
-"""Soft targets of one or several teachers, and mixed targets: numbers made by hand, loops, peers.py, float32."""
+"""Soft targets of one or several teachers, and mixed targets: numbers made by hand, loops, float32."""
 
 import math
 
@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipkd.losses import log_mean_softmax, mixed_target, soft_target_statistics
-from tests.losses.random_logits import SCALES, TEMPERATURES, clustered_logits, random_logits, unit_vectors
-from tests.oracles import peers
+from tests.losses.random_features import SCALES, TEMPERATURES, clustered_logits, random_logits
 
 LN2, LN3 = math.log(2), math.log(3)
 MASK = torch.tensor([[True, False, True, False], [False, True, False, False], [True, True, True, False]])
@@ -27,8 +26,8 @@ def test_mean_of_two_opposite_teachers_by_hand() -> None:
     pair = [torch.tensor([[LN3, 0.0]]), torch.tensor([[0.0, LN3]])]
     for temperature in (1.0, 0.5):
         assert log_mean_softmax(pair, temperature=temperature).tolist() == [pytest.approx([-LN2, -LN2], rel=1e-6)]
-    uneven = [pair[0], pair[0], pair[1]]  # (7/12, 5/12)
-    assert log_mean_softmax(uneven).exp().tolist() == [pytest.approx([7 / 12, 5 / 12], rel=1e-6)]
+    with pytest.raises(ValueError, match="no teacher"):
+        log_mean_softmax([])
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -48,17 +47,6 @@ def test_log_mean_softmax_stays_finite_where_every_probability_underflows() -> N
     row = torch.tensor([[100.0, -100.0, -60.0]])  # e^(-200) is zero in float32
     assert log_mean_softmax([row, row], temperature=0.5).tolist() == [pytest.approx([0.0, -400.0, -320.0], abs=1e-4)]
     assert log_mean_softmax([row, -row]).tolist()[0] == pytest.approx([-LN2, -LN2, -LN2 - 40.0], abs=1e-4)
-
-
-@pytest.mark.usefixtures("unchecked_shapes")
-def test_wrong_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match="no teacher"):
-        log_mean_softmax([])
-    for temperature in (0.0, math.nan):
-        with pytest.raises(ValueError, match=r"^temperature is .*positive"):
-            log_mean_softmax([torch.zeros(2, 3)], temperature=temperature)
-    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\).*differ"):
-        soft_target_statistics(torch.zeros(2, 3), torch.zeros(2, 4))
 
 
 def test_soft_target_statistics_by_hand() -> None:
@@ -85,21 +73,6 @@ def test_kl_is_cross_entropy_less_the_entropy_and_the_target_is_constant(scale: 
     assert not rows.teacher_entropy.requires_grad
 
 
-def test_an_ensemble_gives_mobileclips_loss() -> None:
-    image, text, *teachers = unit_vectors(6, seed=13)
-    at = [torch.tensor(value, dtype=torch.float64) for value in (20.0, 70.0, 60.0)]
-    both = [(*teachers[:2], at[1]), (*teachers[2:], at[2])]
-    leaves = [leaf.requires_grad_() for leaf in (image, text, at[0])]
-    per_image = log_mean_softmax([s * i @ t.T for i, t, s in both])
-    per_text = log_mean_softmax([s * t @ i.T for i, t, s in both])
-    value = soft_target_statistics(at[0] * image @ text.T, per_image).ce.mean() / 2
-    value = value + soft_target_statistics(at[0] * text @ image.T, per_text).ce.mean() / 2
-    oracle = peers.mobileclip(*leaves, both, 1.0)
-    assert value.item() == pytest.approx(oracle.item(), rel=1e-12)
-    for gradient, expected in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(oracle, leaves), strict=True):
-        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-13)
-
-
 # Mixed targets (ALBEF)
 
 
@@ -111,7 +84,6 @@ def test_mixed_target_of_two_positives_and_two_sources_by_hand() -> None:
     two = mixed_target(positives, [(0.4, half), (0.2, tenths)])
     assert two.tolist() == [pytest.approx([0.42, 0.34, 0.24], rel=1e-6)]
     assert mixed_target(positives, []).tolist() == [[0.5, 0.5, 0.0]]
-    assert mixed_target(positives, [(1.0, half)]).tolist() == [pytest.approx([0.5, 0.25, 0.25], rel=1e-6)]
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -127,13 +99,15 @@ def test_mixed_target_equals_loops_sums_to_one_and_is_constant(scale: float) -> 
     assert mixed_target(MASK, [(0.4, first.half())]).sum(dim=1).tolist() == pytest.approx([1.0] * 3, rel=1e-6)
 
 
-@pytest.mark.parametrize("sources", [(1.01,), (0.6, 0.6), (-0.1,), (1.5, -0.6)])
-def test_shares_that_leave_no_target_of_probabilities_are_refused(sources: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match=r"^shares of a mixed target are \["):
-        mixed_target(MASK, [(share, torch.zeros(3, 4)) for share in sources])
-    rounded = (0.2, 0.4, 0.3, 0.1)  # together a little more than 1
-    target = mixed_target(MASK, [(alpha, torch.zeros(3, 4)) for alpha in rounded])
-    assert target.flatten().tolist() == pytest.approx([0.25] * 12, rel=1e-6)
+def test_shares_that_leave_no_target_of_probabilities_are_refused() -> None:
+    def mix(*shares: float) -> Tensor:
+        return mixed_target(MASK, [(share, torch.zeros(3, 4)) for share in shares])
+
+    for wrong in ((0.6, 0.6), (-0.1,), (1.5, -0.6)):
+        with pytest.raises(ValueError, match=r"^shares of a mixed target are \["):
+            mix(*wrong)
+    rounded = mix(0.2, 0.4, 0.3, 0.1)  # together a little more than 1
+    assert rounded.flatten().tolist() == pytest.approx([0.25] * 12, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["ensemble", "mixed"])

@@ -53,7 +53,7 @@ def contrast(
     def compute(image: Tensor, text: Tensor, own: Tensor) -> Rows:
         positives = own if key_ids is None else own[:, None] == key_ids
         ways = logits(Pairs(image, text), keys, scale)
-        return {"value": torch.stack([loss(way, positives, reduction="none") for way in ways])}
+        return {"value": torch.stack([loss(way, positives) for way in ways])}
 
     own = batch.own_columns if key_ids is None else batch.ids
     return batch.in_panels(compute, queries.image, queries.text, own, num_columns=len(keys.text))
@@ -72,7 +72,7 @@ def sigmoid(_: SigmoidTerm, batch: Comparison) -> Rows:
     assert bias is not None
 
     def compute(image: Tensor, ids: Tensor) -> Rows:
-        return {"value": loss(scale * image @ keys.text.T + bias, ids[:, None] == key_ids, reduction="none")[None]}
+        return {"value": loss(scale * image @ keys.text.T + bias, ids[:, None] == key_ids)[None]}
 
     return batch.in_panels(compute, batch.student.image, batch.ids, num_columns=len(keys.text))
 
@@ -90,7 +90,7 @@ def soft_bce(_: SoftBCETerm, batch: Comparison) -> Rows:
         student = logits(Pairs(image, text), keys, batch.student.logit_scale)
         wanted = logits(Pairs(teacher_image, teacher_text), teacher_keys, batch.teacher_scale())
         ways = zip(student, wanted, strict=True)
-        return {"value": torch.stack([loss(s + bias, t + teacher_bias, reduction="none") for s, t in ways])}
+        return {"value": torch.stack([loss(s + bias, t + teacher_bias) for s, t in ways])}
 
     return batch.in_panels(compute, *queries[:2], *teacher[:2], num_columns=len(keys.text))
 

@@ -13,8 +13,8 @@ from clipkd.objective.entry import term
 def features(_: FeaturesTerm, batch: Comparison) -> Rows:
     """CLIP-KD's FD, the sum over both modalities."""
     student, teacher = batch.projected, batch.teacher
-    image = losses.feature_mse(student.image, teacher.image, reduction="none")
-    return {"value": (image + losses.feature_mse(student.text, teacher.text, reduction="none"))[None]}
+    image = losses.feature_mse(student.image, teacher.image)
+    return {"value": (image + losses.feature_mse(student.text, teacher.text))[None]}
 
 
 @term(GDTerm)
@@ -57,7 +57,7 @@ def gd(_: GDTerm, batch: Comparison) -> Rows:
                 strict=True,
             )
         ]
-        errors = [losses.feature_mse(s, t, reduction="none") for s, t in zip(*found, strict=True)]
+        errors = [losses.feature_mse(s, t) for s, t in zip(*found, strict=True)]
         return {"value": torch.stack(errors).sum(dim=0, keepdim=True)}
 
     return batch.in_panels(compute, batch.ids, *sides, num_columns=num_columns)
@@ -79,7 +79,7 @@ def vrd(_: VRDTerm, batch: Comparison) -> Rows:
         by_teacher = [s * q @ k.T for s, q, k in zip(scales, teacher, keys, strict=True)]
         by_student = [s * q @ k.T for s, q, k in zip(scales, student, teacher_keys, strict=True)]
         divergence = torch.stack([divergence_of(image, text, batch) for image, text in (by_teacher, by_student)])
-        pairs = torch.stack([info_nce(way, own, reduction="none") for way in (*by_teacher, *by_student)])
+        pairs = torch.stack([info_nce(way, own) for way in (*by_teacher, *by_student)])
         contrastive = pairs.sum(dim=0, keepdim=True) / 2
         value = divergence.mean(dim=0, keepdim=True) + contrastive
         return {"value": value, "kl": divergence, "info_nce": contrastive}

@@ -137,7 +137,7 @@ def weigh_halves(rows: Rows, batch: Comparison) -> Rows:
 def local_row_weights(log_weight_mass: Float[Tensor, "ways b"]) -> Float[Tensor, "ways b"]:
     """Weights of this process's queries in the squared error, whose mean over the queries of all processes is 1."""
     everywhere = distributed.gather_constant(log_weight_mass.T).T
-    weights = torch.stack([losses.row_weights(way, "reference") for way in everywhere]) * everywhere.shape[1]
+    weights = torch.stack([losses.row_weights(way) for way in everywhere]) * everywhere.shape[1]
     return weights.chunk(distributed.world_size(), dim=-1)[distributed.rank()]
 
 
