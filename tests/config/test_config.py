@@ -87,11 +87,11 @@ def command_of(recipe: Path) -> list[str]:
 def test_every_recipe_is_accepted_by_the_command_it_opens_with() -> None:
     recipes = sorted((ROOT / "configs").glob("**/*.yaml"))
     for path in recipes:
-        words, name = command_of(path), str(path.relative_to(ROOT))
+        words = command_of(path)
         # `clipkd demo` finds its recipes by name; the others bring data, output and any teacher in their command.
-        arguments = ["--config", name] if words[:2] == ["clipkd", "demo"] else words[words.index("train") + 1 :]
-        assert arguments[:2] == ["--config", name]
-        config = parse(["--config", str(path), *arguments[2:]])
+        arguments = [path.stem] if words[:2] == ["clipkd", "demo"] else words[words.index("train") + 1 :]
+        assert arguments[0] == path.stem
+        config = parse(["--config", str(path), *arguments[1:]])
         given = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
         assert given, path
         defaults = TrainConfig()
@@ -176,6 +176,8 @@ def test_options_arrive_with_their_values_and_types() -> None:
     assert config.evaluation.data == ("one", "two")
     assert config.log.trackers == ("wandb", "tensorboard")
     assert parse([]) == TrainConfig()
+    config = parse(["--optim.betas", "0.8", "0.9", "--evaluation.data", "one", "two"])
+    assert (config.optim.betas, config.evaluation.data) == ((0.8, 0.9), ("one", "two"))
 
 
 def test_lists_of_teachers_scales_and_templates_arrive_as_tuples() -> None:
@@ -213,11 +215,6 @@ def test_a_teacher_without_a_distillation_term_gets_the_gkl_recipe(capsys: pytes
     assert parse([*TEACHER, "--objective.gkl.gamma", "0.5"]).objective.gkl.gamma == 0.5
 
 
-def test_lists_are_given_as_words() -> None:
-    config = parse(["--optim.betas", "0.8", "0.9", "--evaluation.data", "one", "two"])
-    assert (config.optim.betas, config.evaluation.data) == ((0.8, 0.9), ("one", "two"))
-
-
 def test_help_has_a_short_usage_and_lists_every_option_once(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--help"])
@@ -237,77 +234,51 @@ def test_later_files_and_then_the_command_line_win(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "wrong", "meant"),
+    ("given", "wrong", "meant"),
     [
         ("objectve:\n  gkl: {weight: 1}\n", "objectve", "'objective"),
         ("objective:\n  gkl: {weigth: 1}\n", "gkl.weigth", "'objective.gkl.weight'"),
-        ("objective:\n  gkI:\n    weight: 1\n", "gkI", "'objective.gkl"),
         ("batchsize: 3\n", "batchsize", "'batch_size'"),
-        ("optim: {warmup_step: 3}\n", "warmup_step", "'optim.warmup_steps'"),
-    ],
-)
-def test_an_unknown_key_in_a_file_is_named_with_the_nearest_option(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, wrong: str, meant: str
-) -> None:
-    (tmp_path / "typo.yaml").write_text(text)
-    line = refused(["--config", str(tmp_path / "typo.yaml")], capsys)
-    assert wrong in line
-    assert f"did you mean {meant}" in line
-
-
-@pytest.mark.parametrize(
-    ("arguments", "wrong", "meant"),
-    [
-        (["--stpes", "3"], "stpes", "'steps'"),
         (["--batchsize=3"], "batchsize", "'batch_size'"),
-        (["--objective.gkl.wieght", "1"], "objective.gkl.wieght", "'objective.gkl.weight'"),
         (["--steps", "3", "--objectiv.gkl.gamma", "1"], "objectiv.gkl.gamma", "'objective.gkl.gamma'"),
         (["--optim.warmup", "3"], "optim.warmup", "'optim.warmup_steps'"),  # abbreviated
+        (["--zzz", "1"], "zzz", None),
     ],
 )
 def test_an_unknown_option_is_named_with_the_nearest_one(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], wrong: str, meant: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str | list[str], wrong: str, meant: str | None
 ) -> None:
-    line = refused(arguments, capsys)
+    if isinstance(given, str):
+        (tmp_path / "typo.yaml").write_text(given)
+        given = ["--config", str(tmp_path / "typo.yaml")]
+    line = refused(given, capsys)
     assert wrong in line
-    assert f"did you mean {meant}" in line
-
-
-def test_an_option_unlike_any_other_gets_no_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
-    line = refused(["--zzz", "1"], capsys)
-    assert "zzz" in line
-    assert "did you mean" not in line
+    assert (f"did you mean {meant}" if meant else "lists the options") in line
+    assert ("did you mean" in line) == (meant is not None)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--steps", "0"], ["steps is 0"]),
-        (["--micro_batches", "0"], ["micro_batches is 0"]),
         (["--micro_batches", "9", "--batch_size", "8"], ["micro_batches is 9", "no more than batch_size, 8"]),
         (["--objective.tile_size", "0"], ["objective.tile_size is 0"]),
         (["--steps", "many"], ["steps", "many"]),
         (["--batch_size", "1"], ["batch_size is 1", "at least 2"]),
         (["--seed", "-1"], ["seed is -1"]),
         (["--data.min_crop", "0"], ["data.min_crop is 0"]),
-        (["--data.min_crop", "1.5"], ["data.min_crop is 1.5"]),
         (["--data.num_workers", "-1"], ["data.num_workers is -1"]),
         (["--objective.gkl.temperature", "0"], ["objective.gkl.temperature is 0"]),
-        (["--objective.gkl.weight_temperature", "-2"], ["objective.gkl.weight_temperature is -2"]),
         (["--objective.gkl.gamma", "-0.1"], ["objective.gkl.gamma is -0.1"]),
-        (["--objective.kl.temperature", "0"], ["temperature", "is 0"]),
         (["--objective.keys", "both"], ["objective.keys", "both", "student", "teacher"]),
         (["--objective.gkl.weight", "1"], ["objective.gkl", "teacher.models"]),
-        (["--objective.features.weight", "1"], ["objective.features", "teacher.models"]),
         (["--objective.kl.weight", "-1", "--teacher.models", "x"], ["objective.kl.weight is -1"]),
         (["--objective.info_nce.weight", "0"], ["no loss term", "objective.info_nce.weight"]),
         (["--student.text", "frozen"], ["student.text is frozen at random", "NAME@WEIGHTS"]),
         (["--student.text", "teacher"], ["student.text is teacher", "teacher.models"]),
-        (["--student.text", "shared"], ["student.text", "shared", "trained", "frozen", "teacher"]),
         (["--objective.kl.weight", ".nan"], ["objective.kl.weight is nan"]),
         (["--objective.warmup_steps", "-1"], ["objective.warmup_steps is -1"]),
         (["--objective.affinity.scale", "0"], ["objective.affinity.scale is 0"]),
-        (["--objective.gkl.mse_weight", ".nan"], ["objective.gkl.", "mse_weight", "nan"]),
         (["--objective.gkl.ce_weight", "-1"], ["objective.gkl.ce_weight", "-1"]),
         (
             ["--objective.itc.momentum_share", "0.7", "--objective.itc.teacher_share", "0.6"],
@@ -319,10 +290,6 @@ def test_an_option_unlike_any_other_gets_no_suggestion(capsys: pytest.CaptureFix
             ["objective.itc", "teacher.models"],
         ),
         (["--objective.itc.weight", "1"], ["objective.itc", "optim.ema_momentum is 0"]),
-        (
-            [*TEACHER, "--objective.kl.weight", "1", "--objective.keys", "momentum"],
-            ["objective.kl", "optim.ema_momentum is 0"],
-        ),
         ([*TEACHER, *KL, "--objective.queue", "4"], ["objective.kl", "optim.ema_momentum is 0"]),
         (["--objective.queue", "4"], ["objective.queue is 4", "no term"]),
         (["--objective.queue", "-1"], ["objective.queue is -1"]),
@@ -337,9 +304,7 @@ def test_an_option_unlike_any_other_gets_no_suggestion(capsys: pytest.CaptureFix
         ),
         (["--objective.logit_scale.maximum", "0.5"], ["objective.logit_scale.maximum is 0.5"]),
         (["--objective.logit_scale.init", "101"], ["objective.logit_scale.init is 101", "1 and maximum, 100"]),
-        (["--objective.logit_scale.init", "0.5"], ["objective.logit_scale.init is 0.5", "1 and maximum, 100"]),
         (["--objective.logit_scale.teacher", "-1"], ["objective.logit_scale.teacher is -1"]),
-        (["--objective.logit_scale.teacher", "[70, 0]"], ["objective.logit_scale.teacher is (70.0, 0.0)"]),
         ([*THREE_TEACHERS[:-1], "[70, 60]"], ["objective.logit_scale.teacher lists (70.0, 60.0)", "teachers, 3 here"]),
         (["--optim.betas", "[0.9, 1.0]"], ["optim.betas is [0.9, 1.0]"]),
         ([*SECOND, "--objective.gkl.weight", "1"], ["objective.gkl learns from one teacher", "use kl"]),
@@ -350,29 +315,16 @@ def test_an_option_unlike_any_other_gets_no_suggestion(capsys: pytest.CaptureFix
         ),
         (["--objective.logit_scale.teacher", "50"], ["objective.logit_scale.teacher is 50", "no term"]),
         (
-            [
-                "--objective.soft_bce.weight",
-                "1",
-                "--objective.logit_scale.teacher",
-                "student",
-                "--teacher.models",
-                "x",
-                "--objective.kl.weight",
-                "1",
-            ],
+            [*TEACHER, *KL, "--objective.soft_bce.weight", "1", "--objective.logit_scale.teacher", "student"],
             ["objective.logit_scale.teacher is student", "objective.soft_bce"],
         ),
         (["--objective.xrd.weight", "1", "--teacher.models", "x"], ["objective.xrd", "objective.icl.weight"]),
         (["--data.label_key", "cls"], ["data.label_key is cls", "objective.closed_set"]),
         (["--optim.learning_rate", "0"], ["optim.learning_rate is 0"]),
         (["--optim.ema_momentum", "1"], ["optim.ema_momentum is 1"]),
-        (["--optim.warmup_steps", "-1"], ["optim.warmup_steps is -1"]),
         (["--optim.clip_norm", "-1"], ["optim.clip_norm is -1"]),
         (["--checkpoint.every_steps", "0"], ["checkpoint.every_steps is 0"]),
-        (["--checkpoint.keep", "0"], ["checkpoint.keep is 0"]),
-        (["--log.every_steps", "0"], ["log.every_steps is 0"]),
         (["--log.trackers", "[trackio]"], ["log.trackers", "trackio"]),
-        (["--precision", "int8"], ["precision", "int8", "bf16"]),
         (["--config", "no/such.yaml"], ["no/such.yaml"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
