@@ -12,7 +12,6 @@ the student's with a gradient. The forms take turns step by step, so that a busy
     expanded             O(B·N) on whole matrices as in the paper's appendix (NeurIPS 2024, Algorithm 2; arXiv 2305.13948 and
                          2503.08038): the square is expanded, so that float32 loses digits of a small variance
     plain                clipkd.losses.gkl on whole logit matrices, float32 at least
-    panels               row_statistics on panels of queries under checkpointing (losses.in_panels)
     fused                clipkd.losses.query_statistics; fused_compiled: its panels through torch.compile; fused_half: that,
                          with matrix products of float16 inputs
     open_clip_soft_ce    another objective, on student keys without a queue: open_clip's DistillClipLoss, contrastive + soft
@@ -132,20 +131,6 @@ def weigh(rows: losses.RowStatistics) -> Tensor:
     return CE_WEIGHT * rows.ce.mean() + MSE_WEIGHT * wmse
 
 
-def panels(inputs: Inputs) -> Tensor:
-    scale, values = inputs["logit_scale"], []
-    for way in directions(inputs):
-        queries, teacher_queries, keys = (each.to(scale.dtype) for each in way)
-
-        def compute(own: Tensor, teacher: Tensor, keys: Tensor = keys) -> dict[str, Tensor]:
-            return vars(losses.row_statistics(scale * own @ keys.T, SCALE * teacher @ keys.T, gamma=GAMMA))
-
-        height = losses.panel_height(len(keys), tile_size=inputs["tile_size"])
-        found = losses.in_panels(compute, (queries, teacher_queries), height=height)
-        values.append(weigh(losses.RowStatistics(**found)))
-    return torch.stack(values).mean()
-
-
 def fused(inputs: Inputs, **options: Any) -> Tensor:
     options |= {"logit_scale": inputs["logit_scale"], "teacher_logit_scale": SCALE, "gamma": GAMMA}
     options["tile_size"] = inputs["tile_size"]
@@ -175,7 +160,6 @@ VARIANTS: dict[str, Callable[[Inputs], Tensor]] = {
     "published": partial(whole, published_gkl),
     "expanded": partial(whole, expanded_gkl),
     "plain": partial(whole, partial(losses.gkl, ce_weight=CE_WEIGHT, mse_weight=MSE_WEIGHT, gamma=GAMMA)),
-    "panels": panels,
     "fused": fused,
     "fused_compiled": partial(fused, compiled=True),
     "fused_half": partial(fused, compiled=True, matmul_dtype=torch.float16),

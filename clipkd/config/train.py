@@ -180,7 +180,7 @@ def require_finite(options: Any, prefix: str = "") -> None:
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """The whole configuration as plain lists and numbers, as saved with every run and checkpoint."""
+    """The configuration as plain lists and numbers, as saved with every run and checkpoint."""
     plain = json.loads(json.dumps(dataclasses.asdict(config)))  # lists for tuples
     assert isinstance(plain, dict)
     return plain

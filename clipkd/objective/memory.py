@@ -92,7 +92,7 @@ class ClassPrior:
     """Per class, the running mean of the teacher's class probabilities over its samples; uniform until one was seen."""
 
     def __init__(self, num_classes: int, *, device: torch.device) -> None:
-        # Double precision: a sum over a whole data set in single precision stops growing.
+        # Double precision: a sum over a data set in single precision stops growing.
         self.sums = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=device)
         self.counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_loss.py"
-GKL, SOFT_CE = ("published", "expanded", "plain", "panels", "fused"), ("open_clip_soft_ce", "fused_soft_ce")
+GKL, SOFT_CE = ("published", "expanded", "plain", "fused"), ("open_clip_soft_ce", "fused_soft_ce")
 # 16 · 24 · 24 float64 numbers, seven times, are more than that; all else is less.
 LIMIT = 0.0004
 
@@ -49,7 +49,7 @@ def test_every_form_has_a_row_and_the_machine_the_first(rows: list[dict[str, Any
 
 def test_gradients_are_those_of_the_loss_in_float64(rows: list[dict[str, Any]]) -> None:
     compared = [row for row in rows if "exact" in row]
-    assert len(compared) == 23
+    assert len(compared) == 19
     for row in compared:
         assert row["exact"] == f"{'open_clip_soft_ce' if row['variant'] in SOFT_CE else 'plain'} float64"
         most = {"float32": 1e-4, "float64": 1e-10}[row["dtype"]]

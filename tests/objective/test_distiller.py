@@ -194,14 +194,6 @@ def test_keys_by_hand() -> None:
         assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_without_a_teacher_the_task_loss_is_all() -> None:
-    distiller = make_distiller(OBJECTIVES["task alone"], dtype=torch.float32, teacher_dim=None)
-    view, targets = one_teacher(dtype=torch.float32)
-    loss, metrics = take_loss(distiller, view, Targets())
-    assert set(metrics) == {"loss", "logit_scale", "info_nce"}
-    assert loss.item() == take_loss(distiller, view, targets)[0].item()
-
-
 def test_a_term_of_weight_0_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> dict[str, Tensor]:
         raise AssertionError("computed")
@@ -275,9 +267,7 @@ def test_under_autocast_logits_and_loss_stay_in_float32() -> None:
     assert loss.item() != take_loss(distiller, view, targets)[0].item()  # the towers did run in bfloat16
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tile_size", "tolerance"), [(DOUBLE, 1, 1e-12), (DOUBLE, 7, 1e-12), (torch.float32, 5, 2e-5)], ids=str
-)
+@pytest.mark.parametrize(("dtype", "tile_size", "tolerance"), [(DOUBLE, 7, 1e-12), (torch.float32, 5, 2e-5)], ids=str)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_any_panel_of_queries_gives_the_same_series_gradients_and_memory(
     name: str, dtype: torch.dtype, tile_size: int, tolerance: float

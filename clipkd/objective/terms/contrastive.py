@@ -62,13 +62,8 @@ def contrast(
 @term(SigmoidTerm)
 def sigmoid(_: SigmoidTerm, batch: Comparison) -> Rows:
     """One direction: the rows of all processes cover every pair once."""
-    scale, bias, keys, key_ids = (
-        batch.student.logit_scale,
-        batch.student.logit_bias,
-        batch.student_keys,
-        batch.batch_ids,
-    )
-    loss = batch.tile(losses.sigmoid_loss)
+    scale, bias = batch.student.logit_scale, batch.student.logit_bias
+    keys, key_ids, loss = batch.student_keys, batch.batch_ids, batch.tile(losses.sigmoid_loss)
     assert bias is not None
 
     def compute(image: Tensor, ids: Tensor) -> Rows:

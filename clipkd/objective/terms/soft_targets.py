@@ -109,18 +109,9 @@ def closed_set(_: ClosedSetTerm, batch: Comparison) -> Rows:
             # A probability that underflowed has weight 0 at any gamma but 0; its logarithm must stay a number.
             of_class = bank.prior.rows(labels[0]).to(own.dtype).clamp(min=torch.finfo(torch.float32).tiny)
             prior = torch.where((labels[0] >= 0)[:, None], of_class.log(), own)
-        return stack(
-            [
-                row_statistics(
-                    batch.student.logit_scale * image @ classes.T,
-                    wanted,
-                    temperature=options.temperature,
-                    weight_temperature=options.weight_temperature,
-                    gamma=options.gamma,
-                    pair_prior=prior,
-                )
-            ]
-        )
+        student = batch.student.logit_scale * image @ classes.T
+        powers = {name: getattr(options, name) for name in ("temperature", "weight_temperature", "gamma")}
+        return stack([row_statistics(student, wanted, **powers, pair_prior=prior)])
 
     return weigh_halves(batch.in_panels(compute, *rows, num_columns=len(classes)), batch)
 
