@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,11 +30,15 @@ commands:
   predict  use what was exported: clipkd predict DIR photo.jpg --labels 'a cat' 'a dog'
            clipkd predict DIR FOLDER --query 'a red car'
   bench    latency, throughput, memory and size of what was exported, in each of its formats: clipkd bench DIR
-  demo     all of it on a small real data set, in minutes on a CPU
+  demo     run every step on a small real data set, in minutes on a CPU
 
 clipkd COMMAND --help lists the options of a command with units and defaults. An error is one line; with
 CLIPKD_TRACEBACK=1 in the environment it comes with its traceback.
 """
+
+
+KEPT = {"train": "checkpoints", "cache": "shards", "eval": "results"}
+"""What an interrupted command leaves for the next one."""
 
 
 def main() -> None:
@@ -45,46 +49,42 @@ def main() -> None:
     if arguments[0] == "--version":
         print(f"clipkd {__version__}")
         return
-    command = COMMANDS.get(arguments[0])
-    if command is None:
-        print(f"clipkd: error: no command {arguments[0]!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
+    length = 2 if " ".join(arguments[:2]) in COMMANDS else 1  # such as eval compare
+    name = " ".join(arguments[:length])
+    if name not in COMMANDS:
+        known = ", ".join(command for command in COMMANDS if " " not in command)
+        print(f"clipkd: error: no command {name!r}; choose from {known}", file=sys.stderr)
         raise SystemExit(2)
-    run_command(arguments[0], command, arguments[1:])
+    run_command(name, arguments[length:])
 
 
-def run_command(name: str, command: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Errors that a user can mend become one line and exit status 2 (1 for a run that failed); others keep their traceback."""
-    logging.getLogger().setLevel(logging.ERROR)  # open_clip reports what clipkd checks, as warnings of the root logger
+def run_command(name: str, arguments: list[str]) -> None:
+    """Print errors that a user can mend as one line and exit with status 2 (1 if a run failed); raise any other."""
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns on the root logger of what clipkd checks
     process = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     try:
         with warnings.catch_warnings():
-            tell_own_warnings(name)
-            command(arguments)
+            print_own_warnings(name)
+            COMMANDS[name](arguments)
     except (ValueError, OSError, FloatingPointError, RunStopped) as error:
         message = one_line(error)
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full:
-            goes_on = {"train": ", then go on with --resume latest", "cache": ", then give the same command again"}
-            message += "; free space" + goes_on.get(name, "")
+        disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if disk_full:
+            resume = " with --resume latest" if name == "train" else ""
+            message += f"; free space, then give the same command again{resume}"
         print(f"clipkd {name}{process}: error: {message}", file=sys.stderr)
         if os.environ.get("CLIPKD_TRACEBACK"):
             raise
-        raise SystemExit(1 if full or isinstance(error, FloatingPointError | RunStopped) else 2) from None
+        raise SystemExit(1 if disk_full or isinstance(error, FloatingPointError | RunStopped) else 2) from None
     except Interrupted as stop:
-        end_by(stop.number, f"clipkd {name}: stopped by {stop}" if is_main_process() else "")
+        exit_by_signal(stop.number, f"clipkd {name}: stopped by {stop}" if is_main_process() else "")
     except KeyboardInterrupt:
-        finished = {
-            "train": "finished checkpoints are",
-            "cache": "finished shards are",
-            "eval": "finished results are",
-            "predict": "an --index is",
-        }
-        kept = f"; {finished[name]} kept" if name in finished else ""
-        end_by(signal.SIGINT, f"clipkd {name}{process}: interrupted{kept}")
+        kept = f"; finished {KEPT[name]} are kept" if name in KEPT else ""
+        exit_by_signal(signal.SIGINT, f"clipkd {name}{process}: interrupted{kept}")
 
 
-def tell_own_warnings(name: str) -> None:
-    """Warnings of this package as one line of the main process; others as ever."""
+def print_own_warnings(name: str) -> None:
+    """Print warnings of this package as one line, on the main process only; others as usual."""
     usual = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], path: str, *rest: Any) -> None:
@@ -96,18 +96,35 @@ def tell_own_warnings(name: str) -> None:
     warnings.showwarning = show
 
 
-def end_by(number: int, message: str) -> NoReturn:
-    """Exit with a signal's status, and not by a second one that comes while the interpreter tidies up."""
-    for impatient in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(impatient, signal.SIG_IGN)
+def exit_by_signal(number: int, message: str) -> NoReturn:
+    """Exit with the status of a signal; ignore further signals while the interpreter cleans up."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
     if message:
         print(message, file=sys.stderr)
     raise SystemExit(128 + number) from None
 
 
+def exit_on_problems(name: str, problems: Sequence[str], *, status: int = 2) -> None:
+    for problem in problems:
+        print(f"clipkd {name}: problem: {problem}", file=sys.stderr)
+    if problems:
+        raise SystemExit(status)
+
+
+def print_table(table: Any) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 1000).print(table)
+
+
 def with_config(arguments: list[str]) -> list[str]:
     """FILE.yaml … → --config FILE.yaml …"""
     return arguments if not arguments or arguments[0].startswith("-") else ["--config", *arguments]
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def train_command(arguments: list[str]) -> None:
@@ -122,25 +139,18 @@ def train_command(arguments: list[str]) -> None:
 def check_command(arguments: list[str]) -> None:
     from clipkd.training.check import check
 
-    problems = check(with_config(arguments))
     process = "" if is_main_process() else f" (process {os.environ['RANK']})"
-    for problem in problems:
-        print(f"clipkd check{process}: problem: {problem}", file=sys.stderr)
-    if problems:
-        raise SystemExit(2)
+    exit_on_problems(f"check{process}", check(with_config(arguments)))
 
 
 def cache_command(arguments: list[str]) -> None:
-    if arguments and (command := CACHE_COMMANDS.get(arguments[0])):
-        command(arguments[1:])
-        return
-    if "--output" not in {argument.split("=")[0] for argument in arguments} and "--help" not in arguments:
-        arguments = [*arguments, "--output", ""]  # not that of a training config, which is a run's
-    from clipkd.teachers.cache import command as cache
+    from clipkd.teachers.cache.command import CacheConfig, run
 
-    config = parse_into(cache.CacheConfig, with_config(arguments), "cache", "Compute the teachers' features once.")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that nothing half written stays
-    folder = cache.run(config)
+    if "--output" not in {argument.split("=")[0] for argument in arguments} and "--help" not in arguments:
+        arguments = [*arguments, "--output", ""]  # a training config's output is the folder of a run
+    config = parse_into(CacheConfig, with_config(arguments), "cache", "Compute the teachers' features once.")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # removes unfinished files
+    folder = run(config)
     if is_main_process():
         print(f"cached: {folder}; train from it with --teacher.cache {folder}")
 
@@ -148,144 +158,103 @@ def cache_command(arguments: list[str]) -> None:
 def cache_verify_command(arguments: list[str]) -> None:
     from clipkd.teachers.cache.verify import verify
 
-    problems = verify(arguments)
-    for problem in problems:
-        print(f"clipkd cache verify: problem: {problem}", file=sys.stderr)
-    if problems:
-        raise SystemExit(2)
+    exit_on_problems("cache verify", verify(arguments))
 
 
 def report_command(arguments: list[str]) -> None:
-    from clipkd import report
+    from clipkd.report import ReportConfig, write_report
 
-    positional = {"run": "A run folder of clipkd train, finished or not."}
-    config = parse_into(report.ReportConfig, arguments, "report", "Draw a run as one HTML page.", positional=positional)
-    print(f"report: {report.write_report(config)}")
+    config = parse_into(ReportConfig, arguments, "report", "Draw a run as one HTML page.", positional=("run",))
+    print(f"report: {write_report(config)}")
 
 
 def eval_command(arguments: list[str]) -> None:
-    if arguments and (command := EVAL_COMMANDS.get(arguments[0])):
-        command(arguments[1:])
-        return
-    from clipkd.evaluation import command as evaluation
+    from clipkd.evaluation.command import EvalConfig, run
 
-    config = parse_into(evaluation.EvalConfig, arguments, "eval", "Evaluate models zero-shot.")
-    evaluation.run(config)
+    config = parse_into(EvalConfig, arguments, "eval", "Evaluate models zero-shot.")
+    run(config)
     if is_main_process():
         print(f"results: {config.output}")
 
 
 def eval_list_command(arguments: list[str]) -> None:
-    from rich.console import Console
+    from clipkd.evaluation.listing import ListConfig, list_tasks
 
-    from clipkd.evaluation import listing
-
-    config = parse_into(listing.ListConfig, arguments, "eval ls", "List the tasks.")
-    Console(width=None if sys.stdout.isatty() else 1000).print(listing.list_tasks(config))
+    print_table(list_tasks(parse_into(ListConfig, arguments, "eval ls", "List the tasks.")))
 
 
 def eval_validate_command(arguments: list[str]) -> None:
-    from clipkd.evaluation import validate
+    from clipkd.evaluation.validate import ValidateConfig, validate
 
     about = "Check data folders: layout, labels, class names, templates, images."
-    positional = {"data": "A data folder, or a folder of the data folders of several tasks."}
-    config = parse_into(validate.ValidateConfig, arguments, "eval validate", about, positional=positional)
-    problems = validate.validate(config)
-    for problem in problems:
-        print(f"clipkd eval validate: problem: {problem}", file=sys.stderr)
-    if problems:
-        raise SystemExit(2)
+    config = parse_into(ValidateConfig, arguments, "eval validate", about, positional=("data",))
+    exit_on_problems("eval validate", validate(config))
 
 
 def eval_compare_command(arguments: list[str]) -> None:
-    from clipkd.evaluation import compare
+    from clipkd.evaluation.compare import CompareConfig, compare, describe_comparison
 
-    positional = {
-        "first": "Baseline: a results folder of clipkd eval, or one of its samples/*.parquet.",
-        "second": "What is compared with it.",
-    }
-    config = parse_into(
-        compare.CompareConfig, arguments, "eval compare", "Compare two models, paired.", positional=positional
-    )
-    rows, problems = compare.compare(config)
+    about = "Compare two models, paired."
+    config = parse_into(CompareConfig, arguments, "eval compare", about, positional=("first", "second"))
+    rows, problems = compare(config)
     for row in rows:
-        print(compare.describe_comparison(row))
-    for problem in problems:
-        print(f"clipkd eval compare: {problem}", file=sys.stderr)
-    if problems:
-        raise SystemExit(1)
+        print(describe_comparison(row))
+    exit_on_problems("eval compare", problems, status=1)
 
 
 def export_command(arguments: list[str]) -> None:
-    from clipkd.export import command as export
     from clipkd.export import hub
+    from clipkd.export.command import ExportConfig, describe_artefact, export
 
-    positional = {"checkpoint": "A run folder (its newest checkpoint), one checkpoint of it, or an open_clip folder."}
-    config = parse_into(
-        export.ExportConfig, arguments, "export", "Write a student for other software.", positional=positional
-    )
+    about = "Write a student for other software."
+    config = parse_into(ExportConfig, arguments, "export", about, positional=("checkpoint",))
     if config.push_to_hub:
         hub.check_repository(config.push_to_hub)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that nothing unfinished stays
-    rows = export.export(config)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # removes unfinished files
+    rows = export(config)
     for row in rows:
-        print(export.describe_artefact(row))
+        print(describe_artefact(row))
     print(f"exported: {config.output}/README.md says how to use it")
     if any(row["error"] for row in rows):
         raise SystemExit(1)
     if config.push_to_hub:
-        address = hub.upload(Path(config.output), config.push_to_hub, private=config.private)
-        print(f"uploaded: {address}")
+        print(f"uploaded: {hub.upload(Path(config.output), config.push_to_hub, private=config.private)}")
 
 
 def predict_command(arguments: list[str]) -> None:
     from clipkd.inference.predict import PredictConfig, predict
 
-    positional = {
-        "model": "An exported folder, or anything that clipkd eval --model takes.",
-        "images": "Image files, and folders that are searched for them with all that is below. As in training, no "
-        "image is turned as its EXIF orientation says.",
-    }
     about = "Name what images show (--labels), or find the images that show something (--query)."
-    for line in predict(parse_into(PredictConfig, arguments, "predict", about, positional=positional)):
+    for line in predict(parse_into(PredictConfig, arguments, "predict", about, positional=("model", "images"))):
         print(line)
 
 
 def bench_command(arguments: list[str]) -> None:
-    from rich.console import Console
+    from clipkd.inference.bench import BenchConfig, run, table
 
-    from clipkd.inference import bench
-
-    positional = {"model": "An exported folder, an open_clip folder or a run."}
     about = "Measure latency, throughput, memory and size of a model in each of its formats."
-    config = parse_into(bench.BenchConfig, arguments, "bench", about, positional=positional)
-    path, record = bench.run(config)
-    Console(width=None if sys.stdout.isatty() else 1000).print(bench.table(record))
+    path, record = run(parse_into(BenchConfig, arguments, "bench", about, positional=("model",)))
+    print_table(table(record))
     print(f"results: {path}")
-    for runtime, reason in record["errors"].items():
-        print(f"clipkd bench: problem: {runtime}: {reason}", file=sys.stderr)
-    if record["errors"]:
-        raise SystemExit(1)
+    exit_on_problems("bench", [": ".join(error) for error in record["errors"].items()], status=1)
 
 
 def demo_command(arguments: list[str]) -> None:
-    from clipkd import demo
+    from clipkd.demo import DemoConfig, run
 
-    demo.run(parse_into(demo.DemoConfig, arguments, "demo", "All of it on drawings of 1,337 things."))
-
-
-def is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    run(parse_into(DemoConfig, arguments, "demo", "Distill a small CLIP on drawings of 1,337 things."))
 
 
-EVAL_COMMANDS = {"ls": eval_list_command, "validate": eval_validate_command, "compare": eval_compare_command}
-CACHE_COMMANDS = {"verify": cache_verify_command}
 COMMANDS = {
     "check": check_command,
     "cache": cache_command,
+    "cache verify": cache_verify_command,
     "train": train_command,
     "report": report_command,
     "eval": eval_command,
+    "eval ls": eval_list_command,
+    "eval validate": eval_validate_command,
+    "eval compare": eval_compare_command,
     "export": export_command,
     "predict": predict_command,
     "bench": bench_command,

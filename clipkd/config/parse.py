@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar, get_origin
 
 import jsonargparse
 import yaml
+from docstring_parser import parse_from_object
 
 from clipkd.config.objective import ObjectiveConfig
 from clipkd.config.shipped import recipe
@@ -62,13 +63,13 @@ def parse(arguments: list[str], command: str = "train") -> TrainConfig:
 
 
 def parse_into(
-    kind: type[C], arguments: list[str], command: str, description: str, *, positional: dict[str, str] | None = None
+    kind: type[C], arguments: list[str], command: str, description: str, *, positional: tuple[str, ...] = ()
 ) -> C:
     """Parse the arguments of one command into its dataclass, whose fields and docstrings are the options and their help.
 
-    positional: fields that are given in order, without their names → their help. A tuple takes one or more words.
+    positional: fields that are given in order, without their names. A tuple takes one or more words.
     """
-    parser = build_parser(kind, command, description, tuple((positional or {}).items()))
+    parser = build_parser(kind, command, description, positional)
     arguments = list(arguments)
     for place, (flag, path) in enumerate(itertools.pairwise(arguments), start=1):
         if flag == "--config":
@@ -79,9 +80,7 @@ def parse_into(
         namespace = parser.parse_args(spell_out(kind, ["--config", str(recipe("losses/gkl")), *arguments]))
     try:
         values = {name: value for name, value in vars(parser.instantiate(namespace)).items() if name != "config"}
-        config = kind(
-            **values | {name: tuple(values[name]) for name in positional or {} if isinstance(values[name], list)}
-        )
+        config = kind(**values | {name: tuple(values[name]) for name in positional if isinstance(values[name], list)})
     except ValueError as error:
         parser.error(str(error))
     if idle and os.environ.get("RANK", "0") == "0":
@@ -96,17 +95,18 @@ def has_idle_teacher(options: jsonargparse.Namespace) -> bool:
 
 
 @functools.cache
-def build_parser(kind: type, command: str, description: str, positional: tuple[tuple[str, str], ...]) -> Parser:
+def build_parser(kind: type, command: str, description: str, positional: tuple[str, ...]) -> Parser:
     """Building takes longer than parsing, and a demo parses some ten times."""
-    words = "".join(f" {name.upper()}" for name, _ in positional)
+    words = "".join(f" {name.upper()}" for name in positional)
     usage = f"clipkd {command}{words} [--config FILE.yaml …] [--OPTION VALUE …]"
     parser = Parser(prog=f"clipkd {command}", usage=usage, description=description, allow_abbrev=False)
     about = "A recipe (gkl), or a YAML of differences from the defaults; several are stacked."
     parser.add_argument("--config", action="config", help=about)
     types = {field.name: field.type for field in dataclasses.fields(kind)}
-    for name, text in positional:
-        parser.add_argument(name, type=str, help=text, nargs="+" if is_tuple(types[name]) else None)
-    parser.add_class_arguments(kind, as_group=False, skip={name for name, _ in positional})
+    texts = {field.arg_name: field.description for field in parse_from_object(kind).params}
+    for name in positional:
+        parser.add_argument(name, type=str, help=texts[name], nargs="+" if is_tuple(types[name]) else None)
+    parser.add_class_arguments(kind, as_group=False, skip=set(positional))
     for action in parser._actions:  # --config serves all groups of options, and this help shows every option
         if action.help == "Path to a configuration file." or any(
             name.endswith(".help") for name in action.option_strings

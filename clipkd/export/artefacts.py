@@ -103,11 +103,6 @@ def write_formats(encoder: Encoder, folder: Path, formats: Iterable[str]) -> dic
     return {name: error for name, error in errors.items() if name in wanted}
 
 
-def file_sizes(folder: Path, format: str) -> dict[str, int]:
-    """image and text, or both → bytes of the file."""
-    return {tower: (folder / name).stat().st_size for tower, name in FORMATS[format].weights.items()}
-
-
 def keep_formats(folder: Path, proven: Iterable[str], *, own_tokenizer: bool) -> None:
     """Remove the files that belong only to other formats. own_tokenizer: open_clip's format includes tokenizer files."""
     wanted = {name for format in proven for name in (*FORMATS[format].weights.values(), *FORMATS[format].others)}

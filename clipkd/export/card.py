@@ -18,18 +18,22 @@ def write_card(
     folder: Path, encoder: Encoder, source: Source, rows: list[dict[str, Any]], *, name: str, license: str | None
 ) -> None:
     """Write README.md and, beside it, the training configuration as training.yaml."""
+    proven, teacher = [row for row in rows if not row["error"]], teacher_name(source.config)
+    image, text = (f"{count_parameters(encoder.model)[tower] / 1e6:.2f}M" for tower in ("image", "text"))
+    made = f"distilled from {teacher}" if teacher else "trained" if source.config else "exported"
+    stated = f"The weights: {license}." if license else "No licence was stated for these weights."
     parts = [
-        front_matter(license, [row["format"] for row in rows if not row["error"]], teacher_name(source.config)),
+        front_matter(license, [row["format"] for row in proven], teacher),
         f"# {name}\n",
-        introduction(encoder, source),
+        f"A CLIP with {image} parameters in the image tower and {text} in the text tower, {made} with clipkd {__version__}.\n",
         facts(encoder, source),
+        source.config and recipe(folder, source.config, source.step, encoder.model_config or {}),
         evaluation(source, rows),
         parity(rows),
-        usage(rows, sigmoid=encoder.logit_bias is not None),
-        licence(license),
+        usage(proven, sigmoid=encoder.logit_bias is not None),
+        f"## Licence\n\n{stated} The terms of the teacher and of the training data may apply too. `example.png` is from "
+        "Noto Emoji (Apache-2.0).\n",
     ]
-    if source.config is not None:
-        parts.insert(4, recipe(folder, source.config, source.step, encoder.model_config or {}))
     files.write_text(folder / "README.md", "\n".join(filter(None, parts)))
 
 
@@ -42,13 +46,6 @@ def front_matter(license: str | None, proven: list[str], teacher: str | None) ->
         "tags": ["clip", "clipkd", *(["knowledge-distillation"] if teacher else [])],
     }
     return f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n"
-
-
-def introduction(encoder: Encoder, source: Source) -> str:
-    image, text = (f"{count_parameters(encoder.model)[tower] / 1e6:.2f}M" for tower in ("image", "text"))
-    teacher = teacher_name(source.config)
-    made = f"distilled from {teacher}" if teacher else "trained" if source.config else "exported"
-    return f"A CLIP with {image} parameters in the image tower and {text} in the text tower, {made} with clipkd {__version__}.\n"
 
 
 def teacher_name(config: dict[str, Any] | None) -> str | None:
@@ -140,42 +137,29 @@ def parity(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def usage(rows: list[dict[str, Any]], *, sigmoid: bool) -> str | None:
+def usage(proven: list[dict[str, Any]], *, sigmoid: bool) -> str | None:
     """Example code per format with its output; the ONNX formats share one listing."""
     parts: list[str] = []
-    onnx_shown = False
-    for row in rows:
+    first_onnx = next((row["format"] for row in proven if row["format"] in SUFFIXES), None)
+    for row in proven:
         format, code = row["format"], snippet(row["format"], sigmoid=sigmoid)
-        if code is None or row["error"]:
+        if code is None:
             continue
-        if format in SUFFIXES and onnx_shown:
-            files = " and ".join(f"`onnx/{tower}_model{SUFFIXES[format]}.onnx`" for tower in ("vision", "text"))
-            listing = f"The code above with {files} prints\n"
-        else:
-            listing = f"```python\n{code}```\n"
-        onnx_shown |= format in SUFFIXES
+        listing = f"```python\n{code}```\n"
+        if format in SUFFIXES and format != first_onnx:
+            weights = " and ".join(f"`{name}`" for name in FORMATS[format].weights.values())
+            listing = f"The code above with {weights} prints\n"
         parts.append(f"### {FORMATS[format].title}\n\n{listing}\n```text\n{row['snippet_output']}```\n")
         if format == "hf":
-            parts.append(transformers_note(row["default_processor"]))
+            default = row["default_processor"]
+            parts.append(
+                "`exact/` holds a processor of 40 lines that gives open_clip's pixels; as code, it must be trusted. "
+                '`AutoProcessor.from_pretrained(".")` and `pipeline("zero-shot-image-classification", model=".")` use '
+                "transformers' own, which rounds differently and crops up to a pixel off: features then differ by up to "
+                f"{default['max_abs_difference']:.1e} (cosine ≥ {default['min_cosine']:.4f}).\n"
+            )
     about = "Run the code in this folder. Put transparent images on a background first: conversion to RGB makes them black.\n\n"
     return f"## Use\n\n{about}" + "\n".join(parts) if parts else None
-
-
-def transformers_note(default: dict[str, float]) -> str:
-    return (
-        "`exact/` holds a processor of 40 lines that gives open_clip's pixels; as code, it must be trusted. "
-        '`AutoProcessor.from_pretrained(".")` and `pipeline("zero-shot-image-classification", model=".")` use transformers\' '
-        "own, which rounds differently and crops up to a pixel off: features then differ by up to "
-        f"{default['max_abs_difference']:.1e} (cosine ≥ {default['min_cosine']:.4f}).\n"
-    )
-
-
-def licence(license: str | None) -> str:
-    stated = f"The weights: {license}." if license else "No licence was stated for these weights."
-    return (
-        f"## Licence\n\n{stated} The terms of the teacher and of the training data may apply too. `example.png` is from "
-        "Noto Emoji (Apache-2.0).\n"
-    )
 
 
 def table(heading: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

@@ -15,11 +15,11 @@ from clipkd.errors import RunStopped, require
 from clipkd.evaluation.sets import Images
 from clipkd.evaluation.subjects import Subject, open_subjects
 from clipkd.evaluation.tasks import as_tuple
-from clipkd.export.artefacts import FORMATS, check_formats, file_sizes, keep_formats, write_formats
+from clipkd.export.artefacts import FORMATS, check_formats, keep_formats, write_formats
 from clipkd.export.card import write_card
 from clipkd.export.folder import check_output, replace, unfinished
 from clipkd.export.open_clip import write_open_clip
-from clipkd.export.parity import Job, check_parity
+from clipkd.export.parity import check_parity
 from clipkd.export.probes import NUM_IMAGES, cut_drawings, drawing_names, write_example, write_probes
 from clipkd.export.source import Source, open_student
 from clipkd.models.encoder import Encoder
@@ -92,7 +92,8 @@ def export(config: ExportConfig) -> list[dict[str, Any]]:
             raise RunStopped(f"no artefact could be proven: {reasons}")
         keep_formats(folder, kept, own_tokenizer="hf_tokenizer_name" in (encoder.model_config or {})["text_cfg"])
         for row in rows:
-            row["files"] = {} if row["error"] else file_sizes(folder, row["format"])
+            weights = {} if row["error"] else FORMATS[row["format"]].weights
+            row["files"] = {tower: (folder / name).stat().st_size for tower, name in weights.items()}
         write_card(folder, encoder, source, rows, name=output.resolve().name, license=config.license)
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         files.write_json(folder / "parity.json", describe_parity(encoder, source, rows) | {"files": names})
@@ -111,17 +112,8 @@ def verify(
         images = [*own_images, *images[: NUM_IMAGES - len(own_images)]]
     write_probes(encoder, work / "probes", images, captions)
     write_open_clip(encoder, work / "student")
-    job = Job(
-        folder=str(folder.resolve()),
-        probes=str(work / "probes"),
-        rows=str(work / "rows.jsonl"),
-        student=str(work / "student"),
-        sigmoid=encoder.logit_bias is not None,
-        tasks=as_tuple(config.verify),
-        data=as_tuple(config.data),
-        results=str(work / "results"),
-    )
-    return {row["format"]: row for row in check_parity(job, formats)}
+    sigmoid, tasks, data = encoder.logit_bias is not None, as_tuple(config.verify), as_tuple(config.data)
+    return check_parity(folder, work, formats, sigmoid=sigmoid, tasks=tasks, data=data)
 
 
 def task_samples(subject: Subject) -> tuple[list[Image.Image], list[str]]:

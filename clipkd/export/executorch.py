@@ -6,13 +6,8 @@ import torch
 
 from clipkd import files
 from clipkd.export.onnx import Tower, describe, plain_attention
-from clipkd.export.tokenizer import convert_tokenizer, write_tokenizer
+from clipkd.export.tokenizer import convert_tokenizer
 from clipkd.models.encoder import Encoder
-
-
-def executorch_file(folder: Path, tower: str) -> Path:
-    """tower: vision or text."""
-    return folder / "executorch" / f"{tower}_model.pte"
 
 
 def write_executorch(encoder: Encoder, folder: Path) -> None:
@@ -27,7 +22,7 @@ def write_executorch(encoder: Encoder, folder: Path) -> None:
 
     (folder / "executorch").mkdir()
     tokenizer = convert_tokenizer(encoder)
-    write_tokenizer(tokenizer, folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
     files.write_json(folder / "executorch" / "about.json", describe(encoder, tokenizer, dynamic=False))
     towers = {
         "vision": (encoder.encode_image, torch.zeros(1, 3, *encoder.spec.size)),
@@ -37,4 +32,4 @@ def write_executorch(encoder: Encoder, folder: Path) -> None:
         with plain_attention():
             program = torch.export.export(Tower(encoder, encode).eval(), (example,))
             lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
-        executorch_file(folder, name).write_bytes(lowered.buffer)
+        (folder / "executorch" / f"{name}_model.pte").write_bytes(lowered.buffer)

@@ -110,27 +110,23 @@ def find_family(encoder: Encoder) -> str:
     family, kind, tower = FAMILIES[name], type(encoder.model), type(encoder.model.visual).__name__
     (height, width), patch = encoder.spec.size, vision.patch_size
 
-    reasons = []
     for part, found, allowed in (("vision_cfg", vision, family.vision), ("text_cfg", text, family.text)):
         for field, values in allowed.items():
             if (value := getattr(found, field)) not in values:
-                reasons.append(f"{part}.{field} is {value!r}")
+                raise misfit(encoder, name, f"{part}.{field} is {value!r}")
     for option, values in PREPROCESSING.items():
         if (value := encoder.preprocess_config[option]) not in values:
-            reasons.append(f"{option} is {value!r}, not {' or '.join(values)}")
-    misfits = {
-        f"it is a {kind.__name__}": kind not in (open_clip.CLIP, open_clip.CustomTextCLIP),
-        f"its image tower is a {tower}": tower != family.image_tower,
-        f"its images are {height} × {width}, its patches {patch}, not all square": height != width
-        or not isinstance(patch, int),
-        f"it pools at the highest id of the tokenizer {text.hf_tokenizer_name!r}": text.hf_tokenizer_name
-        and text.pool_type == "argmax",
-        "text_cfg.eos_id is 2, which transformers takes for the highest id": text.pool_type == "eos"
-        and text.eos_id == 2,
-    }
-    reasons += [reason for reason, applies in misfits.items() if applies]
-    if reasons:
-        raise misfit(encoder, name, reasons[0])
+            raise misfit(encoder, name, f"{option} is {value!r}, not {' or '.join(values)}")
+    if kind not in (open_clip.CLIP, open_clip.CustomTextCLIP):
+        raise misfit(encoder, name, f"it is a {kind.__name__}")
+    if tower != family.image_tower:
+        raise misfit(encoder, name, f"its image tower is a {tower}")
+    if height != width or not isinstance(patch, int):
+        raise misfit(encoder, name, f"its images are {height} × {width}, its patches {patch}, not all square")
+    if text.hf_tokenizer_name and text.pool_type == "argmax":
+        raise misfit(encoder, name, f"it pools at the highest id of the tokenizer {text.hf_tokenizer_name!r}")
+    if text.pool_type == "eos" and text.eos_id == 2:
+        raise misfit(encoder, name, "text_cfg.eos_id is 2, which transformers takes for the highest id")
     return name
 
 

@@ -6,13 +6,9 @@ from pathlib import Path
 def check_repository(repository: str) -> None:
     """Check before anything is written. Raises: ValueError if the name is invalid or no token is set."""
     from huggingface_hub import get_token
-    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise ValueError(f"push_to_hub is {repository!r}, no name of a repository: {error}") from error
+    validate_repo_id(repository)
     if "/" not in repository:
         raise ValueError(f"push_to_hub is {repository!r}; write USER/NAME")
     if get_token() is None:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from clipkd import files
 from clipkd.export.families import FAMILIES, RESAMPLING, find_family, misfit, rename
-from clipkd.export.tokenizer import END, START, convert_tokenizer, sees_padding, write_tokenizer
+from clipkd.export.tokenizer import END, START, convert_tokenizer, sees_padding
 from clipkd.models.create import find_text_tower
 from clipkd.models.encoder import Encoder
 
@@ -35,25 +35,19 @@ def write_hugging_face(encoder: Encoder, folder: Path) -> None:
     tokenizer = convert_tokenizer(encoder)
     settings = tokenizer_settings(encoder, tokenizer)
     model = build(encoder, family, special_ids(encoder, tokenizer, settings))
-    write_tokenizer(tokenizer, folder)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     files.write_tensors(folder / "model.safetensors", model.state_dict(), metadata={"format": "pt"})
-    write_processor(folder, family, settings, image_settings(encoder, family))
-    exact = folder / "exact"
+    exact, images = folder / "exact", image_settings(encoder, family)
     exact.mkdir(exist_ok=True)
-    shutil.copyfile(folder / "tokenizer.json", exact / "tokenizer.json")
     shutil.copyfile(EXACT, exact / EXACT.name)
     own = {"auto_map": {"AutoImageProcessor": f"{EXACT.stem}.ExactImageProcessor"}}
-    write_processor(exact, family, settings, image_settings(encoder, family) | own)
-
-
-def write_processor(folder: Path, family: str, tokenizer: dict[str, Any], images: dict[str, Any]) -> None:
-    """Write the configs of AutoTokenizer, AutoImageProcessor and AutoProcessor beside a tokenizer.json."""
-    files.write_json(folder / "tokenizer_config.json", tokenizer)
-    files.write_json(folder / "preprocessor_config.json", images)
-    processor = {"image_processor": images, "processor_class": FAMILIES[family].processor}
-    files.write_json(folder / "processor_config.json", processor)
+    for place, image_processor in ((folder, images), (exact, images | own)):
+        tokenizer.save(str(place / "tokenizer.json"))
+        files.write_json(place / "tokenizer_config.json", settings)
+        files.write_json(place / "preprocessor_config.json", image_processor)
+        processor = {"image_processor": image_processor, "processor_class": FAMILIES[family].processor}
+        files.write_json(place / "processor_config.json", processor)
 
 
 def tokenizer_settings(encoder: Encoder, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -130,10 +124,10 @@ def build(encoder: Encoder, family: str, tokens: Mapping[str, int | None]) -> An
     vision |= {"image_size": encoder.spec.size[0], "patch_size": patches.kernel_size[0]}
 
     weights = rename(encoder, family)
-    if family == "clip" and (bias := weights.pop("logit_bias", None)) is not None:
-        dims["logit_bias"] = bias.item()
-    elif family == "siglip":
+    if family == "siglip":
         weights.setdefault("logit_bias", torch.zeros(1))  # trained with a softmax, which ignores it
+    elif "logit_bias" in weights:
+        dims["logit_bias"] = weights.pop("logit_bias").item()
     kind = getattr(transformers, FAMILIES[family].model)
     found = kind(kind.config_class(text_config=text, vision_config=vision, **dims)).eval()
     for name in weights.keys() & {"logit_scale", "logit_bias"}:  # scalar or [1], depending on the side

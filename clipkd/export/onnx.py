@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from clipkd import files
-from clipkd.export.tokenizer import convert_tokenizer, write_tokenizer
+from clipkd.export.tokenizer import convert_tokenizer
 from clipkd.models.cost import count_macs
 from clipkd.models.encoder import Encoder
 from clipkd.models.onnx_student import onnx_file
@@ -36,15 +36,11 @@ class Tower(nn.Module):
 
 def check_preprocessing(encoder: Encoder) -> None:
     """Raises: ValueError if the files' metadata cannot describe the student's image preprocessing."""
-    mode, (height, width), interpolation = (
-        encoder.preprocess_config["resize_mode"],
-        encoder.spec.size,
-        encoder.spec.interpolation,
-    )
+    mode, how, (height, width) = encoder.preprocess_config["resize_mode"], encoder.spec.interpolation, encoder.spec.size
     is_known = mode == "squash" or (mode == "shortest" and height == width)
-    if not (is_known and interpolation in ("bicubic", "bilinear")):
+    if not is_known or how not in ("bicubic", "bilinear"):
         raise ValueError(
-            f"{encoder.name} resizes images by {mode!r} ({interpolation}) to {height} × {width}; ONNX export knows 'squash', "
+            f"{encoder.name} resizes images by {mode!r} ({how}) to {height} × {width}; ONNX export knows 'squash', "
             "'shortest' to a square, bicubic and bilinear; use --to open_clip"
         )
 
@@ -57,7 +53,7 @@ def write_onnx(encoder: Encoder, folder: Path) -> None:
     """
     check_preprocessing(encoder)
     tokenizer = convert_tokenizer(encoder)
-    write_tokenizer(tokenizer, folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
     texts = encoder.spec.tokenize(["a photo of a cat", "two dogs and a bird in the snow"])
     pixels = torch.randn(2, 3, *encoder.spec.size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -170,7 +166,7 @@ def write_immich(encoder: Encoder, folder: Path) -> None:
             model.graph.node.insert(0, cast)
         save(model, target / name / "model.onnx", metadata(model))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    write_tokenizer(tokenizer, target / "textual")
+    tokenizer.save(str(target / "textual" / "tokenizer.json"))
     pad_token = tokenizer.id_to_token((tokenizer.padding or {}).get("pad_id", 0))
     files.write_json(target / "textual" / "tokenizer_config.json", {"pad_token": pad_token})
     files.write_json(target / "visual" / "preprocess_cfg.json", encoder.preprocess_config)

@@ -12,7 +12,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from transformers.utils import logging as transformers_logging
 
 from clipkd import files
 from clipkd.export.artefacts import FORMATS
-from clipkd.export.executorch import executorch_file
 from clipkd.export.probes import Probes, read_probes
 from clipkd.export.snippets import snippet
 from clipkd.inference.isolated import describe_exit, run_module
@@ -47,53 +45,43 @@ Towers = tuple[Callable[[list[Image.Image]], Tensor], Callable[[list[str]], Tens
 """Images → features and captions → features, with the artefact's own preprocessing and tokenizer."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """Paths and settings for the subprocess."""
+def check_parity(
+    folder: Path, work: Path, formats: list[str], *, sigmoid: bool, tasks: Sequence[str] = (), data: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Format → its row of parity.json; `error` is the reason if its parity could not be shown.
 
-    folder: str
-    """The export, under its temporary name."""
-    probes: str
-    rows: str
-    """JSON lines file for the finished rows."""
-    student: str
-    """An open_clip folder of the student, the reference for paired scores."""
-    sigmoid: bool = False
-    """Whether the student has a logit bias."""
-    tasks: Sequence[str] = ()
-    data: Sequence[str] = ()
-    results: str = ""
-
-
-def check_parity(job: Job, formats: list[str]) -> list[dict[str, Any]]:
-    """One row per format; `error` is the reason if its parity could not be shown."""
-    rows, path = Path(job.rows), Path(job.rows).with_name("job.json")
-    files.write_json(path, asdict(job))
+    work: a temporary folder with the probes in probes/ and, for scores, the student in student/ as open_clip reads it.
+    sigmoid: whether the student has a logit bias.
+    """
+    rows, job = work / "rows.jsonl", work / "job.json"
+    options = {"folder": str(folder), "work": str(work), "sigmoid": sigmoid, "tasks": tasks, "data": data}
+    files.write_json(job, options)
     environment = {
         name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }
-    environment["HF_MODULES_CACHE"] = str(path.parent / "modules")  # transformers copies a folder's code there
+    environment["HF_MODULES_CACHE"] = str(work / "modules")  # transformers copies a folder's code there
     remaining = list(formats)
     while remaining:
-        code = run_module("clipkd.export.parity", str(path), *remaining, environment=environment).returncode
+        code = run_module("clipkd.export.parity", str(job), *remaining, environment=environment).returncode
         finished = [row["format"] for row in files.read_rows(rows)]
         remaining = [format for format in remaining if format not in finished]
         if remaining:  # it crashed on the first of them
             files.append_row(rows, {"format": remaining.pop(0), "error": describe_exit(code)})
-    by_format = {row["format"]: row for row in files.read_rows(rows)}
-    return [by_format[format] for format in formats]
+    return {row["format"]: row for row in files.read_rows(rows)}
 
 
-def check_format(job: Job, format: str) -> dict[str, Any]:
-    folder, probes = Path(job.folder), read_probes(Path(job.probes))
+def check_format(
+    format: str, folder: Path, work: Path, *, sigmoid: bool, tasks: Sequence[str], data: Sequence[str]
+) -> dict[str, Any]:
+    probes = read_probes(work / "probes")
     versions = {name: importlib.metadata.version(name) for name in PACKAGES.get(format, ONNX_PACKAGES)}
     row: dict[str, Any] = {"format": format, "error": None, "versions": versions}
     try:
         row |= differences(open_artefact(folder, format), probes)
         if format == "hf":
             row["default_processor"] = differences(open_transformers(folder, exact=False), probes)["image"]
-        row["snippet_output"] = run_snippet(folder, snippet(format, sigmoid=job.sigmoid))
-        row["zero_shot"] = score(job, format)
+        row["snippet_output"] = run_snippet(folder, snippet(format, sigmoid=sigmoid))
+        row["zero_shot"] = score(format, folder, work, tasks, data)
     except Exception as error:  # runtimes raise anything
         return {**row, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
     worst = max(row["image"]["max_abs_difference"], row["text"]["max_abs_difference"])
@@ -169,8 +157,9 @@ def open_executorch(folder: Path) -> Towers:
     from executorch.runtime import Runtime  # type: ignore[import-not-found]
 
     runtime = Runtime.get()
-    programs = [runtime.load_program(executorch_file(folder, tower)) for tower in ("vision", "text")]
-    vision, text = (program.load_method("forward") for program in programs)
+    paths = FORMATS["executorch"].weights
+    programs = {tower: runtime.load_program(folder / path) for tower, path in paths.items()}
+    vision, text = (programs[tower].load_method("forward") for tower in ("image", "text"))
     about = json.loads((folder / "executorch" / "about.json").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_padding(length=about["context_length"], pad_id=about["pad_id"])
@@ -217,42 +206,43 @@ def run_snippet(folder: Path, code: str | None) -> str | None:
     return out.getvalue()
 
 
-def score(job: Job, format: str) -> list[dict[str, Any]] | None:
+def score(
+    format: str, folder: Path, work: Path, tasks: Sequence[str], data: Sequence[str]
+) -> list[dict[str, Any]] | None:
     """The artefact's zero-shot results from `clipkd eval`, paired with the student's; None without data or for other software."""
-    if not job.data or format in ("executorch", "immich"):
+    if not data or format in ("executorch", "immich"):
         return None
     from clipkd.evaluation.command import EvalConfig, run
 
-    name = f"{'local-dir' if format == 'open_clip' else format}:{job.folder}"
-    tasks, data, teacher = tuple(job.tasks), tuple(job.data), f"local-dir:{job.student}"
-    config = EvalConfig(model=name, teacher=teacher, task=tasks, data=data, output=job.results, num_workers=0)
+    name, student = f"{'local-dir' if format == 'open_clip' else format}:{folder}", f"local-dir:{work / 'student'}"
+    output = str(work / "results")
+    config = EvalConfig(model=name, teacher=student, task=tuple(tasks), data=tuple(data), output=output, num_workers=0)
     with contextlib.redirect_stdout(io.StringIO()):
         rows = run(config)
-    return [summarise(row, rows) for row in rows if row["model"] == name]
-
-
-def summarise(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The artefact's score, the student's, and the paired difference, for the card."""
-    (student,) = [each for each in rows if each["key"] == row["key"] and each["model"] != row["model"]]
-    paired = row["teacher"]["paired"]
-    return {
-        "task": row["key"],
-        "n": row["n"],
-        "metric": row["main_metric_name"],
-        "metrics": row["metrics"],
-        "student_metrics": student["metrics"],
-        "difference": paired["difference"],
-        "ci95": paired["ci95"],
-        "same_answer": row["teacher"].get("agreement"),
-    }
+    student_metrics = {row["key"]: row["metrics"] for row in rows if row["model"] == student}
+    return [
+        {
+            "task": row["key"],
+            "n": row["n"],
+            "metric": row["main_metric_name"],
+            "metrics": row["metrics"],
+            "student_metrics": student_metrics[row["key"]],
+            "difference": row["teacher"]["paired"]["difference"],
+            "ci95": row["teacher"]["paired"]["ci95"],
+            "same_answer": row["teacher"].get("agreement"),
+        }
+        for row in rows
+        if row["model"] == name
+    ]
 
 
 def main() -> None:
     logging.getLogger().setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     transformers_logging.disable_progress_bar()
-    job_path, *formats = sys.argv[1:]
-    job = Job(**json.loads(Path(job_path).read_text(encoding="utf-8")))
+    path, *formats = sys.argv[1:]
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    folder, work = Path(job.pop("folder")), Path(job.pop("work"))
     for format in formats:
         console.print(f"export: verifying {format}")
-        files.append_row(Path(job.rows), check_format(job, format))
+        files.append_row(work / "rows.jsonl", check_format(format, folder, work, **job))

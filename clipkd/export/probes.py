@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipkd import files
+from clipkd.images import open_image, to_rgb
 from clipkd.models.encoder import Encoder
 
 DRAWINGS = Path(__file__).parents[1] / "demo" / "assets"
@@ -53,15 +54,14 @@ def write_probes(encoder: Encoder, folder: Path, images: list[Image.Image], capt
 
 
 def read_probes(folder: Path) -> Probes:
-    images = [Image.open(path).convert("RGB") for path in sorted((folder / "images").glob("*.png"))]
+    images = [to_rgb(open_image(str(path))) for path in sorted((folder / "images").glob("*.png"))]
     captions = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
     return Probes(images, captions, files.read_tensors(folder / "features.safetensors"))
 
 
 def read_sheet() -> Image.Image:
     """The sheet of drawings on white, RGB."""
-    sheet = Image.open(DRAWINGS / "noto.webp").convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", sheet.size, "white"), sheet).convert("RGB")
+    return to_rgb(open_image(str(DRAWINGS / "noto.webp")))
 
 
 def cut_drawings(number: int = NUM_IMAGES) -> list[Image.Image]:
@@ -74,10 +74,10 @@ def cut_drawings(number: int = NUM_IMAGES) -> list[Image.Image]:
     return cuts
 
 
-def drawing_names(number: int = NUM_IMAGES) -> list[str]:
+def drawing_names() -> list[str]:
     with (DRAWINGS / "concepts.tsv").open(encoding="utf-8", newline="") as file:
         names = [row["name"] for row in csv.DictReader(file, delimiter="\t")]
-    return [f"a drawing of {name}" for name in names[:: len(names) // number][:number]]
+    return [f"a drawing of {name}" for name in names[:: len(names) // NUM_IMAGES][:NUM_IMAGES]]
 
 
 def write_example(path: Path) -> None:

@@ -5,7 +5,6 @@ import re
 import string
 from collections.abc import Iterable
 from html import entities, unescape
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -66,11 +65,6 @@ def convert_tokenizer(encoder: Encoder) -> Tokenizer:
         tokenizer = copy_fast(tokenize, encoder.name)
     check_tokenizer(encoder, tokenizer)
     return tokenizer
-
-
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json, the same for every format."""
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
 def sees_padding(encoder: Encoder) -> bool:

@@ -97,7 +97,7 @@ def test_an_unchanged_index_is_not_written_and_a_failed_write_keeps_it(
 
 
 def read(*arguments: str) -> PredictConfig:
-    return parse_into(PredictConfig, list(arguments), "predict", "", positional={"model": "", "images": ""})
+    return parse_into(PredictConfig, list(arguments), "predict", "", positional=("model", "images"))
 
 
 def test_positional_images_and_labels_take_one_or_several_words() -> None:
