@@ -1,6 +1,5 @@
 """Draw the demo's samples.png: training pairs, and guesses for drawings in unseen styles."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from clipkd.config.data import DataConfig
 from clipkd.data import PairSet, open_pairs
 from clipkd.evaluation.layouts import open_evaluation_set
 from clipkd.evaluation.sets import Images
+from clipkd.images import open_image, to_rgb
 
 COLUMNS = 6
 TILE, TEXT_WIDTH, LINE, MARGIN = 72, 200, 16, 16
@@ -34,9 +34,8 @@ def draw_contact_sheet(path: Path, pairs: Path, held_out: Path, guesses: Mapping
     draw.text((MARGIN, 8), "training pairs (one of their captions)", INK, BOLD)
     for number in range(2 * COLUMNS):
         pair = source.read(number * (len(source) // (2 * COLUMNS)))
-        picture = Image.open(io.BytesIO(pair.image)).convert("RGBA")
         at = (number % COLUMNS * cell[0] + MARGIN, 32 + number // COLUMNS * cell[1])
-        paste(sheet, Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture), at)
+        paste(sheet, to_rgb(open_image(pair.image)), at)
         caption = pair.captions[number % len(pair.captions)]
         for line, text in enumerate(wrap(draw, caption)):
             draw.text((at[0] + TILE + 8, at[1] + line * LINE), text, INK, FONT)
@@ -61,7 +60,7 @@ def draw_contact_sheet(path: Path, pairs: Path, held_out: Path, guesses: Mapping
 
 
 def paste(sheet: Image.Image, picture: Image.Image, at: tuple[int, int]) -> None:
-    sheet.paste(picture.convert("RGB").resize((TILE, TILE), Image.Resampling.NEAREST), at)
+    sheet.paste(picture.resize((TILE, TILE), Image.Resampling.NEAREST), at)
 
 
 def shorten(draw: ImageDraw.ImageDraw, text: str, width: float = TEXT_WIDTH - 24) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from clipkd.images import open_image, to_rgb
 
 ASSETS = Path(__file__).parent / "assets"
 TILE = 32  # pixels; side of one drawing on a held-out sheet
@@ -87,7 +87,7 @@ def draw(svg: Path) -> bytes:
 
     side = 2 * TRAINING_PIXELS
     png = resvg_py.svg_to_bytes(svg_path=str(svg), width=side, height=side, skip_system_fonts=True)
-    picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    picture = open_image(bytes(png)).convert("RGBA")  # not to_rgb, which would drop the transparency
     left, upper, right, lower = picture.getbbox() or (0, 0, side, side)
     half = max(right - left, lower - upper) / 2 + 1
     across, down = (left + right) / 2, (upper + lower) / 2
@@ -126,7 +126,7 @@ def write_held_out(folder: Path, style: str, *, num_concepts: int | None = None)
     from webdataset.writer import TarWriter
 
     concepts = read_concepts()[:num_concepts]
-    sheet = Image.open(ASSETS / f"{style}.webp").convert("RGBA")
+    sheet = to_rgb(open_image(str(ASSETS / f"{style}.webp")))
     with whole_folder(folder) as temporary:
         (temporary / "test").mkdir()
         (temporary / "test" / "nshards.txt").write_text("1\n")
@@ -136,10 +136,8 @@ def write_held_out(folder: Path, style: str, *, num_concepts: int | None = None)
         with TarWriter(str(temporary / "test" / "0.tar"), mtime=0) as tar:
             for label, concept in enumerate(concepts):
                 left, upper = label % SHEET_COLUMNS * TILE, label // SHEET_COLUMNS * TILE
-                tile = sheet.crop((left, upper, left + TILE, upper + TILE))
-                drawing = Image.alpha_composite(Image.new("RGBA", tile.size, "white"), tile).convert("RGB")
                 buffer = io.BytesIO()
-                drawing.save(buffer, format="png")
+                sheet.crop((left, upper, left + TILE, upper + TILE)).save(buffer, format="png")
                 tar.write({"__key__": concept.hexcode, "png": buffer.getvalue(), "cls": str(label).encode()})
     return len(concepts)
 

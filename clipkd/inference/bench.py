@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.table import Table
 from clipkd import files, progress
 from clipkd.errors import require
 from clipkd.inference.isolated import describe_exit, run_module
+from clipkd.inference.runtime import has_weights
 from clipkd.models.onnx_student import find_formats
 
 MAX_LOAD = 0.25
@@ -58,27 +60,25 @@ def run(config: BenchConfig) -> tuple[Path, dict[str, Any]]:
     task = {"batch": config.batch, "seconds": config.seconds, "threads": config.threads or count_cores()}
     load = round(os.getloadavg()[0], 2)
     if load > MAX_LOAD * count_cores():
-        warnings.warn(
-            f"other work is running (load {load}), so times are too long; --threads 1 suffers least", stacklevel=2
-        )
+        message = f"other work is running (load {load}), so times are too long; --threads 1 suffers least"
+        warnings.warn(message, stacklevel=2)
     record: dict[str, Any] = {"model": str(folder), "cpu": cpu_name(), "load": load, **task, "order": order}
     record |= {"versions": {}, "errors": {}, "rows": []}
     for runtime in progress.track(order, "runtimes", len(order)):
         measured = measure_isolated({"runtime": runtime, "folder": str(folder), **task})
         if isinstance(measured, str):
             record["errors"][runtime] = measured
-            record["rows"].append({"runtime": runtime, "error": measured})
-        else:
-            record["versions"] |= measured["versions"]
-            record["rows"] += measured["rows"]
+            measured = {"versions": {}, "rows": [{"runtime": runtime, "error": measured}]}
+        record["versions"] |= measured["versions"]
+        record["rows"] += measured["rows"]
     files.write_json(output, record)
     return output, record
 
 
 def find_runtimes(folder: Path) -> list[str]:
     """List the runtimes that can load a folder. Raises: ValueError if it holds no model."""
-    formats: list[str] = find_formats(folder)
-    if any((folder / name).is_file() for name in ("open_clip_config.json", "config.json")):
+    formats = find_formats(folder)
+    if has_weights(folder):
         return ["torch", *formats]
     if not formats:
         from clipkd.models import run_folder
@@ -110,9 +110,8 @@ def count_cores() -> int:
 
 def cpu_name() -> str:
     information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    named = re.search(r"model name\s*: (.+)", information.read_text()) if information.is_file() else None
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 CAPTION = (

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
 
 from clipkd import progress
 from clipkd.images import open_image, to_rgb
@@ -86,7 +85,8 @@ def encode_files(student: Student, paths: Sequence[str], batch_size: int) -> Ite
     def load(path: str) -> tuple[tuple[int, int], np.ndarray] | str:
         try:
             stamp = read_stamp(path)  # before the content: a file that changes meanwhile is encoded again
-            return stamp, student.preprocess(read_image(path))
+            with open_image(path) as image:
+                return stamp, student.preprocess(to_rgb(image))
         except Exception as error:  # readers raise anything on a damaged file
             return " ".join(str(error).split()) or type(error).__name__
 
@@ -103,12 +103,6 @@ def encode_files(student: Student, paths: Sequence[str], batch_size: int) -> Ite
                 features = student.encode_pixels(np.stack([pixels for *_, pixels in good]))
                 for (path, stamp, _), feature in zip(good, features, strict=True):
                     yield path, Entry(stamp, feature)
-
-
-def read_image(path: str) -> Image.Image:
-    """Read a file as RGB, as in training. Raises: BadImage."""
-    with open_image(path) as image:
-        return to_rgb(image)
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

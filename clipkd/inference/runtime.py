@@ -30,6 +30,11 @@ class Student:
     """Hash of everything that determines an image's features."""
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether torch can load the folder as a model of open_clip or transformers."""
+    return any((folder / name).is_file() for name in ("open_clip_config.json", "config.json"))
+
+
 def load_student(model: str, format: str) -> Student:
     """Load a model folder by format, or as FORMAT:FOLDER; "auto" prefers ONNX.
 
@@ -42,8 +47,7 @@ def load_student(model: str, format: str) -> Student:
         return load_onnx(Path(rest), named)
     folder = Path(model.removeprefix("local-dir:"))
     formats = find_formats(folder)
-    has_weights = any((folder / name).is_file() for name in ("open_clip_config.json", "config.json"))
-    if format == "torch" and formats and not has_weights:
+    if format == "torch" and formats and not has_weights(folder):
         raise ValueError(
             f"{folder} has no weights for torch, only {', '.join(formats)}; name one of these with --format"
         )

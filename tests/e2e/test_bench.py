@@ -85,19 +85,11 @@ def test_a_format_that_fails_is_a_row_and_the_others_are_measured(
     assert not (folder / "bench.json").exists()
 
 
-@pytest.mark.slow
-def test_a_run_is_measured_by_torch_alone(clipkd: Run, exported: dict[str, Path], tmp_path: Path) -> None:
-    clipkd("bench", exported["softmax_run"], *QUICK, "--batch", 2, "--output", tmp_path / "bench.json")
-    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert [(row["runtime"], row["tower"]) for row in rows] == [("torch", "image"), ("torch", "text")]
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("/no/such",), ("no folder /no/such", "clipkd export")),
         (("{empty}",), ("holds no model", "open_clip_config.json")),
-        (("{model}", "--format", "onnx-int4"), ("format", "onnx-int4", "onnx-int8")),
         (("{model}", "--batch", "0", "--seconds", "-1", "--threads", "0"), ("batch is [0]",)),
         (("{model}", "--output", "{empty}"), ("is a folder", "--output")),
     ],

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clipkd import files
-from clipkd.export.parity import Job, check_parity
+from clipkd.export.parity import check_parity
 from clipkd.export.probes import cut_drawings, write_probes
 from clipkd.models.load import load_model
 from tests.e2e.conftest import Run
@@ -74,15 +74,6 @@ def test_parity_holds_what_was_measured(exported: dict[str, Path], student: Path
             assert (score["task"], score["n"]) == ("noto", 32)
             assert abs(score["metrics"]["acc1"] - score["student_metrics"]["acc1"] - score["difference"]) < 1e-9
     assert rows["hf"]["default_processor"]["min_cosine"] > 0.9
-
-
-def test_every_file_is_readable_by_others_and_nothing_of_training_is_left(student: Path) -> None:
-    paths = [path for path in student.rglob("*") if path.is_file()]
-    assert len(paths) > 20
-    assert all(path.stat().st_mode & 0o777 == 0o644 for path in paths)
-    assert student.stat().st_mode & 0o777 == 0o755
-    weights = load_file(student / "open_clip_model.safetensors")
-    assert not [name for name in weights if "projection" in name.replace("text_projection", "") or "cross" in name]
 
 
 @pytest.mark.slow
@@ -172,39 +163,23 @@ def test_average_licence_and_force(clipkd: Run, run_folder: Path, tmp_path: Path
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-@pytest.mark.slow
-def test_an_export_of_an_export_has_the_same_weights(clipkd: Run, student: Path, tmp_path: Path) -> None:
-    clipkd("export", f"local-dir:{student}", "--to", "open_clip,onnx", "--output", tmp_path / "again")
-    again = tree(tmp_path / "again")
-    assert "model.safetensors" not in again
-    assert again["open_clip_model.safetensors"] == tree(student)["open_clip_model.safetensors"]
-    assert again["onnx/vision_model.onnx"] == tree(student)["onnx/vision_model.onnx"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--to", "tflite"), "to has 'tflite'; choose from open_clip, hf, onnx"),
-        (("--to", ","), "to is empty"),
         (("--to", "executorch"), "pip install 'clipkd[executorch]'"),
         (("--verify", "imagenet1k"), "verify needs data"),
         (("--data", "nowhere"), "nowhere"),
         (("--push-to-hub",), "push_to_hub"),
-        (("{state}", "--force"), "checkpoint format 1, this clipkd reads"),
         (("{empty}", "--force"), "no model that clipkd knows"),
         (("/no/such",), "no checkpoint"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(
-    clipkd: Run, run_folder: Path, student: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
+    clipkd: Run, student: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
 ) -> None:
     (tmp_path / "empty").mkdir()
-    state = tmp_path / "state"
-    shutil.copytree(run_folder / "checkpoints" / "step_000004", state)
-    old = json.loads((state / "state.json").read_text()) | {"format_version": 1}
-    (state / "state.json").write_text(json.dumps(old))
-    places = {"{state}": str(state), "{empty}": str(tmp_path / "empty")}
-    first, *rest = (places.get(argument, argument) for argument in arguments)
+    first, *rest = (argument.replace("{empty}", str(tmp_path / "empty")) for argument in arguments)
     source = [student, first] if first.startswith("--") else [first]
     before = tree(tmp_path)
     done = clipkd("export", *source, *rest, "--output", tmp_path / "out", check=False)
@@ -254,36 +229,19 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(clipkd: Run, student: Path, 
 
 
 def test_crashes_and_damage_are_rows(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A runtime that ends in SIGSEGV, weights that are not the student's; the format after them is proven all the same."""
+    """A runtime that ends in SIGSEGV, and damaged weights; the format after them is proven."""
     fake = tmp_path / "site" / "onnxruntime"
     fake.mkdir(parents=True)
     crash = "import os, signal\nSessionOptions = lambda: os.kill(os.getpid(), signal.SIGSEGV)\n"
     (fake / "__init__.py").write_text(crash, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{Path(__file__).parents[2]}")
-    rows = damaged_rows(student, tmp_path, ["onnx", "hf", "open_clip"])
-    assert rows["onnx"]["error"] == "its process died of SIGSEGV"
-    assert "more than 1e-05" in rows["hf"]["error"]
-    assert rows["open_clip"]["error"] is None
-
-
-@pytest.mark.slow
-def test_damaged_onnx_files_are_rows(student: Path, tmp_path: Path) -> None:
-    rows = damaged_rows(student, tmp_path, ["onnx", "onnx-int8"])
-    assert "tokenizer.json" in rows["onnx"]["error"]
-    assert "text_model_quantized.onnx cannot be loaded" in rows["onnx-int8"]["error"]
-
-
-def damaged_rows(student: Path, tmp_path: Path, formats: list[str]) -> dict[str, dict]:
-    """Rows of a copy with other transformers weights, a truncated int8 file and another tokenizer."""
     folder = tmp_path / "damaged"
     shutil.copytree(student, folder)
-    write_probes(load_model(f"local-dir:{student}"), tmp_path / "probes", cut_drawings(3), ["a cat", "two dogs"])
     state = load_file(folder / "model.safetensors")
     state["visual_projection.weight"] += 1e-3 * torch.randn_like(state["visual_projection.weight"])
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    cut = folder / "onnx" / "text_model_quantized.onnx"
-    cut.write_bytes(cut.read_bytes()[:-5000])
-    tokenizer = folder / "tokenizer.json"
-    tokenizer.write_text(tokenizer.read_text(encoding="utf-8").replace('"Lowercase"', '"NFC"'), encoding="utf-8")
-    job = Job(str(folder), str(tmp_path / "probes"), str(tmp_path / "rows.jsonl"), str(student))
-    return {row["format"]: row for row in check_parity(job, formats)}
+    write_probes(load_model(f"local-dir:{student}"), tmp_path / "probes", cut_drawings(3), ["a cat", "two dogs"])
+    rows = check_parity(folder, tmp_path, ["onnx", "hf", "open_clip"], sigmoid=False)
+    assert rows["onnx"]["error"] == "its process died of SIGSEGV"
+    assert "more than 1e-05" in rows["hf"]["error"]
+    assert rows["open_clip"]["error"] is None

@@ -1,107 +1,45 @@
-"""Upload of an exported folder to a local stand-in for the hub."""
+"""Upload of an exported folder: what huggingface_hub is asked to do, and refusals."""
 
-import base64
-import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import HfApi
 
-from clipkd.export.hub import upload
+from clipkd.export.hub import check_repository, upload
 
-
-class Hub(BaseHTTPRequestHandler):
-    """Takes one repository and one commit of small files."""
-
-    calls: list[tuple[str, Any]]
-    refuse = False
-
-    def reply(self, code: int, content: Any) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        self.calls.append((self.path, None))
-        self.reply(200, {"id": "me/student", "sha": "0" * 40, "siblings": []})
-
-    def do_POST(self) -> None:
-        text = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.calls.append((self.path, text))
-        if self.refuse:
-            self.reply(403, {"error": "You don't have the rights to create a model under this namespace"})
-        elif self.path == "/api/repos/create":
-            self.reply(200, {"url": f"{server_url(self)}/me/student", "name": "me/student"})
-        elif self.path == "/api/validate-yaml":
-            self.reply(200, {"errors": [], "warnings": []})
-        elif "/preupload/" in self.path:
-            files = [{"path": each["path"], "uploadMode": "regular"} for each in json.loads(text)["files"]]
-            self.reply(200, {"files": [{**each, "shouldIgnore": False} for each in files]})
-        elif "/commit/" in self.path:
-            commit = {"commitUrl": f"{server_url(self)}/me/student/commit/{'a' * 40}", "commitOid": "a" * 40}
-            self.reply(200, {**commit, "success": True})
-        else:
-            self.reply(404, {"error": self.path})
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def server_url(handler: BaseHTTPRequestHandler) -> str:
-    return f"http://127.0.0.1:{handler.server.server_address[1]}"
+ADDRESS = "https://hub.invalid/me/student/commit/1"
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[type[Hub], str]]:
-    """A signed-in user's hub and its address."""
-    kind = type("OneHub", (Hub,), {"calls": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    yield kind, address
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "student" / "onnx").mkdir(parents=True)
-    (tmp_path / "student" / "README.md").write_text("# student\n")
-    (tmp_path / "student" / "onnx" / "vision_model.onnx").write_bytes(b"\x08\x0a")
-    return tmp_path / "student"
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Arguments of the calls, in their order."""
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda _, name, **options: found.append({"name": name, **options}))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda _, **options: found.append(options) or ADDRESS)
+    return found
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_the_whole_folder_is_one_commit(hub: tuple[type[Hub], str], folder: Path, private: bool) -> None:
-    kind, endpoint = hub
-    address = upload(folder, "me/student", private=private)
-    assert address.startswith(endpoint)
-    posts = {path: text for path, text in kind.calls if text is not None}
-    made = json.loads(posts["/api/repos/create"])
-    assert (made["name"], made["organization"]) == ("student", "me")
-    assert made.get("private", made.get("visibility") == "private") is private
-    lines = [json.loads(line) for line in posts["/api/models/me/student/commit/main"].splitlines()]
-    files = {
-        line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
-    }
-    assert files == {"README.md": b"# student\n", "onnx/vision_model.onnx": b"\x08\x0a"}
+def test_the_folder_is_one_commit(calls: list[dict[str, Any]], tmp_path: Path, private: bool) -> None:
+    assert upload(tmp_path, "me/student", private=private) == ADDRESS
+    made, sent = calls
+    assert made == {"name": "me/student", "private": private, "exist_ok": True}
+    assert (sent["repo_id"], sent["folder_path"]) == ("me/student", tmp_path)
 
 
-def test_a_refusal_and_a_wrong_name_are_errors_and_the_folder_stays(hub: tuple[type[Hub], str], folder: Path) -> None:
-    hub[0].refuse = True
-    words = r"is written, but the hub did not take it as me/student: .*rights.*hf upload me/student"
+def test_a_refusal_names_the_folder_and_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **options: object) -> None:
+        raise PermissionError("no rights in\nthis namespace")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    words = r"is written, but the hub did not take it as me/student: no rights in this namespace.*hf upload me/student"
     with pytest.raises(ValueError, match=words):
-        upload(folder, "me/student", private=True)
-    with pytest.raises(ValueError, match="is written, but the hub did not take it as no/such/name"):
-        upload(folder, "no/such/name", private=True)
-    assert (folder / "README.md").is_file()
+        upload(tmp_path, "me/student", private=True)
+
+
+def test_wrong_names_and_a_missing_token_are_refused_before_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    for repository, words in (("no/such/name", "no/such/name"), ("student", "USER/NAME"), ("me/student", "hf auth")):
+        with pytest.raises(ValueError, match=words):
+            check_repository(repository)

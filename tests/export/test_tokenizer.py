@@ -10,7 +10,7 @@ import ftfy
 import open_clip
 import pytest
 from ftfy import chardata
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer
 
 from clipkd.export.tokenizer import check_tokenizer, convert_bpe, convert_tokenizer
 from clipkd.models.encoder import Encoder
@@ -141,9 +141,8 @@ def test_a_tower_that_sees_its_padding_gets_that_of_training(text: dict[str, Any
         check_tokenizer(encoder, tokenizer)
 
 
-@pytest.mark.parametrize("clean", ["whitespace", "lower", "canonicalize"])
-def test_a_transformers_tokenizer_is_copied_with_open_clips_cleaning(siglip_folder: Path, clean: str) -> None:
-    encoder = hf_student(siglip_folder, tokenizer_kwargs={"clean": clean})
+def test_a_transformers_tokenizer_is_copied_with_open_clips_cleaning(siglip_folder: Path) -> None:
+    encoder = hf_student(siglip_folder, tokenizer_kwargs={"clean": "canonicalize"})
     tokenizer = convert_tokenizer(encoder)
     captions = ["A Drawing, of a CAT &amp; two “dogs”…", "", "cat " * 30, *odd_captions(200, seed=2)]
     captions = [text for text in captions if has_no_repair(text)]
@@ -171,10 +170,3 @@ def test_a_tokenizer_that_no_file_can_express_is_refused(student: Encoder, sigli
     object.__setattr__(encoder.spec, "tokenize", lambda texts: student.spec.tokenize(texts))
     with pytest.raises(ValueError, match=r"a function has no tokenizer\.json"):
         convert_tokenizer(encoder)
-
-
-def test_other_ids_are_found(student: Encoder) -> None:
-    tokenizer = convert_tokenizer(student)
-    tokenizer.normalizer = normalizers.Lowercase()
-    with pytest.raises(ValueError, match=r"cannot be written as tokenizer\.json: .* becomes .*, should be"):
-        check_tokenizer(student, tokenizer)

@@ -150,12 +150,8 @@ def test_every_figure_is_drawn_with_axis_labels_and_ids_of_its_own(page: str) ->
 
 def test_the_page_loads_nothing_and_depends_on_the_files_only(full: Path, page: str, tmp_path: Path) -> None:
     assert not re.findall(r"<(?:script|img|link|iframe|object|embed|image)\b|\bsrc=|@import", page)
-    assert all(
-        target.startswith("#")
-        for target in re.findall(r'href="([^"]*)|url\(([^)]*)', page)
-        for target in target
-        if target
-    )
+    targets = ["".join(found) for found in re.findall(r'href="([^"]*)|url\(([^)]*)', page)]
+    assert all(target.startswith("#") for target in targets if target)
     assert set(re.findall(r"https?://[^/]+", page)) == {"http://www.w3.org"}  # names of name spaces
     again = write_report(ReportConfig(run=str(full), output=str(tmp_path / "deep/b.html")))
     assert again == tmp_path / "deep/b.html"
@@ -196,21 +192,15 @@ def test_one_line_and_no_other_file_is_enough_and_a_cut_line_is_left_out(tmp_pat
 
 
 def test_nulls_are_gaps_that_are_counted(tmp_path: Path) -> None:
-    rows = [metrics(step, loss=None, kl=math.nan if step == 3 else float(step)) for step in range(1, 6)]
+    extremes = {"zero": 0.0, "negative": -3.0, "tiny": 5e-324, "huge": 1e300, "note": "words are no curve"}
+    rows = [metrics(step, loss=None, kl=math.nan if step == 3 else step, **extremes) for step in range(1, 6)]
     page = report(write_run(tmp_path, rows))
     assert panels(page)["loss"] == ["loss –"]
     assert panels(page)["kl"] == ["kl 5"]
+    assert {"zero", "negative", "tiny", "huge"} == extremes.keys() & panels(page).keys()
     assert "5 of 5 values of loss are not finite" in page
     assert "1 of 5 values of kl are not finite" in page
     assert page.count("<svg") == len(panels(page)) - 1
-
-
-def test_a_series_of_any_name_and_size_has_a_panel(tmp_path: Path) -> None:
-    values = {"zero": 0.0, "negative": -3.0, "tiny": 5e-324, "huge": 1e300}
-    rows = [metrics(step, **values, note="words are no curve") for step in (1, 2)]
-    found = panels(report(write_run(tmp_path, rows)))
-    assert all(len(found[name]) == 1 for name in values)
-    assert "note" not in found
 
 
 @pytest.mark.parametrize(("last", "continued"), [(7, False), (9, True)])
@@ -231,7 +221,6 @@ def test_series_belong_to_the_longest_active_term() -> None:
     names = ["kl", "kl_soft_ce", "soft_ce", "soft_ce_kl", "info_nce", "vrd_info_nce", "itc_target_entropy", "itc_new"]
     expected = {"kl": names[:2], "soft_ce": names[2:4], "info_nce": names[4:5], "vrd": names[5:6]}
     assert group_terms(names, []) == expected | {"itc": ["itc_target_entropy"], "itc_new": ["itc_new"]}
-    assert group_terms(["soft_ce_kl"], ["soft", "soft_ce", "soft_bce"]) == {"soft_ce": ["soft_ce_kl"]}
     assert group_terms(names, ["itc", "kl", "soft_ce"]) == expected | {"itc": ["itc_target_entropy", "itc_new"]}
 
 
@@ -253,8 +242,6 @@ def test_a_long_curve_is_thinned_without_losing_a_spike() -> None:
 def test_missing_input_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"no run folder .*absent; name the output of a clipkd train"):
         report(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"metrics.jsonl has no complete line yet"):
-        report(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss"')
     with pytest.raises(ValueError, match=r"no complete line yet"):
         report(tmp_path)
@@ -276,14 +263,8 @@ def evaluated(model: str, task: str, top1: float, **more: Any) -> dict[str, Any]
 
 def test_results_of_eval_are_shown_alone_or_beside_a_run(full: Path, tmp_path: Path) -> None:
     lost = [{"class": 1, "name": "wren <small>", "recall": 0.0, "teacher_recall": 0.75}]
-    beside = {
-        "model": "big",
-        "model_sha256": "big",
-        "retained": 0.5,
-        "agreement": 0.25,
-        "kl": 1.5,
-        "lost_classes": lost,
-    }
+    beside: dict[str, Any] = {"model": "big", "model_sha256": "big", "lost_classes": lost}
+    beside |= {"retained": 0.5, "agreement": 0.25, "kl": 1.5}
     small = evaluated("small", "birds", 0.25, teacher=beside, task_options={}, data="gone")
     for row in (evaluated("big", "birds", 0.5), small):
         files.append_row(tmp_path / "results" / "eval_results.jsonl", row)
