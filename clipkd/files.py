@@ -103,6 +103,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of(value: Any) -> str:
+    """SHA-256 of a value's JSON, in hexadecimal."""
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
+
+
 def sync(path: Path) -> None:
     """Force a file or folder to disk: a rename must not overtake the content it names."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -11,7 +11,7 @@ import torch
 jaxtyping.install_import_hook(
     [
         *("clipkd.losses", "clipkd.objective.distiller", "clipkd.objective.terms", "clipkd.objective.comparison"),
-        *("clipkd.objective.memory", "clipkd.evaluation.zeroshot", "clipkd.evaluation.retrieval"),
+        *("clipkd.objective.memory", "clipkd.evaluation.zeroshot"),
         *("clipkd.evaluation.metrics", "clipkd.evaluation.measure"),
     ],
     "beartype.beartype",

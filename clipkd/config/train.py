@@ -82,7 +82,7 @@ class EvaluationConfig:
     data: tuple[str, ...] | str = ()
     """Data folders to evaluate on during training; empty evaluates nothing."""
     task: tuple[str, ...] | str = ()
-    """Task YAML for those folders (see eval/), or several for one folder that holds all their data; none reads CLIP_benchmark's layout."""
+    """Task for those folders by name (imagenet1k) or a task YAML, or several for one folder that holds all their data; none reads CLIP_benchmark's layout."""
     every_steps: int = 0
     """Steps between evaluations; 0 evaluates after the last step only."""
     batch_size: int = 256

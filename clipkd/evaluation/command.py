@@ -77,28 +77,24 @@ class Harness:
         """Raises: ValueError or OSError if a model cannot be loaded, or the output not be written."""
         self.config, self.results = config, Results(Path(config.output))
         self.device = torch.device(distributed.join_processes().device or "cpu")
-        names = [*([config.teacher] if config.teacher else []), *config.models]
-        names = list(dict.fromkeys(names))  # the teacher first, and each model once
-        self.checkpoints = {name: find_checkpoint(name) for name in names}
-        self.embedders = {name: self.load(name) for name in names}
+        # The teacher first, with its usual weights, and each model once. A run's newest checkpoint is fixed now, because
+        # training may continue.
+        weights = dict.fromkeys([config.teacher] if config.teacher else [], "student")
+        self.weights: dict[str, str] = weights | dict.fromkeys(config.models, config.weights)
+        self.checkpoints = {n: run_folder.resolve(Path(n)) for n in self.weights if run_folder.is_run(Path(n))}
+        self.embedders = {
+            name: Embedder(
+                load_model(str(self.checkpoints.get(name, name)), ema=weights == "ema").to(self.device),
+                self.device,
+                batch_size=config.batch_size,
+                num_workers=config.num_workers,
+                precision=config.precision,
+                cache=self.results.cache if config.cache else None,
+            )
+            for name, weights in self.weights.items()
+        }
         self.costs: dict[str, Any] = {}
         self.results.folder.mkdir(parents=True, exist_ok=True)
-
-    def weights(self, name: str) -> str:
-        """student, or ema for an evaluated model if configured; a teacher has its usual weights."""
-        return self.config.weights if name in self.config.models else "student"
-
-    def load(self, name: str) -> Embedder:
-        config = self.config
-        encoder = load_model(str(self.checkpoints[name] or name), ema=self.weights(name) == "ema")
-        return Embedder(
-            encoder.to(self.device),
-            self.device,
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
-            precision=config.precision,
-            cache=self.results.cache if config.cache else None,
-        )
 
     def evaluate(self, subject: Subject) -> list[dict[str, Any]]:
         """A row of each model, the teacher's first."""
@@ -140,17 +136,12 @@ class Harness:
         started = time.perf_counter()
         measured = measure(embedder, subject, title=f"{subject.name}: {name.rpartition('/')[2]}")
         row = result_row(subject, embedder, measured, time.perf_counter() - started)
-        row |= {"model": name, "pretrained": name.partition("@")[2] or None, "weights": self.weights(name)}
-        if folder := self.checkpoints[name]:
-            row["checkpoint"] = str(folder)
+        row |= {"model": name, "pretrained": name.partition("@")[2] or None, "weights": self.weights[name]}
+        if name in self.checkpoints:
+            row["checkpoint"] = str(self.checkpoints[name])
         if name not in self.costs:  # on one process, while the others leave it the cores
             self.costs[name] = distributed.from_main(lambda: measure_cost(embedder.encoder, self.device))
         return {**row, "cost": self.costs[name]}, measured
-
-
-def find_checkpoint(model: str) -> Path | None:
-    """The newest checkpoint of a run, fixed now because training may continue; None for any other model."""
-    return run_folder.resolve(Path(model)) if run_folder.is_run(Path(model)) else None
 
 
 def describe_row(row: dict[str, Any]) -> str:

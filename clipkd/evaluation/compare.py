@@ -1,6 +1,6 @@
 """Compare two models on the same samples: paired differences, agreement, flips; and a student with its teacher."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +114,11 @@ def compare_values(first: dict[str, list], second: dict[str, list], metric: str)
     if metric == "mean_average_precision":
         return compare_precisions(first, second)
     ours, theirs = (sample_values(table, metric) for table in (first, second))
-    row = {"first": ours.mean().item(), "second": theirs.mean().item()}
+    row: dict[str, Any] = {"first": ours.mean().item(), "second": theirs.mean().item()}
     if metric in ("acc1", "acc5", "acc"):
-        return row | asdict(metrics.compare_paired(ours > 0, theirs > 0))
-    interval = metrics.difference_interval(theirs - ours)
-    return row | {"difference": (theirs - ours).mean().item(), "ci95": interval}
+        return row | metrics.compare_paired(ours > 0, theirs > 0)
+    change = theirs - ours
+    return row | {"difference": change.mean().item(), "ci95": metrics.difference_interval(change)}
 
 
 def sample_values(table: dict[str, list], metric: str) -> Tensor:
@@ -153,8 +153,7 @@ def compare_precisions(first: dict[str, list], second: dict[str, list]) -> dict[
         return torch.stack([metrics.average_precisions(each[drawn], targets[drawn]).mean() for each in (ours, theirs)])
 
     before, after = means(torch.arange(len(ours))).tolist()
-    half = metrics.Z95 * metrics.bootstrap_deviation(lambda drawn: means(drawn).diff()[0], len(ours))
-    interval = (after - before - half, after - before + half)
+    interval = metrics.bootstrap_interval(lambda drawn: means(drawn).diff()[0], len(ours), lowest=-1.0)
     return {"first": before, "second": after, "difference": after - before, "ci95": interval}
 
 
@@ -184,22 +183,16 @@ def beside_teacher(subject: Subject, student: Measured, teacher: Measured) -> di
     divergence = 0.0
     for p, q in zip(teacher.scores.log_probabilities(), student.scores.log_probabilities(), strict=True):
         divergence += (p.exp() * (p - q)).sum().item()
+    recalls = zip(subject.data.classnames or (), student.recalls, teacher.recalls, strict=True)
+    lost = [
+        {"class": number, "name": name, "recall": ours, "teacher_recall": theirs}
+        for number, (name, ours, theirs) in enumerate(recalls)
+        if ours < theirs  # not of NaN, the recall of a class without images
+    ]
     return row | {
         "acc1": teacher.metrics["acc1"],
         "agreement": row["paired"]["agreement"],
         "kl": divergence / len(subject.data),
-        "ece": None if teacher.calibration is None else teacher.calibration.ece,
-        "lost_classes": lost_classes(subject, student.recalls, teacher.recalls),
+        "ece": teacher.calibration and teacher.calibration["ece"],
+        "lost_classes": sorted(lost, key=lambda each: each["recall"] - each["teacher_recall"])[:LOST_CLASSES],
     }
-
-
-def lost_classes(subject: Subject, ours: list[float], theirs: list[float]) -> list[dict[str, Any]]:
-    """The classes whose recall fell most, worst first."""
-    names = subject.data.classnames
-    assert names is not None
-    fell = [number for number, recall in enumerate(ours) if recall < theirs[number]]  # NaN, without images, is not
-    worst = sorted(fell, key=lambda number: ours[number] - theirs[number])[:LOST_CLASSES]
-    return [
-        {"class": number, "name": names[number], "recall": ours[number], "teacher_recall": theirs[number]}
-        for number in worst
-    ]

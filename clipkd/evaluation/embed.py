@@ -1,20 +1,17 @@
 """Images and texts → features: each image once on any number of processes, cached per weights."""
 
 import functools
-import hashlib
 import importlib.metadata
-import json
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
@@ -54,7 +51,7 @@ class Embedder:
         tokens = encoder.spec.tokenize(list(PROBES)).tolist()
         versions = [importlib.metadata.version(name) for name in ("open_clip_torch", "torchvision", "transformers")]
         about = [FEATURES_VERSION, self.weights_sha256, encoder.architecture(), encoder.preprocess_config, tokens]
-        return hashlib.sha256(json.dumps([*about, self.precision, versions], default=str).encode()).hexdigest()
+        return files.sha256_of([*about, self.precision, versions])
 
     @torch.inference_mode()
     def images(self, data: EvaluationSet, title: str) -> Float[Tensor, "n d"]:
@@ -89,10 +86,7 @@ class Embedder:
     def texts(self, texts: Sequence[str], title: str = "captions") -> Float[Tensor, "n d"]:
         """Equal texts have bit-equal features."""
 
-        def encode(own: Sequence[str]) -> Tensor:
-            return torch.cat([self.encode_texts(part) for part in split(own, self.text_batch_size, title)])
-
-        return self.remember(lambda: share_out(texts, encode), "texts", texts)
+        return self.remember(lambda: self.share_out(texts, self.encode_texts, title), "texts", texts)
 
     @torch.inference_mode()
     def classifier(
@@ -100,16 +94,26 @@ class Embedder:
     ) -> Float[Tensor, "k d"]:
         """One unit vector per class, as open_clip builds it."""
 
-        def encode(own: Sequence[str]) -> Tensor:
-            parts = split(own, max(1, self.text_batch_size // len(templates)), title)
-            return torch.cat([zeroshot.build_classifier(self.encode_texts, part, templates) for part in parts])
+        def encode(names: Sequence[str]) -> Tensor:
+            return zeroshot.build_classifier(self.encode_texts, names, templates)
 
-        return self.remember(lambda: share_out(classnames, encode), "classifier", [classnames, templates])
+        return self.remember(
+            lambda: self.share_out(classnames, encode, title, texts_per_item=len(templates)),
+            "classifier",
+            [classnames, templates],
+        )
 
-    @property
-    def text_batch_size(self) -> int:
-        """Four texts take about the memory of one image."""
-        return 4 * self.batch_size
+    def share_out(
+        self, items: Sequence[str], encode: Callable[[Sequence[str]], Tensor], title: str, *, texts_per_item: int = 1
+    ) -> Tensor:
+        """A row per item on every process; each process encodes its share of the distinct items in batches."""
+        own = list(dict.fromkeys(items))[distributed.rank() :: distributed.world_size()]
+        size = max(1, 4 * self.batch_size // texts_per_item)  # four texts take about the memory of one image
+        parts = [own[start : start + size] for start in range(0, len(own), size)]
+        bar = progress.track(parts, title, len(parts), visible=distributed.rank() == 0 and len(parts) > 1)
+        shares = distributed.gather_objects((own, torch.cat([encode(part) for part in bar]) if own else torch.empty(0)))
+        row_of = {item: row for share in shares for item, row in zip(*share, strict=True)}
+        return torch.stack([row_of[item] for item in items])
 
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
         with self.autocast():
@@ -122,8 +126,7 @@ class Embedder:
         """Cached features of this model and source; computed and cached if there are none."""
         path = None
         if self.cache is not None:
-            key = hashlib.sha256(json.dumps([self.sha256, kind, source]).encode()).hexdigest()
-            path = self.cache / f"{kind}-{key[:32]}.safetensors"
+            path = self.cache / f"{kind}-{files.sha256_of([self.sha256, kind, source])[:32]}.safetensors"
             stored = load_features(path)
             if all(distributed.gather_objects(stored is not None)) and stored is not None:
                 return stored
@@ -144,23 +147,9 @@ def ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, lambda *_: None)
 
 
-def split(items: Sequence[str], size: int, title: str) -> Iterator[Sequence[str]]:
-    """Batches of the items, with a progress bar if there are several."""
-    parts = [items[start : start + size] for start in range(0, len(items), size)]
-    return progress.track(parts, title, len(parts), visible=distributed.rank() == 0 and len(parts) > 1)
-
-
-def share_out(items: Sequence[str], encode: Callable[[Sequence[str]], Tensor]) -> Tensor:
-    """A row per item on every process; each process encodes its share of the distinct items."""
-    own = list(dict.fromkeys(items))[distributed.rank() :: distributed.world_size()]
-    shares = distributed.gather_objects((own, encode(own) if own else torch.empty(0)))
-    row_of = {item: row for share in shares for item, row in zip(*share, strict=True)}
-    return torch.stack([row_of[item] for item in items])
-
-
 def load_features(path: Path) -> Tensor | None:
     """Cached features; None if the file is missing or damaged."""
     try:
-        return load_file(path)["features"]
-    except (OSError, SafetensorError, KeyError):
+        return files.read_tensors(path)["features"]
+    except (OSError, ValueError, KeyError):
         return None

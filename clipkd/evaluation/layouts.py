@@ -4,7 +4,6 @@ import io
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,10 @@ from clipkd.evaluation.sets import (
 )
 from clipkd.evaluation.tasks import Kind, Layout
 
-OPENED = (*(f".{extension}" for extension in IMAGE_EXTENSIONS), ".bmp", ".tif", ".tiff", ".gif")
-"""Suffixes of images in class folders: those of torchvision's ImageFolder, except NOT_OPENED."""
+SUFFIXES = (*(f".{name}" for name in (*IMAGE_EXTENSIONS, "bmp", "tif", "tiff", "gif", "ppm", "pgm", "pbm")),)
+"""Suffixes of images in class folders, as for torchvision's ImageFolder; a format that clipkd does not open is an error."""
 
 IMAGE_ORDER = ("webp", "png", "jpg", "jpeg")
-NOT_OPENED = (".ppm", ".pgm", ".pbm")
 
 
 def open_evaluation_set(
@@ -84,9 +82,8 @@ def read_prompts(root: Path) -> dict[str, Any]:
     """Class names, one of which may be blank (vtab/clevr_closest_object_distance has one), and templates."""
     classnames = read_lines(root / "classnames.txt")
     templates = read_lines(root / "zeroshot_classification_templates.txt")
-    for name, lines in (("classnames.txt", classnames), ("zeroshot_classification_templates.txt", templates)):
-        if not any(lines):
-            raise ValueError(f"{root / name} is empty")
+    if not any(classnames):
+        raise ValueError(f"{root / 'classnames.txt'} is empty")
     if wrong := [number for number, line in enumerate(templates, start=1) if "{c}" not in line]:
         path = root / "zeroshot_classification_templates.txt"
         raise ValueError(f"{path}: line {wrong[0]} has no {{c}}, where the class name goes")
@@ -164,21 +161,16 @@ def open_imagefolder(root: Path, split: str | None) -> EvaluationSet:
     pictures, labels = [], []
     for label, class_folder in enumerate(classes):
         for path in sorted(class_folder.rglob("*")):
-            suffix = path.suffix.lower()
-            if any(part.startswith(".") for part in path.relative_to(folder).parts):
-                continue
-            if suffix in NOT_OPENED:
-                raise ValueError(f"{path} is of a format that clipkd does not open; convert it, to PNG for example")
-            if suffix in OPENED:
-                pictures.append(Span(str(path.relative_to(folder)), path))
+            key = path.relative_to(folder)
+            if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in key.parts):
+                pictures.append(Span(str(key), path))
                 labels.append(label)
     if not pictures:
         raise ValueError(
-            f"{folder}: no image ({', '.join(OPENED)}) in its {len(classes)} class folders; a folder of several data sets "
+            f"{folder}: no image ({', '.join(SUFFIXES)}) in its {len(classes)} class folders; a folder of several data sets "
             "takes --task with their tasks"
         )
-    found = set(labels)
-    if empty := [path.name for label, path in enumerate(classes) if label not in found]:
+    if empty := [classes[label].name for label in sorted(set(range(len(classes))) - set(labels))]:
         warnings.warn(f"{folder}: {len(empty)} class folders hold no image, such as {empty[0]}", stacklevel=2)
     prompts = read_prompts(root) if (root / "classnames.txt").is_file() else {}
     if prompts and len(prompts["classnames"]) != len(classes):
@@ -194,36 +186,19 @@ def open_hugging_face(path: str, split: str, kind: Kind, columns: tuple[str, str
 
     rows = load_rows(path, split)
     image, label, caption = columns
-    wanted = label if kind in CLASS_KINDS else caption
-    for option, column in (("image_column", image), ("label_column" if wanted == label else "caption_column", wanted)):
+    wanted, option = (label, "label_column") if kind in CLASS_KINDS else (caption, "caption_column")
+    for column, name in ((image, "image_column"), (wanted, option)):
         if column not in rows.column_names:
-            raise ValueError(f"{path} has no column {column!r}, only {rows.column_names}; set {option} in the task")
-    feature = rows.features[wanted]
-    names = getattr(feature, "names", None)
+            raise ValueError(f"{path} has no column {column!r}, only {rows.column_names}; set {name} in the task")
+    names = getattr(rows.features[wanted], "names", None)
     rows = rows.select_columns([image, wanted]).cast_column(image, datasets.Image(decode=False))
     rows = rows.rename_columns({image: "image", wanted: "found"}) if (image, wanted) != ("image", "found") else rows
-    pictures = [
-        Row(f"row {number}", path, rows, number, Path(file) if file else None, size)
-        for number, (file, size) in enumerate(lengths(rows))
-    ]
+    pictures = [Row(f"row {number}", path, rows, number) for number in range(len(rows))]
     found = list(rows["found"])
-    width = len(found[0]) if kind == "multilabel" and found and isinstance(found[0], list) else 0
-    for number, value in enumerate(found):
-        where = f"{path}, row {number}"
-        if kind == "multilabel":
-            found[number] = check_vector(value, width, where)
-        elif kind != "classification":  # whose numbers are checked with the class names, which the task may give
-            found[number] = check_captions(kind, [value] if isinstance(value, str) else value, where)
+    if kind == "multilabel":
+        width = np.size(found[0]) if found else 0
+        found = [check_vector(value, width, f"{path}, row {number}") for number, value in enumerate(found)]
+    elif kind != "classification":  # whose numbers are checked with the class names, which the task may give
+        texts = ([value] if isinstance(value, str) else value for value in found)
+        found = [check_captions(kind, value, f"{path}, row {number}") for number, value in enumerate(texts)]
     return with_labels(EvaluationSet(path, kind, pictures, classnames=names), found)
-
-
-def lengths(rows: Any) -> Iterator[tuple[str | None, int]]:
-    """The path of every image that has no bytes, and its number of bytes, without reading images."""
-    import pyarrow.compute
-
-    compute: Any = pyarrow.compute  # its functions are unknown to type checkers
-    for batch in rows.with_format("arrow").iter(10_000):
-        images = batch["image"].combine_chunks()
-        sizes = compute.binary_length(compute.struct_field(images, "bytes")).to_pylist()
-        paths = compute.struct_field(images, "path").to_pylist()
-        yield from ((path if size is None else None, size or 0) for path, size in zip(paths, sizes, strict=True))

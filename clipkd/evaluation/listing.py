@@ -18,8 +18,7 @@ class ListConfig:
 def list_tasks(config: ListConfig) -> Table:
     """One line per task file: metric, sizes, chance level, and where its data is."""
     table = Table()
-    headings = ["file", "task", "kind", "metric", "images", "classes", "chance %", *(["data"] if config.data else [])]
-    for heading in headings:
+    for heading in ("file", "task", "kind", "metric", "images", "classes", "chance %", *["data"] * bool(config.data)):
         right = heading in ("images", "classes", "chance %")
         table.add_column(heading, justify="right" if right else "left", no_wrap=not right)
     for file in find_task_files(as_tuple(config.task)):
@@ -30,5 +29,5 @@ def list_tasks(config: ListConfig) -> Table:
         numbers = ["" if value is None else f"{value:,}" for value in (task.num_images, task.num_classes)]
         chance = "" if task.chance is None else f"{100 * task.chance:.2f}"
         where = [find_data(task, file, config.data) or "–"] if config.data else []
-        table.add_row(file.stem, task.name or "", task.kind or "", metric, *numbers, chance, *where)
+        table.add_row(file.stem, task.name, task.kind or "", metric, *numbers, chance, *where)
     return table

@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from clipkd.evaluation import metrics as scoring
-from clipkd.evaluation import retrieval, zeroshot
 from clipkd.evaluation.embed import Embedder
 from clipkd.evaluation.metrics import Interval
 from clipkd.evaluation.sets import EvaluationSet
@@ -29,7 +28,7 @@ class Measured:
     counts: dict[str, int]
     samples: dict[str, list[Any]]
     """One column per name, one entry per sample."""
-    calibration: scoring.Calibration | None = None
+    calibration: dict[str, Any] | None = None
     scores: "ClassScores | None" = None
     """classification: for the comparison with a teacher."""
     recalls: list[float] = field(default_factory=list)
@@ -78,15 +77,12 @@ def measure_classes(data: EvaluationSet, scores: ClassScores) -> Measured:
     """Top-1, top-5 and mean per-class recall; calibration of the softmax at the model's own scale."""
     labels, num_classes = torch.tensor(data.labels), len(scores.classifier)
     columns: list[tuple[Tensor, ...]] = []
-    start = 0
-    for cosines in scores.cosines():
-        ranked = zeroshot.rank_classes(cosines)
-        truth = labels[start : start + len(cosines), None]
+    for cosines, truth in zip(scores.cosines(), labels[:, None].split(CHUNK), strict=True):
+        ranked = rank_classes(cosines)
         own = cosines.gather(1, truth)
         others = cosines.scatter(1, truth, -torch.inf).max(dim=1, keepdim=True).values
         confidence = (scores.scale * cosines).softmax(dim=1).max(dim=1, keepdim=True).values
         columns.append((ranked, own - others, confidence))
-        start += len(cosines)
     ranked, margin, confidence = (torch.cat(parts) for parts in zip(*columns, strict=True))
     hits = ranked == labels[:, None]
     correct1, correct5 = hits[:, 0], hits.any(dim=1)
@@ -97,12 +93,10 @@ def measure_classes(data: EvaluationSet, scores: ClassScores) -> Measured:
         "acc5": num5 / n if num_classes >= 5 else None,
         "mean_per_class_recall": recalls[~recalls.isnan()].mean().item(),
     }
-    intervals = {
-        "acc1": scoring.proportion_interval(num1, n),
-        "acc5": scoring.proportion_interval(num5, n),
-        "mean_per_class_recall": scoring.recall_interval(correct1, labels, num_classes),
-    }
-    intervals = {name: interval for name, interval in intervals.items() if values[name] is not None}
+    intervals = {"acc1": scoring.proportion_interval(num1, n)}
+    if num_classes >= 5:
+        intervals["acc5"] = scoring.proportion_interval(num5, n)
+    intervals["mean_per_class_recall"] = scoring.recall_interval(correct1, labels, num_classes)
     samples = {
         "key": data.keys,
         "label": list(data.labels),
@@ -116,44 +110,53 @@ def measure_classes(data: EvaluationSet, scores: ClassScores) -> Measured:
     return Measured(values, intervals, counts, samples, calibration, scores, recalls.tolist())
 
 
+def rank_classes(cosines: Float[Tensor, "b k"], *, num_ranks: int = 5) -> Int[Tensor, "b r"]:
+    """The most similar classes of each image, best first; ties (duplicate names) in order of index."""
+    return cosines.sort(dim=-1, descending=True, stable=True).indices[:, :num_ranks]
+
+
 def measure_multilabel(data: EvaluationSet, scores: ClassScores) -> Measured:
     """Mean average precision over classes, of cosines (as CLIP_benchmark)."""
     assert data.targets is not None
     cosines, targets = torch.cat(list(scores.cosines())), torch.from_numpy(data.targets)
     precisions = scoring.average_precisions(cosines, targets)
-    samples = {
-        "key": data.keys,
-        "label": [row.nonzero()[:, 0].tolist() for row in targets],
-        "scores": cosines.tolist(),
-    }
-    mean: dict[str, float | None] = {"mean_average_precision": precisions.mean().item()}
-    interval = {"mean_average_precision": scoring.bootstrap_interval(cosines, targets)}
-    return Measured(mean, interval, {"num_positives": int(targets.sum())}, samples, recalls=precisions.tolist())
+
+    def mean(drawn: Tensor) -> Tensor:
+        return scoring.average_precisions(cosines[drawn], targets[drawn]).mean()
+
+    labels = [row.nonzero()[:, 0].tolist() for row in targets]
+    return Measured(
+        metrics={"mean_average_precision": precisions.mean().item()},
+        ci95={"mean_average_precision": scoring.bootstrap_interval(mean, len(cosines))},
+        counts={"num_positives": int(targets.sum())},
+        samples={"key": data.keys, "label": labels, "scores": cosines.tolist()},
+        recalls=precisions.tolist(),
+    )
 
 
 def measure_retrieval(data: EvaluationSet, images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"]) -> Measured:
     """Recall@k in both directions: whether one of a query's positives is among its k most similar (COCO, Flickr)."""
     counts = torch.tensor([len(captions) for captions in data.captions])
-    image_of = torch.repeat_interleave(torch.arange(len(images)), counts)
-    pairs = torch.stack([torch.arange(len(texts)), image_of], dim=1)
-    text_ranks = retrieval.best_ranks(texts, images, pairs)  # of each caption's image among the images
-    image_ranks = retrieval.best_ranks(images, texts, pairs.flip(1))
+    every_image = torch.arange(len(images))
+    image_of = every_image.repeat_interleave(counts)
+    text_ranks = scoring.best_ranks(texts, images, image_of, every_image)  # of each caption's image among the images
+    image_ranks = scoring.best_ranks(images, texts, every_image, image_of)
     values: dict[str, float | None] = {}
     intervals: dict[str, Interval] = {}
     found: dict[str, int] = {}
     for k in RECALL_AT:
-        by_text, by_image = text_ranks < k, image_ranks < k
+        by_text, by_image = (text_ranks < k).double(), (image_ranks < k).double()
         found |= {f"num_images_found@{k}": int(by_text.sum()), f"num_texts_found@{k}": int(by_image.sum())}
-        values[f"image_retrieval_recall@{k}"] = by_text.double().mean().item()
-        values[f"text_retrieval_recall@{k}"] = by_image.double().mean().item()
+        share = by_text.mean()
+        values[f"image_retrieval_recall@{k}"] = share.item()
+        values[f"text_retrieval_recall@{k}"] = by_image.mean().item()
         # Images are independent; the captions of one image are not.
-        share = by_text.double().mean()
-        hits = torch.zeros(len(images), dtype=torch.float64).index_add_(0, image_of, by_text.double())
+        hits = torch.zeros(len(images), dtype=torch.float64).index_add_(0, image_of, by_text)
         per_image = share + (hits - share * counts) / counts.double().mean()
         intervals[f"image_retrieval_recall@{k}"] = scoring.mean_interval(per_image)
         intervals[f"text_retrieval_recall@{k}"] = scoring.proportion_interval(int(by_image.sum()), len(images))
         if k == 1:
-            both = (per_image + by_image.double()) / 2
+            both = (per_image + by_image) / 2
             values["mean_recall@1"] = both.mean().item()
             intervals["mean_recall@1"] = scoring.mean_interval(both)
     samples = {
@@ -171,7 +174,9 @@ def measure_pairs(data: EvaluationSet, images: Float[Tensor, "n d"], texts: Floa
     same = torch.tensor([captions[0] == captions[1] for captions in data.captions])
     correct = (margin > 0) & ~same
     num, ties = int(correct.sum()), int(((margin == 0) | same).sum())
-    samples = {"key": data.keys, "correct": correct.tolist(), "margin": margin.tolist()}
-    accuracy: dict[str, float | None] = {"acc": num / len(images)}
-    interval = {"acc": scoring.proportion_interval(num, len(images))}
-    return Measured(accuracy, interval, {"num_correct": num, "num_ties": ties}, samples)
+    return Measured(
+        metrics={"acc": num / len(images)},
+        ci95={"acc": scoring.proportion_interval(num, len(images))},
+        counts={"num_correct": num, "num_ties": ties},
+        samples={"key": data.keys, "correct": correct.tolist(), "margin": margin.tolist()},
+    )

@@ -1,8 +1,8 @@
-"""Metrics of a benchmark: averages, confidence intervals, paired tests, calibration."""
+"""Metrics of a benchmark: averages, ranks of retrieval, confidence intervals, paired tests, calibration."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,11 +34,35 @@ def average_precisions(scores: Float[Tensor, "n k"], targets: Bool[Tensor, "n k"
     return (precision * hits).sum(0) / hits.sum(0).clamp_min(1)
 
 
+def best_ranks(
+    queries: Float[Tensor, "q d"],
+    keys: Float[Tensor, "k d"],
+    query_groups: Int[Tensor, "q"],
+    key_groups: Int[Tensor, "k"],
+    *,
+    chunk: int = 1024,
+) -> Int[Tensor, "q"]:
+    """For each query, the number of keys ranked before its first positive; ties in order of index.
+
+    queries, keys: unit-norm features. The positives of a query are the keys of its group, at least one. chunk: queries
+    per matrix product.
+    """
+    # A matrix product may round the columns of equal keys (duplicate captions) differently; ties must stay ties.
+    distinct, copy_of = keys.unique(dim=0, return_inverse=True)
+    index, ranks = torch.arange(len(keys)), []
+    for part, groups in zip(queries.split(chunk), query_groups.split(chunk), strict=True):
+        cosines, is_positive = (part @ distinct.T)[:, copy_of], groups[:, None] == key_groups
+        highest = cosines.masked_fill(~is_positive, -torch.inf).max(dim=1, keepdim=True).values
+        where = (is_positive & (cosines == highest)).int().argmax(dim=1, keepdim=True)
+        ranks.append(((cosines > highest) | ((cosines == highest) & (index < where))).sum(dim=1))
+    return torch.cat(ranks)
+
+
 def proportion_interval(num_hits: int, n: int) -> Interval:
     """Wilson's 95 % interval of a share."""
     share, z2 = num_hits / n, Z95 * Z95
     centre, half = share + z2 / (2 * n), Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, (centre - half) / (1 + z2 / n)), min(1.0, (centre + half) / (1 + z2 / n))
+    return clip((centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n))
 
 
 def recall_interval(correct: Bool[Tensor, "n"], labels: Int[Tensor, "n"], num_classes: int) -> Interval:
@@ -62,62 +86,48 @@ def mean_interval(values: Float[Tensor, "n"]) -> Interval:
 
 
 def bootstrap_interval(
-    scores: Float[Tensor, "n k"], targets: Bool[Tensor, "n k"], *, resamples: int = 200, seed: int = 0
+    statistic: Callable[[Int[Tensor, "n"]], Float[Tensor, ""]],
+    n: int,
+    *,
+    lowest: float = 0.0,
+    resamples: int = 200,
+    seed: int = 0,
 ) -> Interval:
-    """95 % interval of the mean average precision: ± 1.96 standard deviations over resampled images.
+    """95 % interval of a statistic in [lowest, 1]: ± 1.96 standard deviations over resampled images.
 
-    Not percentiles of the resamples: an image drawn twice raises the average precision.
+    statistic: takes the positions of n samples, drawn with replacement. Not percentiles of the resamples: an image drawn
+    twice raises the average precision.
     """
-
-    def mean(drawn: Tensor) -> Tensor:
-        return average_precisions(scores[drawn], targets[drawn]).mean()
-
-    spread = bootstrap_deviation(mean, len(scores), resamples=resamples, seed=seed)
-    return around(average_precisions(scores, targets).mean().item(), spread)
-
-
-def bootstrap_deviation(
-    statistic: Callable[[Int[Tensor, "n"]], Float[Tensor, ""]], n: int, *, resamples: int = 200, seed: int = 0
-) -> float:
-    """Standard deviation of a statistic over resamples. statistic: takes the positions of n samples, drawn with replacement."""
     generator = torch.Generator().manual_seed(seed)
-    values = [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(resamples)]
-    return torch.stack(values).std().item()
+    drawn = [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(resamples)]
+    return around(statistic(torch.arange(n)).item(), torch.stack(drawn).std().item(), lowest=lowest)
 
 
-def around(mean: float, standard_error: float) -> Interval:
-    return max(0.0, mean - Z95 * standard_error), min(1.0, mean + Z95 * standard_error)
+def around(mean: float, standard_error: float, *, lowest: float = 0.0) -> Interval:
+    return clip(mean - Z95 * standard_error, mean + Z95 * standard_error, lowest=lowest)
 
 
-@dataclass(frozen=True)
-class Paired:
-    """Two models on the same samples; differences are second minus first."""
-
-    n: int
-    difference: float
-    ci95: Interval
-    mcnemar_p: float
-    """Exact two-sided p of McNemar's test: probability of flips this unequal between equal models."""
-    won: int
-    """Samples that only the second model gets right."""
-    lost: int
-    """Samples that only the first model gets right."""
+def clip(low: float, high: float, *, lowest: float = 0.0) -> Interval:
+    return max(lowest, low), min(1.0, high)
 
 
-def compare_paired(first: Bool[Tensor, "n"], second: Bool[Tensor, "n"]) -> Paired:
-    """first, second: whether each sample is right. The interval: Agresti and Min (2005), half a sample added per cell."""
+def compare_paired(first: Bool[Tensor, "n"], second: Bool[Tensor, "n"]) -> dict[str, Any]:
+    """Difference (second minus first) with its interval, samples won and lost, and the p value of McNemar's test.
+
+    first, second: whether each sample is right. The interval: Agresti and Min (2005), half a sample added per cell.
+    """
     won, lost, n = int((second & ~first).sum()), int((first & ~second).sum()), len(first)
     centre, spread = (won - lost) / (n + 2), (won + lost + 1) / (n + 2)
     half = Z95 * math.sqrt(max(0.0, spread - centre**2) / (n + 2))
-    interval = max(-1.0, centre - half), min(1.0, centre + half)
-    return Paired(n, (won - lost) / n, interval, mcnemar_p(won, lost), won, lost)
+    interval = clip(centre - half, centre + half, lowest=-1.0)
+    paired = {"n": n, "difference": (won - lost) / n, "ci95": interval, "mcnemar_p": mcnemar_p(won, lost)}
+    return paired | {"won": won, "lost": lost}
 
 
 def difference_interval(differences: Float[Tensor, "n"]) -> Interval:
     """95 % interval of the mean of paired differences in [−1, 1] that are not binary."""
-    mean, n = differences.double().mean().item(), len(differences)
-    half = Z95 * differences.double().std(correction=0).item() / math.sqrt(n)
-    return max(-1.0, mean - half), min(1.0, mean + half)
+    values = differences.double()
+    return around(values.mean().item(), values.std(correction=0).item() / math.sqrt(len(values)), lowest=-1.0)
 
 
 def mcnemar_p(won: int, lost: int) -> float:
@@ -130,28 +140,17 @@ def mcnemar_p(won: int, lost: int) -> float:
     return min(1.0, 2 * math.exp(torch.logsumexp(ways, 0).item() - thrown * math.log(2)))
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Confidence against accuracy in bins of equal width (arXiv 1706.04599)."""
+def calibrate(confidence: Float[Tensor, "n"], correct: Bool[Tensor, "n"]) -> dict[str, Any]:
+    """Confidence against accuracy in bins of equal width (arXiv 1706.04599).
 
-    ece: float
-    """Expected calibration error: mean gap between confidence and accuracy, in [0, 1]."""
-    counts: list[int]
-    confidences: list[float | None]
-    """Mean of each bin; None where it is empty."""
-    accuracies: list[float | None]
-
-
-def calibrate(confidence: Float[Tensor, "n"], correct: Bool[Tensor, "n"]) -> Calibration:
-    """confidence: the largest class probability of each image."""
+    ece: expected calibration error, the mean gap of confidence and accuracy, in [0, 1]; counts, confidences, accuracies:
+    of each bin, the last two None where it is empty. confidence: the largest class probability of each image.
+    """
     bins = (confidence.double() * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1  # (0, 1/15], (1/15, 2/15] …
     counts = torch.bincount(bins, minlength=NUM_BINS)
     sums = torch.zeros(2, NUM_BINS, dtype=torch.float64)
     sums[0].index_add_(0, bins, confidence.double())
     sums[1].index_add_(0, bins, correct.double())
+    means = [[mean if mean == mean else None for mean in row] for row in (sums / counts).tolist()]  # 0/0 is NaN
     ece = (sums[0] - sums[1]).abs().sum().item() / len(confidence)
-    confidences, accuracies = (
-        [total / count if count else None for total, count in zip(row.tolist(), counts.tolist(), strict=True)]
-        for row in sums
-    )
-    return Calibration(ece, counts.tolist(), confidences, accuracies)
+    return {"ece": ece, "counts": counts.tolist(), "confidences": means[0], "accuracies": means[1]}

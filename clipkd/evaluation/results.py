@@ -1,8 +1,6 @@
 """Result files in the schemas of DataComp and CLIP_benchmark. A row is written last, after its samples."""
 
-import hashlib
 import importlib.metadata
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +30,6 @@ def result_row(subject: Subject, embedder: Embedder, measured: Measured, seconds
     """The fields of DataComp's eval_results.jsonl and of CLIP_benchmark's JSON, with intervals, hashes and versions."""
     data = subject.data
     main = measured.metrics.get(subject.metric)
-    calibration = None if measured.calibration is None else asdict(measured.calibration)
     return {
         "key": subject.name,
         "dataset": subject.task.title or subject.name,
@@ -45,7 +42,7 @@ def result_row(subject: Subject, embedder: Embedder, measured: Measured, seconds
         "n": len(data),
         **measured.counts,
         **({"num_classes": data.num_classes} if data.num_classes else {}),
-        **({} if calibration is None else {"calibration": calibration}),
+        **({"calibration": measured.calibration} if measured.calibration else {}),
         "language": "en",
         "precision": embedder.precision,
         "logit_scale": embedder.encoder.logit_scale.item(),
@@ -66,7 +63,7 @@ def result_row(subject: Subject, embedder: Embedder, measured: Measured, seconds
 def result_id(subject: Subject, embedder: Embedder) -> str:
     """Identifies a result: equal for the same model, data (same place, unchanged), prompts and metric."""
     about = [RESULT_VERSION, subject.name, subject.metric, embedder.sha256, subject.data.stamps_sha256]
-    return hashlib.sha256(json.dumps([*about, subject.prompts_sha256()]).encode()).hexdigest()[:32]
+    return files.sha256_of([*about, subject.prompts_sha256()])[:32]
 
 
 def describe_result(row: dict[str, Any]) -> str:
@@ -108,33 +105,25 @@ class Results:
         return self.folder / "cache"
 
     def rows(self) -> list[dict[str, Any]]:
-        """The newest row per model, weights, precision and task; rows of other programs are left out."""
-        rows = [row for row in files.read_rows(self.path) if row.keys() >= REQUIRED]
-        return list({(label(row), row["key"]): row for row in rows}.values())
+        """One row per model, weights, precision and task; rows of other programs are left out."""
+        return [row for row in files.read_rows(self.path) if row.keys() >= REQUIRED]
 
     def find(self, id: str, model: str) -> dict[str, Any] | None:
         """A row of an earlier call whose samples still exist."""
         rows = [row for row in self.rows() if (row["id"], row["model"]) == (id, model)]
-        return rows[-1] if rows and (self.folder / rows[-1]["samples"]).is_file() else None
+        return next((row for row in rows if (self.folder / row["samples"]).is_file()), None)
 
     def add(self, row: dict[str, Any], samples: dict[str, list[Any]]) -> dict[str, Any]:
         """Write the samples, CLIP_benchmark's file, then the row; replaces an older row of the same name. Call on one process."""
         name = file_name(f"{label(row)}--{row['key']}", row["id"])
         row = {**row, "samples": f"samples/{name}.parquet"}
         write_samples(self.folder / row["samples"], samples)
-        benchmark = {
-            field: row.get(field) for field in ("dataset", "model", "pretrained", "task", "metrics", "language")
-        }
+        benchmark = {field: row.get(field) for field in ("pretrained", "task", "metrics", "language")}
         benchmark |= {"dataset": row["key"], "model": str(row["model"]).partition("@")[0]}
-        files.write_text(self.folder / "clip_benchmark" / f"{name}.json", files.to_json(benchmark, indent=1))
-        kept, replaced = [], []
-        for old in files.read_rows(self.path):
-            same = old.keys() >= REQUIRED and (label(old), old["key"]) == (label(row), row["key"])
-            (replaced if same else kept).append(old)
-        if replaced:
-            files.write_text(self.path, "".join(files.to_json(old) + "\n" for old in (*kept, row)))
-        else:
-            files.append_row(self.path, row)
+        files.write_json(self.folder / "clip_benchmark" / f"{name}.json", benchmark)
+        replaced = [old for old in self.rows() if (label(old), old["key"]) == (label(row), row["key"])]
+        kept = [old for old in files.read_rows(self.path) if old not in replaced]
+        files.write_text(self.path, "".join(files.to_json(each) + "\n" for each in (*kept, row)))
         for old in replaced:
             if old["samples"] != row["samples"]:
                 (self.folder / old["samples"]).unlink(missing_ok=True)
@@ -144,7 +133,7 @@ class Results:
 
 def file_name(text: str, id: str) -> str:
     """A safe file name, readable as far as possible and unique per result."""
-    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', text)[-120:]}-{hashlib.sha256((text + id).encode()).hexdigest()[:12]}"
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', text)[-120:]}-{files.sha256_of(text + id)[:12]}"
 
 
 def write_samples(path: Path, samples: dict[str, list[Any]]) -> None:

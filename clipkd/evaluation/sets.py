@@ -1,8 +1,6 @@
 """Evaluation sets: where every image is stored, with its label, labels or captions."""
 
 import functools
-import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from clipkd import files
 from clipkd.evaluation.tasks import Kind
 from clipkd.images import open_image
 
@@ -53,9 +52,6 @@ class Row:
     where: str
     rows: Any
     number: int
-    path: Path | None
-    """The image file, if the rows hold paths instead of bytes."""
-    size: int
 
     def read(self) -> bytes:
         image = self.rows[self.number]["image"]
@@ -64,9 +60,7 @@ class Row:
         return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
     def stamp(self, stat: Callable[[Path], os.stat_result]) -> tuple[int, int | str]:
-        if self.path is not None and self.path.is_file():
-            return stat(self.path).st_size, stat(self.path).st_mtime_ns
-        return self.size, str(self.rows._fingerprint)
+        return -1, str(self.rows._fingerprint)  # lengths would need a pass over the images
 
 
 Picture = Span | Row
@@ -114,12 +108,12 @@ class EvaluationSet:
         if self.targets is not None:
             found = self.targets.astype(int).tolist()
         about = [self.kind, [(key, size) for key, size, _ in self.stamps], found]
-        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+        return files.sha256_of(about)
 
     @functools.cached_property
     def stamps_sha256(self) -> str:
         """Of the content, its place and the files' times: differs when a file is rewritten."""
-        return hashlib.sha256(json.dumps([self.root, self.stamps, self.sha256]).encode()).hexdigest()
+        return files.sha256_of([self.root, self.stamps, self.sha256])
 
 
 class Images(Dataset):

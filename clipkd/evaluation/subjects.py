@@ -1,12 +1,11 @@
 """Tasks with their data: class names and templates filled in, sizes checked against the task."""
 
-import hashlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from clipkd import files
 from clipkd.evaluation.layouts import open_evaluation_set
 from clipkd.evaluation.sets import CLASS_KINDS, EvaluationSet, check_label, check_vector
 from clipkd.evaluation.tasks import METRICS, Task, locate
@@ -34,8 +33,7 @@ class Subject:
         return 0.5 if self.data.kind == "pairs" else None
 
     def prompts_sha256(self) -> str:
-        prompts = [list(self.data.classnames or ()), list(self.data.templates or ())]
-        return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+        return files.sha256_of([list(self.data.classnames or ()), list(self.data.templates or ())])
 
 
 def open_subjects(tasks: tuple[str, ...], roots: tuple[str, ...], *, skip_missing: bool = False) -> list[Subject]:
@@ -43,8 +41,6 @@ def open_subjects(tasks: tuple[str, ...], roots: tuple[str, ...], *, skip_missin
 
     Raises: FileNotFoundError naming the tasks without data; ValueError for data that differs from its task.
     """
-    if not roots:
-        raise ValueError("data is empty; name a data folder")
     found = [open_subject(task, folder) for task, folder in locate(tasks, roots, skip_missing=skip_missing)]
     names = [subject.name for subject in found]
     if twice := [name for name in names if names.count(name) > 1]:

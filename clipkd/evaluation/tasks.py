@@ -1,11 +1,12 @@
 """Zero-shot tasks: the options of a task file, and where files and data are found. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
 
 from clipkd.config import shipped
-from clipkd.config.parse import parse_into
 from clipkd.errors import require
 
 Kind = Literal["classification", "multilabel", "retrieval", "pairs"]
@@ -71,9 +72,34 @@ def as_tuple(value: tuple[str, ...] | str) -> tuple[str, ...]:
 
 
 def load_task(path: str | Path | None) -> Task:
-    """A task file; None is CLIP_benchmark's webdataset layout. Exits with one line if the file is wrong."""
-    arguments = [] if path is None else ["--config", str(path)]
-    return parse_into(Task, arguments, f"eval --task {path or ''}".strip(), "A zero-shot task.")
+    """A task file; None is CLIP_benchmark's webdataset layout. Raises: ValueError naming the file and the wrong option."""
+    if path is None:
+        return Task()
+    types: dict[str, Any] = {field.name: field.type for field in fields(Task)}
+    try:
+        options = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.CSafeLoader)
+        if not isinstance(options, dict):
+            raise ValueError("it holds no options; write lines such as 'name: mine'")
+        for name, value in options.items():
+            if name not in types:
+                raise ValueError(f"there is no option {name!r}{shipped.near_misses(str(name), types)}")
+            if not fits(value, types[name]):
+                raise ValueError(f"{name} is {value!r}; it must be {types[name]}")
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+        return Task(**values)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value of a YAML file has an option's type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if get_args(kind):
+        return any(fits(value, each) for each in get_args(kind))
+    return isinstance(value, kind if kind is not float else float | int) and not isinstance(value, bool)
 
 
 def find_task_files(names: tuple[str, ...]) -> list[Path]:
@@ -108,22 +134,21 @@ def locate(tasks: tuple[str, ...], roots: tuple[str, ...], *, skip_missing: bool
     the data of several tasks is stored, under the tasks' names.
     Raises: FileNotFoundError naming the tasks without data.
     """
+    if not roots:
+        raise ValueError("data is empty; name a data folder")
     files: list[Path | None] = list(find_task_files(tasks)) or [None]
-    loaded = [(file, load_task(file)) for file in files]
+    loaded = [load_task(file) for file in files]
     if len(files) == 1:
-        ((file, task),) = loaded
-        return [(task, find_data(task, file, root) or root) for root in roots]
+        return [(loaded[0], find_data(loaded[0], files[0], root) or root) for root in roots]
     if len(roots) != 1:
         raise ValueError("several tasks take one data folder, below which the data of all of them is stored")
-    root = roots[0]
-    found = [(file, task, find_data(task, file, root)) for file, task in loaded]
-    missing = [str(task.name) for _, task, folder in found if folder is None and task.name]  # others fit any data
-    named = ", ".join(missing[:10]) + " …" * (len(missing) > 10)
-    if all(folder is None for *_, folder in found):
-        raise FileNotFoundError(f"{root} has no data folder for any task ({named}); eval/README.md lists their names")
-    if missing and not skip_missing:
+    found = [(task, find_data(task, file, roots[0])) for file, task in zip(files, loaded, strict=True)]
+    missing = [str(task.name) for task, folder in found if folder is None and task.name]  # others fit any data
+    present = [(task, folder) for task, folder in found if folder is not None]
+    if not present or (missing and not skip_missing):
+        named = ", ".join(missing[:10]) + " …" * (len(missing) > 10)
+        advice = ", or leave them out with --skip_missing" if present else "; eval/README.md names the folders"
         raise FileNotFoundError(
-            f"{root} has no data folder for {named} ({len(missing)} of {len(files)} tasks); see `clipkd eval ls "
-            f"--data {root}`, or leave them out with --skip_missing"
+            f"{roots[0]} has no data folder for {named} ({len(missing)} of {len(files)} tasks){advice}"
         )
-    return [(task, folder) for _, task, folder in found if folder is not None]
+    return present

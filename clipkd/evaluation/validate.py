@@ -30,7 +30,10 @@ def validate(config: ValidateConfig) -> list[str]:
     for task, folder in locate(as_tuple(config.task), (config.data,), skip_missing=True):
         try:
             subject = open_subject(task, folder)
-            decode_some(subject, config.decode)
+            images = Images(subject.data.pictures, lambda image: image)
+            count = min(config.decode or len(images), len(images))
+            for place in range(count):
+                images[place * len(images) // count]
         except (ValueError, OSError) as error:
             problems.append(str(error))
         else:
@@ -38,18 +41,10 @@ def validate(config: ValidateConfig) -> list[str]:
     return problems
 
 
-def decode_some(subject: Subject, number: int) -> None:
-    """Raises: ValueError naming the image that cannot be decoded."""
-    images = Images(subject.data.pictures, lambda image: image)
-    count = min(number or len(images), len(images))
-    for place in range(count):
-        images[place * len(images) // count]
-
-
 def describe(subject: Subject) -> str:
     data = subject.data
     parts = [f"{len(data):,} images"]
-    if data.classnames is not None and data.templates is not None:
+    if data.templates is not None:
         parts.append(f"{data.num_classes:,} classes, {len(data.templates)} templates")
         if idle := data.num_classes - len(set(data.labels)) if data.labels else 0:
             parts.append(f"{idle} classes without images")

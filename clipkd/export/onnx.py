@@ -56,8 +56,7 @@ def write_onnx(encoder: Encoder, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     texts = encoder.spec.tokenize(["a photo of a cat", "two dogs and a bird in the snow"])
     pixels = torch.randn(2, 3, *encoder.spec.size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        dynamic = encoder.short_text_tower is not None and encoder.looks_back_only(texts)
+    dynamic = encoder.short_text_tower is not None
     about = {key: json.dumps(value) for key, value in describe(encoder, tokenizer, dynamic=dynamic).items()}
     batch = torch.export.Dim("batch")
     sequence = {1: torch.export.Dim("sequence", min=2, max=texts.shape[1])} if dynamic else {}

@@ -3,8 +3,10 @@
 import contextlib
 import statistics
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,31 +77,28 @@ class SavedBytes:
     """Bytes that autograd saves for backward passes, without the weights: now and at the peak. A storage counts once."""
 
     def __init__(self) -> None:
-        self.storages: Counter[int] = Counter()
+        self.holders: Counter[int] = Counter()
+        """Address of a storage → saved tensors that share it."""
         self.now = self.peak = 0
 
     def keep(self, tensor: Tensor) -> "SavedTensor":
-        return SavedTensor(tensor, None if tensor.is_leaf and tensor.requires_grad else self)
+        saved = SavedTensor(tensor.detach())  # the graph must not refer to itself
+        if not (tensor.is_leaf and tensor.requires_grad):
+            storage = tensor.untyped_storage()
+            self.now += storage.nbytes() if not self.holders[storage.data_ptr()] else 0
+            self.holders[storage.data_ptr()] += 1
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(saved, self.release, storage.data_ptr(), storage.nbytes())
+        return saved
+
+    def release(self, address: int, num_bytes: int) -> None:
+        self.holders[address] -= 1
+        self.now -= num_bytes if not self.holders[address] else 0
 
 
+@dataclass(eq=False)
 class SavedTensor:
-    """A saved tensor, counted while the graph holds it."""
-
-    def __init__(self, tensor: Tensor, counter: SavedBytes | None) -> None:
-        # Detached, as the graph must not refer to itself.
-        self.tensor, self.counter, storage = tensor.detach(), counter, tensor.untyped_storage()
-        self.address, self.num_bytes = storage.data_ptr(), storage.nbytes()
-        self.count(1)
-
-    def count(self, number: int) -> None:
-        if self.counter is None:
-            return
-        held, self.counter.storages[self.address] = (n := self.counter.storages[self.address]), n + number
-        self.counter.now += self.num_bytes * (bool(held + number) - bool(held))
-        self.counter.peak = max(self.counter.peak, self.counter.now)
-
-    def __del__(self) -> None:
-        self.count(-1)
+    tensor: Tensor
 
 
 @contextlib.contextmanager

@@ -144,10 +144,11 @@ def wrap_open_clip(model: Any, tokenizer: Any, *, name: str, model_config: dict[
 
 
 def can_be_shortened(model: Any) -> bool:
-    """Whether a text tower has the causal mask and the embeddings that encode_short can cut."""
+    """Whether a text tower has a causal mask that encode_short can cut, and its feature is a token before the padding."""
     tower, _ = find_text_tower(model)
+    pooled = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))  # CLIP's name, CustomTextCLIP's
     causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
-    return causal and type(model) in (open_clip.CLIP, open_clip.CustomTextCLIP)
+    return causal and pooled in ("argmax", "eos") and type(model) in (open_clip.CLIP, open_clip.CustomTextCLIP)
 
 
 def find_text_tower(model: Any) -> tuple[Any, str]:

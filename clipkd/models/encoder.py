@@ -35,10 +35,10 @@ class Encoder(nn.Module):
         model_config: dict[str, Any] | None = None,
         short_text_tower: Callable[[Any, Tensor], Tensor] | None = None,
     ) -> None:
-        """short_text_tower: a text tower for fewer tokens than its context; compared with text_tower before it is used."""
+        """short_text_tower: a text tower for fewer tokens than the context, for towers that do not attend to padding."""
         super().__init__()
         self.model, self.name, self.dim = model, name, dim
-        self.dtype, self.short_is_tried, self.text_is_frozen = torch.float32, False, False
+        self.dtype, self.text_is_frozen = torch.float32, False
         self.image_tower, self.text_tower, self.short_text_tower = image_tower, text_tower, short_text_tower
         self.preprocess_config, self.model_config = preprocess_config, model_config
         """open_clip's preprocess_cfg, and its model_cfg where the model is one of open_clip's."""
@@ -75,26 +75,11 @@ class Encoder(nn.Module):
     def encode_prompts(self, texts: Int[Tensor, "b t"]) -> Float[Tensor, "b d"]:
         """encode_text without the padding behind the longest text, for texts much shorter than the context.
 
-        A causal tower never attends to it, so features are equal to rounding at a fraction of the work. The first texts are
-        encoded both ways; if they differ, every text keeps its padding.
+        A causal tower never attends to it, so features are equal to rounding at a fraction of the work.
         """
-        length = longest_text(texts)
-        if self.short_text_tower is None or length == texts.shape[1]:
+        if self.short_text_tower is None:
             return self.encode_text(texts)
-        if not self.short_is_tried:
-            self.short_is_tried = True
-            if not self.looks_back_only(texts[:8]):
-                self.short_text_tower = None
-                return self.encode_text(texts)
-        return self.encode_short(texts[:, :length])
-
-    def looks_back_only(self, texts: Int[Tensor, "b t"]) -> bool:
-        try:
-            with torch.autocast(texts.device.type, enabled=False):
-                whole, short = self.encode_text(texts), self.encode_short(texts[:, : longest_text(texts)])
-        except (RuntimeError, TypeError, IndexError):  # a tower that needs its full context
-            return False
-        return torch.allclose(whole, short, rtol=0, atol=1e-5 if self.dtype == torch.float32 else 1e-2)
+        return self.encode_short(texts[:, : longest_text(texts)])
 
     def encode_short(self, texts: Int[Tensor, "b t"]) -> Float[Tensor, "b d"]:
         assert self.short_text_tower is not None
@@ -136,21 +121,21 @@ class Encoder(nn.Module):
         configured = dict(self.model_config or (config.to_dict() if config is not None else {}))
         configured.pop("_name_or_path", None)
         names = ("num_heads", "n_head", "pool_type", "text_pool_type", "eos_id", "text_eos_id")
-        parts = [
-            (n, getattr(m, n))
-            for m in self.model.modules()
-            for n in names
-            if isinstance(getattr(m, n, None), int | str)
-        ]
+        found = ((name, getattr(module, name, None)) for module in self.model.modules() for name in names)
+        parts = [(name, value) for name, value in found if isinstance(value, int | str)]
         return [re.sub(r" at 0x[0-9a-f]+", "", repr(self.model)), configured, parts]
 
     def weights_sha256(self) -> str:
         """Hash of all weights and buffers with their names."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return hash_tensors(hashlib.sha256(), self.model.state_dict())
+
+
+def hash_tensors(digest: Any, tensors: dict[str, Tensor]) -> str:
+    """Update a hash with names and content, in order of the names; return it in hexadecimal."""
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def longest_text(texts: Int[Tensor, "b t"]) -> int:

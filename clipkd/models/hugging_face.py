@@ -15,8 +15,6 @@ from clipkd.models.encoder import Encoder
 
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, used by transformers' image processors
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")
-
-
 FAMILIES = {"clip": ("CLIPModel", "CLIPImageProcessor"), "siglip": ("SiglipModel", "SiglipImageProcessor")}
 """model_type of config.json → classes of the model and its image processor."""
 
@@ -42,8 +40,7 @@ def load_transformers(folder: Path) -> Encoder:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     family = FAMILIES.get(config.get("model_type"))
     if family is None:
-        known = " and ".join(f"transformers' {model}" for model, _ in FAMILIES.values())
-        raise ValueError(f"{folder} holds a {config.get('model_type')!r} model; clipkd reads {known}")
+        raise ValueError(f"{folder} holds a {config.get('model_type')!r} model; clipkd reads {' and '.join(FAMILIES)}")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{folder} has no tokenizer (such as tokenizer.json); transformers would invent one")
     transformers.utils.logging.disable_progress_bar()
@@ -60,9 +57,7 @@ def load_transformers(folder: Path) -> Encoder:
         raise ValueError(f"{folder}: its image processor resizes by method {processor.resample}; known: {RESAMPLING}")
     for option in ("do_resize", "do_rescale", "do_normalize"):
         if not getattr(processor, option, True):
-            raise ValueError(
-                f"{folder}: its image processor has {option} false; clipkd resizes, rescales and normalises"
-            )
+            raise ValueError(f"{folder}: its image processor has {option} false; clipkd always does it")
     texts = model.config.text_config
     tokenize = TransformersTokenize(tokenizer, texts.max_position_embeddings)
     try:
@@ -82,7 +77,7 @@ def load_transformers(folder: Path) -> Encoder:
         name=str(folder),
         image_tower=lambda clip, images: clip.get_image_features(pixel_values=images).pooler_output,
         text_tower=text_tower,
-        short_text_tower=text_tower,
+        short_text_tower=text_tower if config["model_type"] == "clip" else None,  # SigLIP attends to its padding
         preprocess_config=asdict(
             PreprocessCfg(
                 size=model.config.vision_config.image_size,

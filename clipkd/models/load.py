@@ -24,19 +24,22 @@ def load_model(model: str, *, ema: bool = False) -> Encoder:
     (`ema` picks its average). hf:FOLDER, onnx:FOLDER, onnx-fp16:FOLDER and onnx-int8:FOLDER pick a format of an export.
     Raises: ValueError if it is unknown, lacks weights, tokenizer or preprocessing, or would run with another activation.
     """
-    prefix, _, path = model.partition(":")
-    folder = Path(path if prefix == "local-dir" else model)
+    prefix, folder = split_prefix(model)
     if ema and not run_folder.is_run(folder):
         raise ValueError(f"{model} is no run or checkpoint of clipkd, so it has no moving average; ask for its weights")
-    if prefix == "hf-hub":
+    if model.startswith("hf-hub:"):
         encoder = load_open_clip(model)
-    elif prefix in ("hf", *SUFFIXES):
-        encoder = load_format(Path(path), prefix)
-    elif prefix == "local-dir" or folder.is_dir():
-        encoder = load_folder(folder, ema=ema)
+    elif prefix or folder.is_dir():
+        encoder = load_folder(folder, prefix, ema=ema)
     else:
         encoder = load_named(model)
     return encoder.eval()
+
+
+def split_prefix(model: str) -> tuple[str, Path]:
+    """local-dir, hf or one of ONNX's formats ("" for none), and the folder after it."""
+    prefix, _, path = model.partition(":")
+    return (prefix, Path(path)) if prefix in ("local-dir", "hf", *SUFFIXES) else ("", Path(model))
 
 
 def load_named(model: str) -> Encoder:
@@ -49,10 +52,16 @@ def load_named(model: str) -> Encoder:
     return build_open_clip(name, model_config, pretrained=weights)
 
 
-def load_folder(folder: Path, *, ema: bool) -> Encoder:
-    """A folder of any kind, recognised by its files."""
+def load_folder(folder: Path, format: str, *, ema: bool) -> Encoder:
+    """A folder in a format (hf or one of ONNX's), or of any kind, recognised by its files."""
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}")
+    if format in SUFFIXES:
+        return load_onnx(folder, format)
+    if format == "hf":
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} has no config.json, so it is no transformers model; clipkd export … --to hf")
+        return load_transformers(folder)
     if run_folder.is_run(folder):
         return load_checkpoint(run_folder.resolve(folder), ema=ema)
     if (folder / "open_clip_config.json").is_file():
@@ -65,17 +74,6 @@ def load_folder(folder: Path, *, ema: bool) -> Encoder:
         f"{folder} is no model that clipkd knows: no open_clip_config.json (open_clip), config.json (transformers), "
         "onnx/ (ONNX) or checkpoints (a run)"
     )
-
-
-def load_format(folder: Path, format: str) -> Encoder:
-    """One format of an exported folder: hf or one of ONNX's. Raises: ValueError if the folder lacks it."""
-    if not folder.is_dir():
-        raise ValueError(f"no folder {folder}")
-    if format != "hf":
-        return load_onnx(folder, format)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json, so it is no transformers model; clipkd export … --to hf")
-    return load_transformers(folder)
 
 
 def load_checkpoint(folder: Path, *, ema: bool) -> Encoder:
@@ -108,10 +106,7 @@ def weight_files(model: str) -> list[Path]:
     name, _, weights = model.partition("@")
     if weights:
         return [Path(weights)] if Path(weights).is_file() else []
-    prefix, _, path = name.partition(":")
-    folder = Path(path if prefix in ("local-dir", "hf", *SUFFIXES) else name)
-    if not folder.is_dir():
-        return []
+    _, folder = split_prefix(name)
     if run_folder.is_run(folder):
         return [run_folder.resolve(folder) / "model.safetensors"]
     places = (folder, folder / "onnx")

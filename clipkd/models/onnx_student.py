@@ -103,16 +103,14 @@ class OnnxStudent:
 
     def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """[n, 3, h, w] → [n, d]; a row does not depend on the other images of the batch."""
-        if self.format != "onnx-int8":
-            return self.run("vision", pixels)
         # int8 activations are scaled by the largest of their batch.
-        return np.concatenate([self.run("vision", each[None]) for each in pixels])
+        parts = [pixels] if self.format != "onnx-int8" else [each[None] for each in pixels]
+        return np.concatenate([self.run("vision", part) for part in parts])
 
     def encode_ids(self, ids: np.ndarray) -> np.ndarray:
         """[n, t] → [n, d]; a row does not depend on the other texts of the batch, nor on padding that the tower ignores."""
-        if self.format != "onnx-int8":
-            return self.run("text", ids)
-        return np.concatenate([self.run("text", self.without_padding(each)[None]) for each in ids])
+        parts = [ids] if self.format != "onnx-int8" else [self.without_padding(each)[None] for each in ids]
+        return np.concatenate([self.run("text", part) for part in parts])
 
     def without_padding(self, ids: np.ndarray) -> np.ndarray:
         if not self.about["dynamic_sequence"]:
@@ -127,10 +125,8 @@ class OnnxStudent:
         return self.encode_ids(self.tokenize(texts))
 
     def files(self) -> list[Path]:
-        return [
-            *(onnx_file(self.folder, tower, self.format) for tower in ("vision", "text")),
-            self.folder / "tokenizer.json",
-        ]
+        towers = [onnx_file(self.folder, tower, self.format) for tower in ("vision", "text")]
+        return [*towers, self.folder / "tokenizer.json"]
 
 
 def preprocess(image: Image.Image, about: Mapping[str, Any]) -> np.ndarray:

@@ -9,7 +9,7 @@ import open_clip
 import torch
 from torch import Tensor
 
-from clipkd.models.encoder import PROBES, Encoder
+from clipkd.models.encoder import PROBES, Encoder, hash_tensors
 from clipkd.models.students import tower_of
 
 LAYOUTS = (open_clip.CLIP, open_clip.CustomTextCLIP)
@@ -32,7 +32,7 @@ def copy_text_tower(teacher: Encoder, student: Encoder) -> None:
                 "open_clip model (CLIP or CustomTextCLIP): choose one, or set student.text to trained"
             )
     own, theirs = text_weights(student), text_weights(teacher)
-    if found := configured_differently(student, teacher) or shaped_differently(own, theirs):
+    if found := configured_differently(student, teacher):
         listed = ", ".join(f"{what} {ours} (teacher {value})" for what, ours, value in found)
         raise ValueError(
             f"student.text is teacher, but the student {student.name} has {listed}; give it the text_cfg, embed_dim, "
@@ -54,10 +54,7 @@ def text_sha256(encoder: Encoder) -> str:
     tokens = encoder.spec.tokenize(list(PROBES)).tolist()
     about = [text_options(encoder) if plain else encoder.architecture(), tokens]
     digest = hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode())
-    for name, tensor in sorted(text_weights(encoder).items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return hash_tensors(digest, text_weights(encoder))
 
 
 def configured_differently(student: Encoder, teacher: Encoder) -> list[Difference]:
@@ -78,10 +75,3 @@ def text_options(encoder: Encoder) -> dict[str, Any]:
     tower = dataclasses.asdict(open_clip.CLIPTextCfg(**config["text_cfg"]))
     options = {"embed_dim": encoder.dim, "quick_gelu": config.get("quick_gelu", False)}
     return options | {f"text_cfg.{name}": value for name, value in tower.items()}
-
-
-def shaped_differently(own: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[Difference]:
-    shapes = [{name: tuple(tensor.shape) for name, tensor in weights.items()} for weights in (own, theirs)]
-    names = sorted(shapes[0].keys() | shapes[1].keys())
-    pairs = [(name, shapes[0].get(name, "nothing"), shapes[1].get(name, "nothing")) for name in names]
-    return [pair for pair in pairs if pair[1] != pair[2]][:3]

@@ -38,7 +38,7 @@ def open_closed_set(
     """
     classnames, templates = read_classes(term)
     prompts = [
-        student.spec.tokenize([zeroshot.fill_template(template, name) for name in classnames]).to(device)
+        student.spec.tokenize([template.replace("{c}", name) for name in classnames]).to(device)
         for template in templates
     ]
     return ClosedSet(prompts, teacher_classes.to(device), class_prior=term.class_prior)

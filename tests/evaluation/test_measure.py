@@ -16,7 +16,7 @@ from clipkd.evaluation.metrics import average_precisions, mean_interval, proport
 from clipkd.evaluation.sets import EvaluationSet, Span
 from clipkd.evaluation.subjects import Subject
 from clipkd.evaluation.tasks import Kind, Task
-from tests.evaluation.test_retrieval import brute_ranks, whole_features
+from tests.evaluation.test_metrics import loop_ranks, whole_features
 
 
 def captioned(counts: list[int], kind: Kind = "retrieval") -> EvaluationSet:
@@ -34,8 +34,8 @@ def classified(labels: list[int]) -> EvaluationSet:
 def test_recall_is_the_share_of_queries_with_one_of_their_own_among_the_first(counts: list[int]) -> None:
     images, texts = whole_features(len(counts), 5, 1), whole_features(sum(counts), 5, 2)
     owner = [image for image, count in enumerate(counts) for _ in range(count)]
-    pairs = torch.tensor(list(enumerate(owner)))
-    text_ranks, image_ranks = brute_ranks(texts, images, pairs), brute_ranks(images, texts, pairs.flip(1))
+    places = list(range(len(counts)))
+    text_ranks, image_ranks = loop_ranks(texts, images, owner, places), loop_ranks(images, texts, places, owner)
     found = measure_retrieval(captioned(counts), images, texts)
     assert len(found.metrics) == 7
     for k in (1, 5, 10):
@@ -104,8 +104,8 @@ def test_classification_by_hand() -> None:
     assert found.ci95["acc1"] == pytest.approx(proportion_interval(3, 4))
     assert found.calibration is not None
     # Confidences of 0.88 (thrice, two of them right) and of nearly 1 lie in the last two bins.
-    assert found.calibration.counts == [0] * 13 + [3, 1]
-    assert found.calibration.ece == pytest.approx((3 * confidences[0] - 2 + 1 - confidences[1]) / 4, abs=1e-6)
+    assert found.calibration["counts"] == [0] * 13 + [3, 1]
+    assert found.calibration["ece"] == pytest.approx((3 * confidences[0] - 2 + 1 - confidences[1]) / 4, abs=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [4, 8192])

@@ -8,11 +8,13 @@ from fractions import Fraction
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipkd.evaluation.metrics import (
     NUM_BINS,
     average_precisions,
+    best_ranks,
     bootstrap_interval,
     calibrate,
     class_recalls,
@@ -65,6 +67,53 @@ def test_average_precision_by_hand() -> None:
     targets = torch.tensor([[True, False], [False, True], [True, False], [False, True]])
     # Hits at ranks 1 and 3; of equal scores in order of index, at 2 and 4.
     assert average_precisions(scores, targets).tolist() == pytest.approx([(1 + 2 / 3) / 2, (1 / 2 + 2 / 4) / 2])
+
+
+def whole_features(rows: int, dim: int, seed: int) -> Tensor:
+    """Small whole numbers: products are exact, and many are equal."""
+    return torch.randint(-2, 3, (rows, dim), generator=torch.Generator().manual_seed(seed)).float()
+
+
+def loop_ranks(queries: Tensor, keys: Tensor, query_groups: list[int], key_groups: list[int]) -> list[int]:
+    """Place of each query's first positive when all keys are sorted by product, then by index."""
+    found = []
+    for query, group in zip(queries.tolist(), query_groups, strict=True):
+        products = [sum(a * b for a, b in zip(query, key, strict=True)) for key in keys.tolist()]
+        ranking = sorted(range(len(products)), key=lambda place: (-products[place], place))
+        found.append(next(place for place, key in enumerate(ranking) if key_groups[key] == group))
+    return found
+
+
+def test_ranks_by_hand() -> None:
+    keys, queries = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [1.0, 0.0]]), torch.eye(2)[[0, 1, 0, 1]]
+    # Products of the first and third 1, 0, 0.6, 1; of the second and fourth 0, 1, 0.8, 0.
+    ranks = best_ranks(queries, keys, torch.tensor([7, 7, 5, 5]), torch.tensor([5, 5, 5, 7]))
+    assert ranks.tolist() == [1, 3, 0, 0]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1024])
+def test_ranks_equal_a_sort_in_both_directions_for_any_chunk(chunk: int) -> None:
+    counts = [3, 1, 5, 2, 1, 7, 4]
+    images, texts = whole_features(len(counts), 4, 0), whole_features(sum(counts), 4, 100)
+    owners = [image for image, count in enumerate(counts) for _ in range(count)]
+    for queries, keys, groups in ((texts, images, (owners, [*range(7)])), (images, texts, ([*range(7)], owners))):
+        expected = loop_ranks(queries, keys, *groups)
+        assert best_ranks(queries, keys, *map(torch.tensor, groups), chunk=chunk).tolist() == expected
+        assert len(set(expected)) > 2
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 9])
+def test_equal_keys_are_ranked_by_index_where_products_round(chunk: int) -> None:
+    # Captions that come twice have equal features; a matrix product may round equal columns differently.
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        distinct = F.normalize(torch.randn(13, 512, generator=generator), dim=1)
+        queries = F.normalize(torch.randn(9, 512, generator=generator), dim=1)
+        copy_of, own = (torch.randint(high, (n,), generator=generator) for high, n in ((13, 37), (37, 9)))
+        products = (queries.double() @ distinct.double().T)[:, copy_of].tolist()
+        rankings = [sorted(range(37), key=lambda key: (-row[key], key)) for row in products]
+        expected = [ranking.index(key) for ranking, key in zip(rankings, own.tolist(), strict=True)]
+        assert best_ranks(queries, distinct[copy_of], own, torch.arange(37), chunk=chunk).tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -125,27 +174,30 @@ def test_bootstrap_draws_images_with_replacement() -> None:
     # Two images, one of them positive for two classes and one for the third, each ranked second: drawn twice, an image
     # has AP 1 for its classes and 0 for the others'; drawn once, one half. The means are 1/3, 1/2, 1/2 and 2/3.
     scores, targets = torch.tensor([[0.9, 0.9, 0.1], [0.1, 0.1, 0.9]]), bools("001110").view(2, 3)
+
+    def mean(drawn: Tensor, classes: slice = slice(None)) -> Tensor:
+        return average_precisions(scores[drawn, classes], targets[drawn, classes]).mean()
+
     half = 1.96 * statistics.pstdev([1 / 3, 1 / 2, 1 / 2, 2 / 3])
-    assert bootstrap_interval(scores, targets, resamples=2000) == pytest.approx((0.5 - half, 0.5 + half), rel=0.05)
-    assert bootstrap_interval(scores[:, :1], targets[:, :1]) == (0.0, 1.0)  # ±0.69, clipped at both ends
-    assert bootstrap_interval(scores, targets) == bootstrap_interval(scores, targets)
-    assert bootstrap_interval(scores, targets, seed=1) != bootstrap_interval(scores, targets)
+    assert bootstrap_interval(mean, 2, resamples=2000) == pytest.approx((0.5 - half, 0.5 + half), rel=0.05)
+    assert bootstrap_interval(lambda drawn: mean(drawn, slice(1)), 2) == (0.0, 1.0)  # ±0.69, clipped at both ends
+    assert bootstrap_interval(mean, 2) == bootstrap_interval(mean, 2) != bootstrap_interval(mean, 2, seed=1)
 
 
 def test_paired_comparison_by_hand() -> None:
     paired = compare_paired(bools("1111100000"), bools("1110011110"))
-    assert (paired.n, paired.won, paired.lost) == (10, 4, 2)
-    assert paired.difference == pytest.approx(0.2)
+    assert (paired["n"], paired["won"], paired["lost"]) == (10, 4, 2)
+    assert paired["difference"] == pytest.approx(0.2)
     # Half a sample more in each cell: 4.5 won, 2.5 lost, 5 the same, of 12.
     shares = {1: 4.5 / 12, -1: 2.5 / 12, 0: 5 / 12}
     centre = sum(value * share for value, share in shares.items())
     half = 1.959964 * math.sqrt(sum(share * (value - centre) ** 2 for value, share in shares.items()) / 12)
-    assert paired.ci95 == pytest.approx((centre - half, centre + half))
-    assert paired.mcnemar_p == pytest.approx(2 * (1 + 6 + 15) / 64)
+    assert paired["ci95"] == pytest.approx((centre - half, centre + half))
+    assert paired["mcnemar_p"] == pytest.approx(2 * (1 + 6 + 15) / 64)
     same = compare_paired(bools("10110"), bools("10110"))
-    assert (same.difference, same.mcnemar_p, same.won, same.lost) == (0.0, 1.0, 0, 0)
-    assert same.ci95 == pytest.approx((-1.959964 / 7, 1.959964 / 7))  # one of 7 differs
-    assert compare_paired(bools("0"), bools("1")).ci95[1] == 1.0  # clipped
+    assert [same[name] for name in ("difference", "mcnemar_p", "won", "lost")] == [0, 1, 0, 0]
+    assert same["ci95"] == pytest.approx((-1.959964 / 7, 1.959964 / 7))  # one of 7 differs
+    assert compare_paired(bools("0"), bools("1"))["ci95"][1] == 1.0  # clipped
     values = [0.5, -0.25, 0.0, 0.75]
     half = 1.959964 * statistics.pstdev(values) / 2
     assert difference_interval(torch.tensor(values)) == pytest.approx((0.25 - half, 0.25 + half))
@@ -182,23 +234,21 @@ def loop_calibration(confidences: list[float], correct: list[bool]) -> tuple[flo
     return sum(gaps) / len(confidences), bins
 
 
-@pytest.mark.parametrize("n", [1, 7, 300])
+@pytest.mark.parametrize("n", [1, 300])
 def test_calibration_equals_a_plain_loop(n: int) -> None:
     draw = random.Random(n)
     confidences, correct = [draw.random() for _ in range(n)], [draw.random() < 0.6 for _ in range(n)]
     ece, bins = loop_calibration(confidences, correct)
     ours = calibrate(torch.tensor(confidences, dtype=torch.float64), torch.tensor(correct))
-    assert ours.ece == pytest.approx(ece, abs=1e-12)
-    assert ours.counts == [len(images) for images in bins]
-    for images, confidence, accuracy in zip(bins, ours.confidences, ours.accuracies, strict=True):
-        mean = (
-            [statistics.mean(values[i] for i in images) for values in (confidences, correct)] if images else [None] * 2
-        )
-        assert [confidence, accuracy] == pytest.approx(mean)
+    assert ours["ece"] == pytest.approx(ece, abs=1e-12)
+    assert ours["counts"] == [len(images) for images in bins]
+    for name, values in (("confidences", confidences), ("accuracies", correct)):
+        means = [statistics.mean(values[i] for i in images) if images else None for images in bins]
+        assert ours[name] == pytest.approx(means)
 
 
 def test_bins_of_calibration_hold_their_upper_edge() -> None:
     edges = torch.arange(1, 16, dtype=torch.float64) / 15
-    assert calibrate(edges, bools("1" * 15)).counts == [1] * NUM_BINS
+    assert calibrate(edges, bools("1" * 15))["counts"] == [1] * NUM_BINS
     ends = torch.tensor([0.0, 1e-9, 0.999, 1.0, 1.0000001], dtype=torch.float64)  # a softmax may round above one
-    assert calibrate(ends, bools("11111")).counts == [2, *[0] * (NUM_BINS - 2), 3]
+    assert calibrate(ends, bools("11111"))["counts"] == [2, *[0] * (NUM_BINS - 2), 3]

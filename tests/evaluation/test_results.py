@@ -189,17 +189,13 @@ def test_rows_of_other_programs_are_kept(tmp_path: Path) -> None:
 def test_a_kill_between_samples_and_row_keeps_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, id: str
 ) -> None:
-    def killed(*_: Any) -> None:
+    def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     results, newer = Results(tmp_path), {**SAMPLES, "correct": [False, True]}
     before = [results.add(ROW, SAMPLES)] if id == "4567" else []
     with monkeypatch.context() as patched:
-        patched.setattr(files, "append_row", killed)
-        write_text = files.write_text
-        patched.setattr(
-            files, "write_text", lambda path, text: killed() if path == results.path else write_text(path, text)
-        )
+        patched.setattr(files, "write_text", killed)
         with pytest.raises(KeyboardInterrupt):
             results.add({**ROW, "id": id}, newer)
     assert results.rows() == before

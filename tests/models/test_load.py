@@ -322,7 +322,7 @@ PROMPTS = ["a cat", "a photo of a dog.", "x"]
 
 
 def lengths_seen(encoder: Encoder, embedding: nn.Module) -> list[int]:
-    """Tokens per text that the text tower is given by encode_prompts, its first trial left out."""
+    """Tokens per text that the text tower is given by encode_prompts, without its padding."""
     seen: list[int] = []
     texts = encoder.spec.tokenize(PROMPTS)
     with torch.inference_mode():
@@ -349,10 +349,6 @@ def test_a_tower_that_looks_at_the_padding_is_given_all_of_it(siglip_folder: Pat
     siglip = load(str(siglip_folder))
     (seen,) = lengths_seen(siglip, siglip.model.text_model.embeddings.token_embedding)  # type: ignore[union-attr]
     assert seen == siglip.spec.tokenize(PROMPTS).shape[1]
-    student = create_student(StudentConfig(model="demo-student")).eval()
-    student.short_text_tower = lambda model, texts: model.encode_text(texts)  # needs its whole context
-    (seen,) = lengths_seen(student, student.model.token_embedding)  # type: ignore[arg-type]
-    assert seen == student.spec.tokenize(PROMPTS).shape[1]
 
 
 def test_equal_weights_of_another_architecture_are_told_apart() -> None:
