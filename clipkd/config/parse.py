@@ -19,7 +19,7 @@ from docstring_parser import parse_from_object
 
 from clipkd.config.objective import ObjectiveConfig
 from clipkd.config.shipped import recipe
-from clipkd.config.train import TrainConfig
+from clipkd.config.train import TrainConfig, to_yaml
 
 C = TypeVar("C")
 
@@ -70,7 +70,9 @@ def parse_into(
     positional: fields that are given in order, without their names. A tuple takes one or more words.
     """
     parser = build_parser(kind, command, description, positional)
-    arguments = list(arguments)
+    arguments = [word for argument in arguments for word in split_config(argument)]
+    shows_config = TrainConfig in kind.__mro__ and "--print_config" in arguments
+    arguments = [word for word in arguments if not (shows_config and word == "--print_config")]
     for place, (flag, path) in enumerate(itertools.pairwise(arguments), start=1):
         if flag == "--config":
             arguments[place] = str(find_config(path, parser))
@@ -82,10 +84,18 @@ def parse_into(
         values = {name: value for name, value in vars(parser.instantiate(namespace)).items() if name != "config"}
         config = kind(**values | {name: tuple(values[name]) for name in positional if isinstance(values[name], list)})
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(f"{error}{' (the recipe gkl was added, as no distillation term is named)' if idle else ''}")
+    if shows_config:
+        print(to_yaml(config), end="")  # type: ignore[arg-type]
+        raise SystemExit(0)
     if idle and os.environ.get("RANK", "0") == "0":
         print(f"clipkd {command}: no distillation term is named, so the recipe gkl is used", file=sys.stderr)
     return config
+
+
+def split_config(argument: str) -> tuple[str, ...]:
+    """--config=FILE → --config FILE"""
+    return ("--config", argument.removeprefix("--config=")) if argument.startswith("--config=") else (argument,)
 
 
 def has_idle_teacher(options: jsonargparse.Namespace) -> bool:

@@ -9,9 +9,19 @@ from typing import Any, Literal
 
 import yaml
 
+from clipkd import files
 from clipkd.config.data import DataConfig
 from clipkd.config.objective import ObjectiveConfig, require_number_of_teachers, require_objective
 from clipkd.errors import require
+
+
+def split_weights(model: str) -> tuple[str, str | None]:
+    """NAME@WEIGHTS → name, weights; None without weights. An @ in the path of an existing file or folder belongs to the path."""
+    ends = [place for place, letter in enumerate(model) if letter == "@"]
+    if not ends or Path(model).exists() or model.startswith(("local-dir:", "hf-hub:", "hf:", "onnx")):
+        return model, None
+    end = next((place for place in ends if Path(model[:place]).is_file()), ends[0])
+    return model[:end], model[end + 1 :]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +164,7 @@ class TrainConfig:
         )
         require(self.threads is None or self.threads >= 1, f"threads is {self.threads}; it must be 1 or more")
         require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")
-        at_random = self.student.text == "frozen" and "@" not in self.student.model
+        at_random = self.student.text == "frozen" and split_weights(self.student.model)[1] is None
         require(not at_random, "student.text is frozen at random weights: name them (student.model NAME@WEIGHTS)")
         require_finite(self)
         names = self.teacher.names
@@ -195,7 +205,7 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def save(config: TrainConfig, path: Path) -> None:
-    path.write_text(to_yaml(config), encoding="utf-8")
+    files.write_text(path, to_yaml(config))
 
 
 def to_yaml(config: TrainConfig) -> str:

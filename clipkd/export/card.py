@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from clipkd import __version__, files
+from clipkd.config.train import split_weights
 from clipkd.export.artefacts import FORMATS
 from clipkd.export.snippets import snippet
 from clipkd.export.source import Source
@@ -78,8 +79,9 @@ def facts(encoder: Encoder, source: Source) -> str:
 def recipe(folder: Path, config: dict[str, Any], step: int | None, model_config: dict[str, Any]) -> str:
     """Write training.yaml (and the student's architecture, if it is a file) and describe the run."""
     own = {key: value for key, value in config.items() if key not in ("output", "resume")}
-    if own["student"]["model"].endswith(".json"):
-        own["student"] = {**own["student"], "model": "student.json"}
+    architecture, weights = split_weights(own["student"]["model"])
+    if architecture.endswith(".json"):
+        own["student"] = {**own["student"], "model": "@".join(filter(None, ("student.json", weights)))}
         files.write_json(folder / "student.json", model_config)
     files.write_text(folder / "training.yaml", yaml.safe_dump(own, sort_keys=False))
     terms = [

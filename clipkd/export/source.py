@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from clipkd import files
+from clipkd.config.train import split_weights
 from clipkd.models import run_folder
 from clipkd.models.encoder import Encoder
 from clipkd.models.load import load_model
@@ -50,6 +51,10 @@ def open_student(name: str, *, ema: bool) -> tuple[Encoder, Source]:
     )
 
 
+PARENTS = re.compile(r"^(local-dir:)?(?:~|\.{1,2})?/(?:.*/)?(?=[^/]+/?$)")
+"""The parent folders of a path that is absolute or begins with a dot."""
+
+
 def publishable(value: Any) -> Any:
     """Remove private parts from options: parent folders of paths, commands, credentials and queries of URLs."""
     if isinstance(value, dict):
@@ -63,4 +68,4 @@ def publishable(value: Any) -> Any:
     if "://" in value:
         address = urlsplit(value)
         return f"{address.scheme}://{address.hostname or ''}{address.path}"
-    return re.sub(r"^(local-dir:)?(?:~|\.{1,2})?/(?:.*/)?(?=[^/]+/?$)", r"\1", value)
+    return "@".join(PARENTS.sub(r"\1", part) for part in split_weights(value) if part is not None)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from clipkd.config.objective import INITIAL_LOGIT_BIAS
-from clipkd.config.train import StudentConfig, TrainConfig
+from clipkd.config.train import StudentConfig, TrainConfig, split_weights
 from clipkd.models import students
 from clipkd.models.encoder import PROBES, Encoder
 
@@ -40,9 +40,9 @@ def create_student(config: StudentConfig, *, logit_bias: float | None = None) ->
     Raises: ValueError for an unknown name or tag, or weights trained with another activation.
     """
     try:
-        architecture, _, weights = config.model.partition("@")
+        architecture, weights = split_weights(config.model)
         name, model_config = find_architecture(architecture)
-        student = build_open_clip(name, model_config, pretrained=weights or None)
+        student = build_open_clip(name, model_config, pretrained=weights)
     except ValueError as error:
         raise ValueError(f"student.model: {error}") from error
     if logit_bias is not None and student.logit_bias is None:

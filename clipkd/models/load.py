@@ -6,6 +6,7 @@ from pathlib import Path
 import open_clip
 from open_clip.pretrained import list_pretrained_tags_by_model
 
+from clipkd.config.train import split_weights
 from clipkd.models import run_folder
 from clipkd.models.create import LOADING_ERRORS, build_open_clip, find_architecture, wrap_open_clip
 from clipkd.models.encoder import Encoder
@@ -44,7 +45,7 @@ def split_prefix(model: str) -> tuple[str, Path]:
 
 def load_named(model: str) -> Encoder:
     """NAME@WEIGHTS; weights: a tag or a file."""
-    model, _, weights = model.partition("@")
+    model, weights = split_weights(model)
     name, model_config = find_architecture(model)
     if not weights:
         tags = list_pretrained_tags_by_model(name)
@@ -103,7 +104,7 @@ def load_open_clip(model: str) -> Encoder:
 
 def weight_files(model: str) -> list[Path]:
     """The local weight files of a model that `load_model` takes; none for a hub's name or a folder that is gone."""
-    name, _, weights = model.partition("@")
+    name, weights = split_weights(model)
     if weights:
         return [Path(weights)] if Path(weights).is_file() else []
     _, folder = split_prefix(name)

@@ -9,7 +9,7 @@ from torch import nn
 
 from clipkd.files import read_tensors, sha256
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:

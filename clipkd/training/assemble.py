@@ -45,9 +45,11 @@ def open_parts(config: TrainConfig, attempt: Callable[[Callable[[], Any]], Any])
     parts: dict[str, Any] = {
         "accelerator": attempt(lambda: make_accelerator(config)),
         "student": (student := attempt(lambda: initial_student(config))),
-        "pairs": (pairs := attempt(lambda: data.open_pairs(config.data))),
     }
-    if config.teacher.cache is None or (student is not None and pairs is not None):
+    if config.teacher.cache is None:  # before the data, whose indexing may take long
+        parts["teachers"] = attempt(lambda: open_teachers(config, student, None))
+    parts["pairs"] = pairs = attempt(lambda: data.open_pairs(config.data))
+    if config.teacher.cache is not None and student is not None and pairs is not None:
         parts["teachers"] = attempt(lambda: open_teachers(config, student, pairs))
     parts["subjects"] = attempt(lambda: open_tasks(config))
     return {name: part for name, part in parts.items() if part is not None}

@@ -203,7 +203,7 @@ def describe_retrieval(run: Run, batch: Batch, findings: Findings) -> None:
         best = torch.cat([(some @ features.text.T).argmax(dim=1) for some in features.image.split(1024)]).cpu()
         found, size = int((best == torch.arange(len(best))).sum()), len(best)
         role = f"teacher.models[{number}]"
-        tell(role, f"finds the caption of {found} of {size} images among the batch's (by chance 1)")
+        tell("", f"{role} finds the right caption for {found} of {size} images of a batch (by chance for 1)")
         if size >= 16 and found < CHANCE_TIMES:
             findings.notes.append(
                 f"{role} hardly finds any caption: are its weights, tokenizer and preprocessing its own, and are these "

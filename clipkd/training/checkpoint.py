@@ -60,11 +60,9 @@ def save(
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest checkpoints and the best one. Call after the newest is complete."""
-    best = best_step(run)
+    """Delete all but the newest checkpoints. Call after the newest is complete."""
     for folder in whole_checkpoints(run)[:-keep]:
-        if best is None or folder != checkpoint_folder(run, best):
-            folder.rename(folder.with_name(folder.name + ".tmp"))  # half deleted, it must not look complete
+        folder.rename(folder.with_name(folder.name + ".tmp"))  # half deleted, it must not look complete
     remove_leftovers(run)
 
 
@@ -75,10 +73,20 @@ def remove_leftovers(run: Path) -> None:
 
 
 def keep_best(run: Path, step: int) -> Path:
-    """Make RUN/best a link to that step's checkpoint, which `prune` then leaves alone."""
-    (run / "best.tmp").unlink(missing_ok=True)
-    (run / "best.tmp").symlink_to(checkpoint_folder(run, step).relative_to(run))
-    return (run / "best.tmp").replace(run / "best")
+    """Make RUN/best that step's checkpoint: the same files under a second name, or copies where links are not possible."""
+    folder, temporary, old = run / "best", run / "best.tmp", run / "best_before.tmp"
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        shutil.copytree(checkpoint_folder(run, step), temporary, copy_function=os.link)
+    except OSError:  # copytree reports a file system without hard links as one error of many
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(checkpoint_folder(run, step), temporary)
+    if folder.is_dir():  # for a moment there is neither; after a kill the run evaluates that step again
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+    return folder
 
 
 def best_step(run: Path) -> int | None:

@@ -52,7 +52,6 @@ class Evaluator:
         if distributed.rank() == 0:
             if self.is_best(rows) and run_folder.checkpoint_folder(self.folder, step).is_dir():
                 progress.console.print(f"step {step} is the best so far: {checkpoint.keep_best(self.folder, step)}")
-                checkpoint.prune(self.folder, self.config.checkpoint.keep)
             for row in rows:
                 files.append_row(self.folder / "results.jsonl", row)
                 who = f"step {step}{', moving average' if row['weights'] == 'ema' else ''}"

@@ -143,11 +143,11 @@ def main() -> None:
             result = steps(name, dtype, rank=rank, world_size=WORLD_SIZE)
             tensors |= {f"{name}/{dtype}/{key}": value for key, value in result.items()}
         forms: dict[str, dict[str, Any]] = {
-            "panels": {"tile_size": 7},
+            "panels": {"tile_size": 2},
             "micro-batches": {"micro_batches": 3},
-            "panels of micro-batches": {"tile_size": 7, "micro_batches": 3},
+            "panels of micro-batches": {"tile_size": 2, "micro_batches": 3},
             "frozen text": {"frozen_text": True},
-            "frozen text in parts": {"frozen_text": True, "tile_size": 7, "micro_batches": 3},
+            "frozen text in parts": {"frozen_text": True, "tile_size": 2, "micro_batches": 3},
         }
         for form, options in forms.items():
             result = steps(name, torch.float64, rank=rank, world_size=WORLD_SIZE, **options)

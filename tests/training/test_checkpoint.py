@@ -120,7 +120,7 @@ def test_what_is_no_complete_checkpoint_is_not_taken_for_one(tmp_path: Path) -> 
     assert run_folder.is_run(whole)
 
 
-def test_the_newest_checkpoints_and_the_best_one_are_kept(tmp_path: Path) -> None:
+def test_the_newest_checkpoints_and_the_best_one_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # By number: as text, step_1000000 would come before step_999999.
     folders = [save(tmp_path, step) for step in (999_999, 2, 1_000_000, 30)]
     assert run_folder.whole_checkpoints(tmp_path) == [folders[1], folders[3], folders[0], folders[2]]
@@ -128,12 +128,21 @@ def test_the_newest_checkpoints_and_the_best_one_are_kept(tmp_path: Path) -> Non
     assert checkpoint.best_step(tmp_path) is None
     best = checkpoint.keep_best(tmp_path, 2)
     checkpoint.prune(tmp_path, 2)
-    assert run_folder.whole_checkpoints(tmp_path) == [folders[1], folders[0], folders[2]]
-    assert best.resolve() == folders[1]
-    checkpoint.keep_best(tmp_path, 999_999)
+    assert run_folder.whole_checkpoints(tmp_path) == [folders[0], folders[2]]
+    assert checkpoint.best_step(tmp_path) == 2
+    assert (best / "model.safetensors").stat().st_nlink == 1  # the other name is pruned
+    with monkeypatch.context() as patched:  # a file system without hard links
+        patched.setattr(os, "link", refuse)
+        checkpoint.keep_best(tmp_path, 999_999)
     checkpoint.prune(tmp_path, 1)
     assert checkpoint.best_step(tmp_path) == 999_999
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_1000000", "step_999999"]
+    assert run_folder.find_fault(best, content=True) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "checkpoints"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1000000"]
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise PermissionError(1, "Operation not permitted")
 
 
 def test_a_changed_byte_is_found_by_its_digest_and_the_one_before_is_taken(tmp_path: Path) -> None:
@@ -173,7 +182,7 @@ def test_a_damaged_weight_file_is_named(tmp_path: Path, name: str) -> None:
     ("text", "words"),
     [
         *((text, r"step_000001/state\.json is damaged") for text in ("", "{", "[]", '{"step": 1}')),
-        *((f'{{"format_version": {n}}}', f"format {n}, this clipkd reads 3") for n in (0, 2)),
+        *((f'{{"format_version": {n}}}', f"format {n}, this clipkd reads 4") for n in (0, 2)),
     ],
 )
 def test_a_damaged_state_and_another_format_are_refused(tmp_path: Path, text: str, words: str) -> None:
