@@ -10,7 +10,7 @@ the student's with a gradient. The forms take turns step by step, so that a busy
 
     published            B × N × N differences, as in the published code
     expanded             O(B·N) on whole matrices as in the paper's appendix (NeurIPS 2024, Algorithm 2; arXiv 2305.13948 and
-                         2503.08038): the square is expanded, so that float32 loses digits of a small variance
+                         2503.08038), with the square expanded
     plain                clipkd.losses.gkl on whole logit matrices, float32 at least
     fused                clipkd.losses.query_statistics; fused_compiled: its panels through torch.compile; fused_half: that,
                          with matrix products of float16 inputs
