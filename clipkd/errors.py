@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import textwrap
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -36,6 +37,11 @@ def one_line(error: BaseException) -> str:
     if "Original Traceback" in message:
         message = message.splitlines()[-1].split(": ", 1)[-1]
     return " ".join(message.split())
+
+
+def short(error: BaseException) -> str:
+    """`one_line` of another library's error, cut between words."""
+    return textwrap.shorten(one_line(error), 400, placeholder=" …")
 
 
 PATIENCE = 3.0

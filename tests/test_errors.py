@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from clipkd import errors as stops
-from clipkd.errors import Interrupted, deferred_signals
+from clipkd.errors import Interrupted, deferred_signals, short
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -42,3 +42,10 @@ def test_handlers_are_as_before_afterwards() -> None:
     with pytest.raises(KeyError), deferred_signals():
         raise KeyError
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_long_message_of_another_library_is_cut_between_words() -> None:
+    assert short(ValueError("one\n  line")) == "one line"
+    cut = short(ValueError("word " * 200))
+    assert len(cut) <= 400
+    assert set(cut.split()) == {"word", "…"}

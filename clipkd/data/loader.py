@@ -20,7 +20,7 @@ from clipkd.data.crops import Box, decoding_scale, random_crop_box, reduce_scale
 from clipkd.data.order import Position, Purpose, generator
 from clipkd.data.skips import BadSample, Skip
 from clipkd.data.sources import Pair, PairSet
-from clipkd.errors import RunStopped
+from clipkd.errors import RunStopped, short
 from clipkd.images import WHITE, BadImage, open_image, to_rgb
 from clipkd.views import Batch, Views
 
@@ -150,7 +150,7 @@ def death(error: BaseException | None) -> RunStopped | None:
     if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader"):
         return None
     return RunStopped(
-        f"a loader process died or hangs ({' '.join(str(error).split())[:200]}); memory may have run out: lower "
+        f"a loader process died or hangs ({short(error)}); memory may have run out: lower "
         "data.num_workers and continue from the last checkpoint with --resume latest"
     )
 

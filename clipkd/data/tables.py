@@ -13,6 +13,7 @@ import numpy as np
 from clipkd.config.data import SourceConfig
 from clipkd.data.skips import BadSample, Skip, Skips
 from clipkd.data.sources import MAX_SAMPLE_BYTES, UNLABELLED, Pair, as_captions, as_label, locate
+from clipkd.errors import short
 from clipkd.files import sha256
 
 ROWS_PER_SHARD = 1 << 14
@@ -123,7 +124,7 @@ def read_table(path: Path, config: SourceConfig) -> Any:
         )
         table = arrow_csv.read_csv(path, read_options=options, parse_options=parse, convert_options=convert)
     except (ArrowInvalid, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no readable table: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"{path} is no readable table: {short(error)}") from error
     if not len(table):
         raise ValueError(f"{path} holds no rows")
     if not tabs:

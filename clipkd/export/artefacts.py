@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipkd.errors import short
 from clipkd.export.executorch import write_executorch
 from clipkd.export.hugging_face import find_family, write_hugging_face
 from clipkd.export.onnx import check_preprocessing, write_fp16, write_immich, write_int8, write_onnx
@@ -99,7 +100,7 @@ def write_formats(encoder: Encoder, folder: Path, formats: Iterable[str]) -> dic
         except OSError:
             raise
         except Exception as error:  # exporters and converters raise anything on an architecture they do not support
-            errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            errors[name] = f"{type(error).__name__}: {short(error)}"
     return {name: error for name, error in errors.items() if name in wanted}
 
 

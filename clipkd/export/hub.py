@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from clipkd.errors import short
+
 
 def check_repository(repository: str) -> None:
     """Check before anything is written. Raises: ValueError if the name is invalid or no token is set."""
@@ -27,7 +29,7 @@ def upload(folder: Path, repository: str, *, private: bool) -> str:
         api.create_repo(repository, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export by clipkd"))
     except Exception as error:  # errors of the hub, its validators and its HTTP library
-        reason = " ".join(str(error).split())[:300]
+        reason = short(error)
         raise ValueError(
             f"{folder} is written, but the hub did not take it as {repository}: {reason}; "
             f"upload it later with: hf upload {repository} {folder}"

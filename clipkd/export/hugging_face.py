@@ -11,6 +11,7 @@ from open_clip.model import CLIPTextCfg
 from tokenizers import Tokenizer
 
 from clipkd import files
+from clipkd.errors import short
 from clipkd.export.families import FAMILIES, RESAMPLING, find_family, misfit, rename
 from clipkd.export.tokenizer import END, START, convert_tokenizer, sees_padding
 from clipkd.models.create import find_text_tower
@@ -135,7 +136,7 @@ def build(encoder: Encoder, family: str, tokens: Mapping[str, int | None]) -> An
     try:
         found.load_state_dict(weights)
     except RuntimeError as error:
-        raise misfit(encoder, family, f"its weights do not fit ({' '.join(str(error).split())[:300]})") from error
+        raise misfit(encoder, family, f"its weights do not fit ({short(error)})") from error
     return found
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from clipkd import files
+from clipkd.errors import short
 from clipkd.export.artefacts import FORMATS
 from clipkd.export.probes import Probes, read_probes
 from clipkd.export.snippets import snippet
@@ -83,7 +84,7 @@ def check_format(
         row["snippet_output"] = run_snippet(folder, snippet(format, sigmoid=sigmoid))
         row["zero_shot"] = score(format, folder, work, tasks, data)
     except Exception as error:  # runtimes raise anything
-        return {**row, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+        return {**row, "error": f"{type(error).__name__}: {short(error)}"}
     worst = max(row["image"]["max_abs_difference"], row["text"]["max_abs_difference"])
     if FORMATS[format].exact and not worst <= TOLERANCE:
         row["error"] = f"features differ from the student's by {worst:.2g}, more than {TOLERANCE:g}"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clipkd.config.objective import INITIAL_LOGIT_BIAS
 from clipkd.config.train import StudentConfig, TrainConfig, split_weights
+from clipkd.errors import short
 from clipkd.models import students
 from clipkd.models.encoder import PROBES, Encoder
 
@@ -63,7 +64,11 @@ def find_architecture(model: str) -> tuple[str, dict[str, Any]]:
     if model_config := open_clip.get_model_config(name):
         return name, model_config
     near = difflib.get_close_matches(model, {*open_clip.list_models(), *students.student_names()}, n=3)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see open_clip.list_models()"
+    hint = (
+        f"did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else "name a folder that exists, or a model of open_clip.list_models()"
+    )
     raise ValueError(f"no model {model!r}, and no such folder; {hint}")
 
 
@@ -111,7 +116,7 @@ def build_open_clip(
             )
             tokenizer = open_clip.get_tokenizer(model_name=registered)
         except (*LOADING_ERRORS, AssertionError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:300] or "the weights are of another architecture"
+            reason = short(error) or "the weights are of another architecture"
             raise ValueError(f"open_clip cannot make {name!r} with weights {pretrained!r}: {reason}") from error
     return wrap_open_clip(model, tokenizer, name=name, model_config=model_config)
 
@@ -126,7 +131,7 @@ def wrap_open_clip(model: Any, tokenizer: Any, *, name: str, model_config: dict[
             dim = model.eval().encode_text(tokenizer(["a"])).shape[-1]
             image_dim = model.encode_image(torch.zeros(1, 3, height, width)).shape[-1]
     except RuntimeError as error:
-        raise ValueError(f"{name}: its towers do not run: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"{name}: its towers do not run: {short(error)}") from error
     if image_dim != dim:
         raise ValueError(f"{name}: its image features have width {image_dim}, its text features {dim}")
     return Encoder(

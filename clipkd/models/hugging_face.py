@@ -11,6 +11,7 @@ from open_clip.transform import PreprocessCfg
 from safetensors import SafetensorError
 from torch import Tensor
 
+from clipkd.errors import short
 from clipkd.models.encoder import Encoder
 
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, used by transformers' image processors
@@ -50,7 +51,7 @@ def load_transformers(folder: Path) -> Encoder:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         processor = getattr(transformers, family[1]).from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ValueError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"transformers cannot load {folder}: {short(error)}") from error
     if report["missing_keys"]:
         raise ValueError(f"{folder}: its weight file lacks {sorted(report['missing_keys'])[:3]} and others")
     if int(processor.resample) not in RESAMPLING:
@@ -63,7 +64,7 @@ def load_transformers(folder: Path) -> Encoder:
     try:
         tokenize(["a"])
     except (ValueError, KeyError) as error:  # a tokenizer without a padding token
-        raise ValueError(f"{folder}: its tokenizer cannot be used: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"{folder}: its tokenizer cannot be used: {short(error)}") from error
     if len(tokenizer) > texts.vocab_size:
         raise ValueError(f"{folder}: its tokenizer knows {len(tokenizer)} tokens, its text tower {texts.vocab_size}")
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from clipkd.errors import short
+
 if TYPE_CHECKING:
     import onnxruntime
     import tokenizers
@@ -72,7 +74,7 @@ class OnnxStudent:
                 # CPU kernels only, with which parity.json was measured.
                 sessions.append(onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
             except Exception as error:  # onnxruntime's own classes derive from Exception alone
-                raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+                raise ValueError(f"{path} cannot be loaded: {short(error)}") from error
         vision, text = sessions
         stored = [session.get_modelmeta().custom_metadata_map for session in sessions]
         if missing := NEEDED - {key for each in stored for key in each}:

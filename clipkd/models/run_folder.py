@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from clipkd.errors import short
 from clipkd.files import read_tensors, sha256
 
 FORMAT_VERSION = 4
@@ -99,4 +100,4 @@ def load_into(module: nn.Module, path: Path, prefix: str = "") -> None:
     try:
         module.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} was written for another model: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"{path} was written for another model: {short(error)}") from error
