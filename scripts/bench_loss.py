@@ -278,18 +278,21 @@ def measure(setting: Setting, variants: list[str], repeats: int, limit: float, r
 
 
 def table(results: Path) -> str:
-    """Markdown for the README: the smallest and the largest batch; errors are the largest of the three gradients'."""
-    headings = ["batch", "queue", "form", "ms", "peak MB", "share of GEMM rate", "gradient error"]
+    """Markdown for eval/results/README.md: the smallest and the largest batch; errors are the largest of the three gradients'."""
+    headings = ["batch", "queue", "form", "ms", "× plain", "peak MB", "gradient error"]
     lines = ["| " + " | ".join(headings) + " |", "|---:|---:|---|" + "---:|" * 4]
     found = [row for row in files.read_rows(results) if row["kind"] == "loss"]
     largest = max(row["batch"] for row in found)
+    plain = {(r["batch"], r["queue"]): r["ms"] for r in found if r["variant"] == "plain" and "ms" in r}
     for row in (r for r in found if r["batch"] == largest or (r["batch"], r["queue"]) == (found[0]["batch"], 0)):
         cells = [f"{row['batch']:,}", f"{row['queue']:,}", f"`{row['variant']}`"]
         if "error" in row:
             cells += [row["error"].split(" (")[0], "", "", ""]
         else:
             error = max(row[f"error_{name}"] for name in LEAVES)
-            cells += [f"{row['ms']:,.0f}", f"{row['peak_bytes'] / 1e6:,.0f}", f"{row['of_gemm']:.2f}", f"{error:.0e}"]
+            base = None if "soft_ce" in row["variant"] else plain.get((row["batch"], row["queue"]))
+            ratio = f"{row['ms'] / base:.2f}" if base else ""
+            cells += [f"{row['ms']:,.0f}", ratio, f"{row['peak_bytes'] / 1e6:,.0f}", f"{error:.0e}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
