@@ -104,11 +104,6 @@ class ObjectiveConfig(Terms):
         require(self.warmup_steps >= 0, f"objective.warmup_steps is {self.warmup_steps}; it must be 0 or more")
         self.logit_scale.check()
         active, policy = self.active(), self.logit_scale.teacher
-        follow_keys = any(term.asks.queue and term.asks.keys is None for term in active.values())
-        require(
-            self.keys == "teacher" or follow_keys,
-            f"objective.keys is {self.keys}, but no term that is on has a choice of keys; leave it out",
-        )
         require(
             not self.warmup_steps or not all(term.asks.task for term in active.values()),
             f"objective.warmup_steps is {self.warmup_steps}, but only task losses are on, which it leaves alone; leave it out",

@@ -1,5 +1,8 @@
 """Comparing training runs: by every logged number and every saved tensor."""
 
+import contextlib
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +59,13 @@ def assert_close_runs(one: Path, other: Path, *, world_sizes: set[int], rel: flo
     assert {row["world_size"] for row in found} == world_sizes
     for name in expected[0].keys() - VARYING:
         assert [row[name] for row in found] == pytest.approx([row[name] for row in expected], rel=rel, abs=1e-5), name
+
+
+@contextlib.contextmanager
+def tmpfs(folder: Path, size: str) -> Iterator[Path]:
+    """A small disk."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", folder], check=True)

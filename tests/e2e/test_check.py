@@ -22,7 +22,7 @@ def test_it_says_what_will_run_and_writes_nothing(clipkd: Run, data: Path, teach
         assert any(line.startswith(topic) for line in lines), topic
     assert "0.12M image + 3.22M text parameters" in done.stdout  # as `models` counts the demo's student
     assert "16 × 48 logits, 16 rows at a time" in done.stdout
-    assert "finds the caption of" in done.stdout
+    assert "finds the right caption for" in done.stdout
     assert not (tmp_path / "run").exists()
     assert tree(data) | tree(teacher.parent) == before
 

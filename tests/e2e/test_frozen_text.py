@@ -98,7 +98,7 @@ def test_a_text_tower_that_is_not_the_teachers_is_one_problem_among_the_others(
     options = ("--teacher.models", f"local-dir:{teacher}", "--objective.gkl.weight", 1)
     done = clipkd("check", *arguments, *options, check=False)
     assert done.returncode == 2
-    second, first = (line.removeprefix("clipkd check: problem: ") for line in done.stderr.splitlines())
+    first, second = (line.removeprefix("clipkd check: problem: ") for line in done.stderr.splitlines())
     assert first.startswith(
         "student.text is teacher, but the student demo-student has text_cfg.width 64 (teacher 96), "
     )

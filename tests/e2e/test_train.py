@@ -11,7 +11,7 @@ import pytest
 from clipkd import files
 from clipkd.models.load import load_model
 from tests.e2e.conftest import SMALL, Run
-from tests.e2e.runs import assert_close_runs, read_metrics, saved, with_all_terms
+from tests.e2e.runs import assert_close_runs, read_metrics, saved, tmpfs, with_all_terms
 
 
 def test_two_processes_log_the_losses_of_one(clipkd: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
@@ -43,10 +43,9 @@ def test_a_run_is_not_overwritten_and_a_full_disk_says_what_to_do(clipkd: Run, d
     assert other.returncode == 2
     assert "optim.learning_rate = 0.001, now it is 0.0001" in other.stderr
     assert len(read_metrics(tmp_path / "run")) == 2
-    full = tmp_path / "full"
-    full.mkdir()
-    (full / "config.yaml").symlink_to("/dev/full")
-    done = clipkd("train", *arguments, "--output", full, check=False)
+    with tmpfs(tmp_path / "small", "2m") as small:  # too small for a checkpoint
+        done = clipkd("train", *arguments, "--output", small / "run", check=False)
+        assert not list((small / "run" / "checkpoints").iterdir())
     assert done.returncode == 1
     (line,) = (line for line in done.stderr.splitlines() if "error" in line)
     assert "No space left on device" in line
