@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 
 from clipkd import __version__
 from clipkd.config.parse import parse, parse_into
-from clipkd.errors import Interrupted, RunStopped, one_line
+from clipkd.errors import END_SIGNALS, Interrupted, RunStopped, one_line, raise_at_signals
 
 HELP = """usage: clipkd COMMAND [--help] …
 
@@ -61,8 +62,10 @@ def main() -> None:
 def run_command(name: str, arguments: list[str]) -> None:
     """Print errors that a user can mend as one line and exit with status 2 (1 if a run failed); raise any other."""
     logging.getLogger().setLevel(logging.ERROR)  # open_clip warns on the root logger of what clipkd checks
-    process = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    process = ""
     try:
+        if read_launcher() > 1:
+            process = f" (process {os.environ['RANK']})"
         with warnings.catch_warnings():
             print_own_warnings(name)
             COMMANDS[name](arguments)
@@ -83,6 +86,29 @@ def run_command(name: str, arguments: list[str]) -> None:
         exit_by_signal(signal.SIGINT, f"clipkd {name}{process}: interrupted{kept}")
 
 
+def read_launcher() -> int:
+    """Number of processes that a launcher started; srun's variables are taken over under torchrun's names.
+
+    Raises: ValueError if the processes could not find each other, so that each would run as if it were the only one.
+    """
+    given = os.environ
+    if "WORLD_SIZE" not in given and int(given.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        head, first = re.match(r"([^,\[]*)\[?(\d*)", given["SLURM_STEP_NODELIST"]).groups()  # type: ignore[union-attr]
+        given |= {"WORLD_SIZE": given["SLURM_STEP_NUM_TASKS"], "RANK": given["SLURM_PROCID"]}
+        given |= {"LOCAL_RANK": given["SLURM_LOCALID"], "MASTER_ADDR": given.get("MASTER_ADDR", head + first)}
+        given.setdefault("MASTER_PORT", str(20_000 + int(given["SLURM_JOB_ID"]) % 20_000))
+        given.setdefault("OMP_NUM_THREADS", given.get("SLURM_CPUS_PER_TASK", "1"))
+    if "WORLD_SIZE" not in given and "MASTER_PORT" in given and "ACCELERATE_DYNAMO_MODE" in given:
+        raise ValueError(
+            "accelerate launch starts one process on CPUs, whatever num_processes says; use torchrun --nproc_per_node N"
+        )
+    number = int(given.get("WORLD_SIZE", "1"))
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in given]
+    if number > 1 and missing:
+        raise ValueError(f"WORLD_SIZE is {number}, but {', '.join(missing)} missing; start with torchrun, or set all")
+    return number
+
+
 def print_own_warnings(name: str) -> None:
     """Print warnings of this package as one line, on the main process only; others as usual."""
     usual = warnings.showwarning
@@ -98,8 +124,11 @@ def print_own_warnings(name: str) -> None:
 
 def exit_by_signal(number: int, message: str) -> NoReturn:
     """Exit with the status of a signal; ignore further signals while the interpreter cleans up."""
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in END_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
+    from clipkd.progress import drop_closed_output
+
+    drop_closed_output()
     if message:
         print(message, file=sys.stderr)
     raise SystemExit(128 + number) from None
@@ -149,7 +178,7 @@ def cache_command(arguments: list[str]) -> None:
     if "--output" not in {argument.split("=")[0] for argument in arguments} and "--help" not in arguments:
         arguments = [*arguments, "--output", ""]  # a training config's output is the folder of a run
     config = parse_into(CacheConfig, with_config(arguments), "cache", "Compute the teachers' features once.")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # removes unfinished files
+    raise_at_signals()
     folder = run(config)
     if is_main_process():
         print(f"cached: {folder}; train from it with --teacher.cache {folder}")
@@ -210,7 +239,7 @@ def export_command(arguments: list[str]) -> None:
     config = parse_into(ExportConfig, arguments, "export", about, positional=("checkpoint",))
     if config.push_to_hub:
         hub.check_repository(config.push_to_hub)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # removes unfinished files
+    raise_at_signals()
     rows = export(config)
     for row in rows:
         print(describe_artefact(row))

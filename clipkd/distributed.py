@@ -26,8 +26,8 @@ def join_processes() -> PartialState:
 
     The first call fixes timeout and backend for every later Accelerator.
     """
-    # PartialState alone ignores ACCELERATE_USE_CPU: each CPU process would run as if it were the only one.
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    # PartialState alone ignores ACCELERATE_USE_CPU and a lack of GPUs: each process would run as if it were the only one.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpu, **process_group_options(on_cpu=on_cpu))
 
 
@@ -65,10 +65,20 @@ def make_accelerator(precision: str, *, trackers: Sequence[str] = (), folder: st
 
 
 def resolve_precision(precision: str, device: torch.device | None) -> str:
-    """Accelerate's name for the configured precision on this process's device. Raises: ValueError for fp16 on a CPU."""
+    """Accelerate's name for the configured precision on this process's device.
+
+    Raises: ValueError for fp16 on a CPU, or if Accelerate is set to another precision.
+    """
     on_gpu = device is not None and device.type == "cuda"
-    if precision == "auto":
+    theirs = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # accelerate launch sets no where nobody has chosen
+    if theirs not in ("no", *(("bf16", "fp16") if precision == "auto" else (precision,))):
+        raise ValueError(
+            f"Accelerate is set to mixed precision {theirs}, precision is {precision}; set one of them, or both alike "
+            "(fp32, bf16 or fp16)"
+        )
+    if precision == "auto" and theirs == "no":
         return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    precision = theirs if precision == "auto" else precision
     if precision == "fp16" and not on_gpu:
         raise ValueError("precision is fp16, which needs a GPU; use fp32 or bf16")
     return "no" if precision == "fp32" else precision

@@ -1,6 +1,7 @@
 """Errors and early ends: checks of options, messages of one line, runs that stop, signals that wait for the current step."""
 
 import contextlib
+import os
 import signal
 import textwrap
 import time
@@ -60,8 +61,16 @@ class Interrupted(BaseException):
         self.number = number
 
 
+END_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+"""Ctrl-C, a scheduler or launcher, a closed terminal, Slurm's --signal=USR1."""
+
+IS_LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_DYNAMO_MODE" in os.environ
+"""Whether torchrun or accelerate launch started this process, so that its parent's end is the end of the job."""
+PARENT = os.getppid()
+
+
 class Interruption:
-    """The first SIGINT or SIGTERM that asked for an end; `number` is 0 until then."""
+    """The first signal that asked for an end; `number` is 0 until then."""
 
     def __init__(self) -> None:
         self.number, self.since, self.immediate = 0, 0.0, False
@@ -76,6 +85,11 @@ class Interruption:
         if not self.number:
             self.number, self.since = number, now
 
+    def asked(self) -> int:
+        """Number of the signal; SIGHUP if the launcher is gone, which may end without passing a signal on."""
+        orphaned = IS_LAUNCHED and os.getppid() != PARENT
+        return self.number or (signal.SIGHUP if orphaned else 0)
+
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         """Let a signal raise where it arrives, for work that a resumed run repeats."""
@@ -86,13 +100,36 @@ class Interruption:
             self.immediate = False
 
 
+def handled_signals() -> list[int]:
+    """END_SIGNALS; without SIGHUP under nohup, which tells a process to ignore it (a launcher kills after it)."""
+    ignored = {number for number in END_SIGNALS if signal.getsignal(number) == signal.SIG_IGN}
+    return [number for number in END_SIGNALS if IS_LAUNCHED or number == signal.SIGINT or number not in ignored]
+
+
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[Interruption]:
-    """Defer SIGINT and SIGTERM to the end of the current step; repeated after PATIENCE they end it at once."""
+    """Defer END_SIGNALS to the end of the current step; repeated after PATIENCE they end it at once."""
     interruption = Interruption()
-    before = {number: signal.signal(number, interruption.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, interruption.handle) for number in handled_signals()}
     try:
         yield interruption
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def leave_signals_to_parent(_: int = 0) -> None:
+    """Ignore END_SIGNALS in a loader process: they reach it too, but its parent must first finish its step."""
+    for number in END_SIGNALS:
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which the programs behind pipes would inherit
+
+
+def raise_at_signals() -> None:
+    """Raise Interrupted at END_SIGNALS, so that a command removes its unfinished files."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    for number in handled_signals():
+        if number != signal.SIGINT:  # Python's KeyboardInterrupt
+            signal.signal(number, stop)

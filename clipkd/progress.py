@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,19 @@ T = TypeVar("T")
 console = Console(stderr=True, highlight=False)
 
 SECONDS_BETWEEN_LINES = 15.0
+
+
+def drop_closed_output() -> None:
+    """Send what follows to nowhere if the terminal, or the program behind a pipe, is gone: printing must not end a run."""
+    if not hasattr(select, "poll"):  # Windows
+        return
+    poll = select.poll()
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if stream is not None:
+            poll.register(stream.fileno(), 0)
+    for descriptor, event in poll.poll(0):
+        if event & (select.POLLERR | select.POLLHUP):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 class Bar:
@@ -46,9 +60,11 @@ class Bar:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        drop_closed_output()
         self.progress.stop()
 
     def advance(self) -> None:
+        drop_closed_output()
         self.done += 1
         self.progress.update(self.task, advance=1, note=self.note)
         now = time.monotonic()

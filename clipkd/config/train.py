@@ -135,7 +135,7 @@ class TrainConfig:
     resume: str | None = None
     """latest continues the run in `output` from its newest checkpoint; a checkpoint folder continues from that one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Autocast of the towers; auto is bf16 where the GPU has it, else fp32. Logits and losses are always float32."""
+    """Autocast of the towers; auto is what accelerate launch --mixed_precision says, else bf16 where the GPU has it, else fp32. Logits and losses are always float32."""
     threads: int | None = None
     """CPU threads of torch per process; null leaves torch's choice."""
     student: StudentConfig = field(default_factory=StudentConfig)

@@ -4,7 +4,6 @@ The global batches are the same for any number of processes and loader processes
 """
 
 import multiprocessing
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -20,7 +19,7 @@ from clipkd.data.crops import Box, decoding_scale, random_crop_box, reduce_scale
 from clipkd.data.order import Position, Purpose, generator
 from clipkd.data.skips import BadSample, Skip
 from clipkd.data.sources import Pair, PairSet
-from clipkd.errors import RunStopped, short
+from clipkd.errors import RunStopped, leave_signals_to_parent, short
 from clipkd.images import WHITE, BadImage, open_image, to_rgb
 from clipkd.views import Batch, Views
 
@@ -209,7 +208,7 @@ class Feed(Generic[B]):
             raise stop from value
 
     def close(self) -> None:
-        """End the loader processes, which ignore SIGINT and SIGTERM."""
+        """End the loader processes, which ignore signals that end a run."""
         batches, self.batches = self.batches, iter(())
         if shut_down := getattr(batches, "_shutdown_workers", None):
             shut_down()  # a traceback may keep the iterator alive, and torch would report the kills below as failures
@@ -226,6 +225,4 @@ def loader_options(config: DataConfig, pin_memory: bool) -> dict[str, Any]:
 
 def start_worker(_: int) -> None:
     torch.set_num_threads(1)  # more threads would take cores from the training step
-    # Ctrl-C and a scheduler's SIGTERM reach every process, but the training process must first finish its step.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # not SIG_IGN, which the programs behind pipes would inherit
+    leave_signals_to_parent()

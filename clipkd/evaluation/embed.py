@@ -2,7 +2,6 @@
 
 import functools
 import importlib.metadata
-import signal
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from clipkd import distributed, files, progress
+from clipkd.errors import leave_signals_to_parent
 from clipkd.evaluation import zeroshot
 from clipkd.evaluation.sets import EvaluationSet, Images
 from clipkd.models.encoder import PROBES, Encoder
@@ -72,7 +72,7 @@ class Embedder:
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=leave_signals_to_parent,
         )
         features = [torch.empty(0, self.encoder.dim)]
         positions: list[int] = []
@@ -140,11 +140,6 @@ class Embedder:
             except OSError as error:
                 warnings.warn(f"{path} is not written: {error}", stacklevel=2)
         return features
-
-
-def ignore_interrupts(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one ends its loader processes by SIGTERM."""
-    signal.signal(signal.SIGINT, lambda *_: None)
 
 
 def load_features(path: Path) -> Tensor | None:

@@ -77,10 +77,10 @@ class Run:
 
     def agree(self, signals: Interruption) -> BaseException | None:
         """The reason to end the run after this step, the same on every process: a signal to one, or too much damage."""
-        (number,) = distributed.maximum([signals.number], self.learner.accelerator.device)
+        (number,) = distributed.maximum([signals.asked()], self.learner.accelerator.device)
         saved = f"saved {run_folder.checkpoint_folder(self.folder, self.done)}"
         if number and self.done < self.config.steps:
-            name = signal.Signals(number).name
+            name = "the end of the terminal or launcher" if number == signal.SIGHUP else signal.Signals(number).name
             return Interrupted(number, f"{name} after step {self.done}; {saved}, continue with --resume latest")
         allowed = self.config.data.max_skipped
         if damage := self.ledger.describe_damage(self.done * self.config.batch_size, allowed):

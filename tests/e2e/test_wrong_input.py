@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from clipkd import files
-from clipkd.cli import main
+from clipkd.cli import main, read_launcher
 from clipkd.config.objective import ObjectiveConfig
 from clipkd.config.train import TrainConfig
 from clipkd.training.assemble import require_installed
@@ -62,6 +63,33 @@ def test_wrong_option(here: Run, data: Path, tmp_path: Path, arguments: tuple, w
     output = tmp_path / "run"
     paths = ("--data.path", data / "pairs", "--output", output, "--steps", 1)
     assert_refused(here("train", *SMALL, *paths, *arguments, check=False), output, *words)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, ("WORLD_SIZE is 2, but RANK, LOCAL_RANK", "torchrun")),
+        ({"ACCELERATE_DYNAMO_MODE": "default", "MASTER_PORT": "29500"}, ("one process on CPUs", "torchrun")),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ("mixed precision bf16", "precision is fp32")),
+    ],
+)
+def test_settings_of_a_launcher_that_do_not_fit(
+    here: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: tuple
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    paths = ("--data.path", data / "pairs", "--output", tmp_path / "run", "--steps", 1, "--precision", "fp32")
+    assert_refused(here("train", *SMALL, *paths, check=False), tmp_path / "run", *words)
+
+
+def test_the_processes_of_srun_find_each_other_by_its_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", environment := {"SLURM_NTASKS": "4"})
+    assert read_launcher() == 1  # a batch script, not a step of it
+    environment |= {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "4711"}
+    environment |= {"SLURM_STEP_NODELIST": "gpu[07-08,12],cpu3", "SLURM_CPUS_PER_TASK": "8"}
+    assert read_launcher() == 4
+    expected = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu07", "MASTER_PORT": "24711"}
+    assert environment.items() >= (expected | {"OMP_NUM_THREADS": "8"}).items()
 
 
 def test_compiling_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
