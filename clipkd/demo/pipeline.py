@@ -86,7 +86,7 @@ def run(config: DemoConfig) -> Path:
     (output / "results.jsonl").unlink(missing_ok=True)
     for row in (*rows, *exported):  # the README's table is made from this file
         files.append_row(output / "results.jsonl", row)
-    draw_samples(output, rows, ("teacher", "alone", best))
+    draw_samples(output, rows, best)
     for folder in (*runs.values(), output / "results"):
         write_report(ReportConfig(run=str(folder)))
     print_tables(rows, best, config)
@@ -136,7 +136,7 @@ def write_data(config: DemoConfig, folder: Path) -> None:
         style: pairs.write_held_out(folder / style, style, num_concepts=num_concepts) for style in pairs.HELD_OUT_STYLES
     }
     counts = ", ".join(f"{number} {style} drawings held out" for style, number in drawn.items())
-    console.print(f"data: {num_pairs} pairs in {' and '.join(pairs.TRAINING_STYLES)} style; {counts}")
+    console.print(f"data: {num_pairs} pairs in {', '.join(pairs.TRAINING_STYLES)} styles; {counts}")
 
 
 def make_cache(config: DemoConfig) -> None:
@@ -186,11 +186,15 @@ def require_equal_counts(exported: list[dict[str, Any]], rows: list[dict[str, An
                 raise RuntimeError(f"the exported student scores {row[count]}, trained {expected} ({count})")
 
 
-def draw_samples(output: Path, rows: list[dict[str, Any]], models: tuple[str, ...]) -> None:
-    """Draw samples.png: training pairs, then held-out drawings with each model's guess."""
-    tables = {row["model"]: output / "results" / row["samples"] for row in rows if row["dataset"] == REPORT}
-    guesses = {model: [best for best, *_ in read_samples(tables[model])["top5"]] for model in models}
-    draw_contact_sheet(output / "samples.png", output / "data" / "pairs", output / "data" / REPORT, guesses)
+def draw_samples(output: Path, rows: list[dict[str, Any]], best: str) -> None:
+    row = next(row for row in rows if (row["model"], row["dataset"]) == (best, REPORT))
+    draw_contact_sheet(
+        output / "samples.png",
+        pairs=output / "data" / "pairs",
+        held_out=output / "data" / REPORT,
+        samples=read_samples(output / "results" / row["samples"]),
+        student=output / "student",
+    )
 
 
 def print_tables(rows: list[dict[str, Any]], best: str, config: DemoConfig) -> None:

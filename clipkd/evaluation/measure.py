@@ -81,9 +81,9 @@ def measure_classes(data: EvaluationSet, scores: ClassScores) -> Measured:
         ranked = rank_classes(cosines)
         own = cosines.gather(1, truth)
         others = cosines.scatter(1, truth, -torch.inf).max(dim=1, keepdim=True).values
-        confidence = (scores.scale * cosines).softmax(dim=1).max(dim=1, keepdim=True).values
-        columns.append((ranked, own - others, confidence))
-    ranked, margin, confidence = (torch.cat(parts) for parts in zip(*columns, strict=True))
+        probabilities = (scores.scale * cosines).softmax(dim=1).gather(1, ranked)
+        columns.append((ranked, own - others, probabilities))
+    ranked, margin, probabilities = (torch.cat(parts) for parts in zip(*columns, strict=True))
     hits = ranked == labels[:, None]
     correct1, correct5 = hits[:, 0], hits.any(dim=1)
     n, num1, num5 = len(labels), int(correct1.sum()), int(correct5.sum())
@@ -103,9 +103,9 @@ def measure_classes(data: EvaluationSet, scores: ClassScores) -> Measured:
         "top5": ranked.tolist(),
         "correct": correct1.tolist(),
         "margin": margin[:, 0].tolist(),
-        "confidence": confidence[:, 0].tolist(),
+        "probabilities": probabilities.tolist(),  # of the top 5; the first is the confidence
     }
-    calibration = scoring.calibrate(confidence[:, 0], correct1)
+    calibration = scoring.calibrate(probabilities[:, 0], correct1)
     counts = {"num_correct1": num1, "num_correct5": num5}
     return Measured(values, intervals, counts, samples, calibration, scores, recalls.tolist())
 

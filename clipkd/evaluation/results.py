@@ -22,7 +22,7 @@ TASK_NAMES = {
 REQUIRED = {"id", "key", "model", "metrics", "main_metric_name", "ci95", "samples"}
 """Fields that tell clipkd's rows from those of other programs."""
 
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 """Raise it when the same model and data would give another row."""
 
 

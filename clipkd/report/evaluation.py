@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,8 @@ def render_results(found: Found, number: Iterator[int]) -> str:
         )
         body += section("Calibration", text, figures)
     students = [row for row in found.rows if "lost_classes" in (row.get("teacher") or {})]
+    if shown := best_of_each_task(students or [row for row in found.rows if "num_correct1" in row]):
+        body += section("Answers", "".join(answers(found, row) for row in shown))
     if students:
         body += section("Classes that lost most", lost_table(students))
         body += section(
@@ -195,6 +197,57 @@ def lost_table(students: Rows) -> str:
     return table(header, rows, "numbers") if rows else "<p>No class has a lower recall than under the teacher.</p>"
 
 
+def best_of_each_task(rows: Rows) -> Rows:
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        held = best.get(row["key"])
+        if held is None or row["metrics"]["acc1"] > held["metrics"]["acc1"]:
+            best[row["key"]] = row
+    return list(best.values())
+
+
+def open_evaluated(found: Found, row: dict[str, Any]) -> tuple[EvaluationSet, dict[str, list[Any]]]:
+    """The images and the samples table of a result. Raises: ValueError or OSError if either is gone or has changed."""
+    options: dict[str, Any] = row["task_options"]
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    data = open_subject(Task(**options), row["data"]).data
+    if data.sha256 != row["data_sha256"]:
+        raise ValueError(f"{row['data']} has changed since the evaluation")
+    return data, read_samples(found.folder / row["samples"])
+
+
+def in_proportion(correct: Sequence[bool], number: int) -> list[int]:
+    """Places of a few images, evenly spread, right and wrong ones in the proportion of all."""
+    right, wrong = ([place for place, hit in enumerate(correct) if hit == kind] for kind in (True, False))
+    number = min(number, len(correct))
+    num_right = round(number * len(right) / max(1, len(correct)))
+    shares = ((right, num_right), (wrong, number - num_right))
+    return sorted(places[len(places) * i // share] for places, share in shares for i in range(share))
+
+
+def answers(found: Found, row: dict[str, Any]) -> str:
+    """A few images with the five likeliest classes of each."""
+    title = f"<h3>{escape(row['key'])}: {escape(label(row))}</h3>"
+    try:
+        data, table = open_evaluated(found, row)
+        shown = "".join(answer(data, table, place) for place in in_proportion(table["correct"], MOST_PICTURES))
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        return f"{title}<p>No pictures: {escape(error)}.</p>"
+    note = f"Right and wrong answers in their true proportion ({percent(row['metrics']['acc1'])} right). Bars: probability."
+    return f'{title}<p class="quiet">{note}</p><div class="thumbs">{shown}</div>'
+
+
+def answer(data: EvaluationSet, table: dict[str, list[Any]], place: int) -> str:
+    assert data.classnames is not None
+    truth = data.classnames[data.labels[place]]
+    text = f"<b>{escape(truth)}</b>"
+    for number, probability in zip(table["top5"][place], table["probabilities"][place], strict=True):
+        name = data.classnames[number]
+        kind = "right" if name == truth else "wrong"
+        text += f'<span class="bar {kind}" style="--share: {100 * probability:.1f}%">{escape(name)}</span>'
+    return thumbnail(data, place, text)
+
+
 def pictures(found: Found, student: dict[str, Any]) -> str:
     """Images that only the student gets wrong, ordered by the teacher's margin."""
     title = f"<h3>{escape(student['key'])}: {escape(label(student))}</h3>"
@@ -203,23 +256,26 @@ def pictures(found: Found, student: dict[str, Any]) -> str:
     if teacher is None:
         return f"{title}<p>The teacher's own results are not in {escape(found.folder)}.</p>"
     try:
-        ours, theirs = (read_samples(found.folder / row["samples"]) for row in (student, teacher))
-        options: dict[str, Any] = student["task_options"]
-        options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-        data = open_subject(Task(**options), student["data"]).data
-        if data.sha256 != student["data_sha256"]:
-            raise ValueError(f"{student['data']} has changed since the evaluation")
+        data, ours = open_evaluated(found, student)
+        theirs = read_samples(found.folder / teacher["samples"])
         lost = [place for place in range(len(data)) if theirs["correct"][place] and not ours["correct"][place]]
         lost.sort(key=lambda place: -theirs["margin"][place])
-        shown = "".join(picture(data, place, ours["top5"][place][0]) for place in lost[:MOST_PICTURES])
+        shown = "".join(mistake(data, place, ours["top5"][place][0]) for place in lost[:MOST_PICTURES])
     except (ValueError, OSError, KeyError, TypeError) as error:
         return f"{title}<p>No pictures: {escape(error)}.</p>"
     count = f"{len(lost):,} of {len(data):,} images; the teacher's largest margins first."
     return f'{title}<p class="quiet">{count}</p><div class="thumbs">{shown}</div>'
 
 
-def picture(data: EvaluationSet, place: int, guess: int) -> str:
+def mistake(data: EvaluationSet, place: int, guess: int) -> str:
     assert data.classnames is not None
+    truth, wrong = data.classnames[data.labels[place]], data.classnames[guess]
+    return thumbnail(
+        data, place, f'<span class="right">{escape(truth)}</span><span class="wrong">{escape(wrong)}</span>'
+    )
+
+
+def thumbnail(data: EvaluationSet, place: int, text: str) -> str:
     found = data.pictures[place]
     image = open_image(found.read()).convert("RGBA")
     image.thumbnail((PIXELS, PIXELS))
@@ -227,6 +283,4 @@ def picture(data: EvaluationSet, place: int, guess: int) -> str:
     file = io.BytesIO()
     flat.save(file, "JPEG", quality=80)
     source = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-    truth, wrong = data.classnames[data.labels[place]], data.classnames[guess]
-    text = f'<span class="right">{escape(truth)}</span><span class="wrong">{escape(wrong)}</span>'
     return f'<figure><img src="{source}" alt="{escape(found.key)}"/>{text}</figure>'

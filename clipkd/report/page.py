@@ -34,6 +34,7 @@ summary { cursor: pointer; margin: 12px 0 8px; } tr { break-inside: avoid; }
 .thumbs { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px; margin: 12px 0; }
 .thumbs figure { padding: 8px; font-size: 12.5px; }
 .thumbs img { width: 100%; aspect-ratio: 1; object-fit: contain; background: #f1f1ec; }
+.bar { background: linear-gradient(#dfe8f2 0 0) 0 / var(--share) 100% no-repeat; padding: 0 3px; }
 .right { color: #147a3d; } .wrong { color: #b3261e; }
 """
 

@@ -34,6 +34,7 @@ def test_quick_demo_trains_evaluates_and_exports(clipkd: Run, tmp_path: Path) ->
         losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
         assert losses[-1] < losses[0]
         assert "</html>" in (metrics.parent / "report.html").read_text(encoding="utf-8")
+    assert 'class="bar ' in (output / "results" / "report.html").read_text(encoding="utf-8")
     assert {path.name for path in output.iterdir()} >= {"teacher", "student", "samples.png", "results.jsonl"}
     with Image.open(output / "samples.png") as sheet:
         assert sheet.width > 1000

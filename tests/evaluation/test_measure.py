@@ -93,8 +93,9 @@ def test_classification_by_hand() -> None:
     assert found.samples["label"] == [0, 0, 2, 0]
     assert found.samples["margin"] == pytest.approx([-0.2, 1.0, 0.2, 0.2], abs=1e-6)
     exponents = [(8, 6, 0), (10, 0, 0), (8, 6, 0), (8, 6, 0)]
-    confidences = [math.exp(a) / (math.exp(a) + math.exp(b) + math.exp(c)) for a, b, c in exponents]
-    assert found.samples["confidence"] == pytest.approx(confidences, rel=1e-5)
+    confidences = [row[0] for row in found.samples["probabilities"]]
+    for row, powers in zip(found.samples["probabilities"], exponents, strict=True):
+        assert row == pytest.approx([math.exp(power) / sum(map(math.exp, powers)) for power in powers], rel=1e-5)
     assert found.metrics == {"acc1": 0.75, "acc5": None, "mean_per_class_recall": pytest.approx((2 / 3 + 1) / 2)}
     assert found.counts["num_correct1"] == 3
     assert found.recalls[0] == 2 / 3

@@ -15,6 +15,7 @@ import yaml
 from clipkd import files
 from clipkd.config.train import TrainConfig, to_dict
 from clipkd.report import ReportConfig, write_report
+from clipkd.report.evaluation import in_proportion
 from clipkd.report.figures import group_terms, running_mean, thin
 
 TERMS = {"info_nce": 1.5, "gkl": 2.0, "gkl_wmse": 5.0, "gkl_kl": 0.75, "gkl_soft_ce": 1.25, "gkl_teacher_entropy": 0.5}
@@ -237,6 +238,17 @@ def test_a_long_curve_is_thinned_without_losing_a_spike() -> None:
     assert 77_777 in kept
     assert np.isnan(values[kept]).any()
     assert np.all(np.diff(kept) > 0)
+
+
+def test_a_few_answers_keep_the_proportion_of_right_ones() -> None:
+    correct = [place % 4 == 0 for place in range(100)]
+    places = in_proportion(correct, 12)
+    assert len(set(places)) == 12
+    assert [correct[place] for place in places].count(True) == 3
+    assert places == sorted(places)
+    assert places[-1] >= 80  # spread over all
+    assert in_proportion([True, False], 12) == [0, 1]
+    assert in_proportion([], 12) == []
 
 
 def test_missing_input_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
