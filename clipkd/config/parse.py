@@ -78,7 +78,7 @@ def parse_into(
             arguments[place] = str(find_config(path, parser))
             check_yaml(Path(arguments[place]), parser)
     namespace = parser.parse_args(spell_out(kind, arguments))
-    if idle := "objective" in namespace and has_idle_teacher(namespace):
+    if idle := getattr(kind, "trains", False) and has_idle_teacher(namespace):
         namespace = parser.parse_args(spell_out(kind, ["--config", str(recipe("losses/gkl")), *arguments]))
     try:
         values = {name: value for name, value in vars(parser.instantiate(namespace)).items() if name != "config"}

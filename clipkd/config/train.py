@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -122,6 +122,8 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    trains: ClassVar[bool] = True
+    """Whether the loss terms are used, so that they must fit teachers and data."""
     output: str = "runs/train"
     """Run folder, made by this command: config.yaml, metrics.jsonl, results.jsonl, checkpoints/."""
     steps: int = 10_000
@@ -167,14 +169,15 @@ class TrainConfig:
         at_random = self.student.text == "frozen" and split_weights(self.student.model)[1] is None
         require(not at_random, "student.text is frozen at random weights: name them (student.model NAME@WEIGHTS)")
         require_finite(self)
-        names = self.teacher.names
-        require(bool(names) or self.student.text != "teacher", "student.text is teacher, but teacher.models names none")
-        require_objective(
-            self.objective,
-            has_teacher=bool(names) or self.teacher.cache is not None,
-            ema_momentum=self.optim.ema_momentum,
-            label_key=self.data.label_key,
-        )
+        names, has_teacher = self.teacher.names, bool(self.teacher.names) or self.teacher.cache is not None
+        require(has_teacher or self.student.text != "teacher", "student.text is teacher, but teacher.models names none")
+        if self.trains:
+            require_objective(
+                self.objective,
+                has_teacher=has_teacher,
+                ema_momentum=self.optim.ema_momentum,
+                label_key=self.data.label_key,
+            )
         if names:  # otherwise the cache says how many there are
             require_number_of_teachers(self.objective, len(names))
 

@@ -14,6 +14,7 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from safetensors import SafetensorError
 from torch import Tensor
 
+from clipkd import files
 from clipkd.config.objective import INITIAL_LOGIT_BIAS
 from clipkd.config.train import StudentConfig, TrainConfig, split_weights
 from clipkd.errors import short
@@ -173,9 +174,10 @@ def encode_short(model: Any, texts: Tensor) -> Tensor:
 
 
 def tokenizer_name(tokenizer: Any) -> str:
-    """Equal for open_clip's BPE tokenizers of one context length; unique for any other tokenizer."""
+    """Equal for open_clip's BPE tokenizers of one context length; for any other it tells the tokens of PROBES."""
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
         usual = open_clip.SimpleTokenizer(context_length=tokenizer.context_length)
         if torch.equal(usual(list(PROBES)), tokenizer(list(PROBES))):  # same vocabulary, cleaning and truncation
             return f"CLIP BPE, {tokenizer.context_length} tokens"
-    return f"{type(tokenizer).__name__} {id(tokenizer)}"
+    about = [tokenizer(list(PROBES)).tolist(), getattr(tokenizer, "vocab_size", None)]
+    return f"{type(tokenizer).__name__} {files.sha256_of(about)[:8]}"

@@ -154,8 +154,8 @@ def thin(values: np.ndarray) -> np.ndarray:
     return np.array(sorted(kept))
 
 
-def draw(panel: Panel, number: int) -> str:
-    """Inline SVG with ids unique to this number and without text from the log files."""
+def draw(panel: Panel) -> Any:
+    """A figure without text from the log files, which stands in the page's HTML."""
     from matplotlib import ticker
 
     figure, axes = new_figure(2.6)
@@ -166,7 +166,8 @@ def draw(panel: Panel, number: int) -> str:
         window = smoothing_window(len(values)) if panel.noisy else 1
         for shown, alpha, w in ((values, 0.3, 0.9), (running_mean(values, window), 1, width))[window == 1 :]:
             kept = thin(shown)
-            axes.plot(curve.steps[kept], shown[kept], dash, alpha=alpha, linewidth=w, **style)
+            label = curve.name if alpha == 1 else None  # for the legend of to_pixels
+            axes.plot(curve.steps[kept], shown[kept], dash, alpha=alpha, linewidth=w, label=label, **style)
         gap = ~np.isfinite(np.concatenate(([math.nan], values, [math.nan])))
         dots = ~gap[1:-1] & ((gap[:-2] & gap[2:]) | (len(values) <= 25))  # a point between gaps has no line
         axes.plot(curve.steps[dots], values[dots], "o", markersize=3.5, **style)
@@ -189,7 +190,19 @@ def draw(panel: Panel, number: int) -> str:
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.set(xlim=(0, 1.02 * max(1, *(curve.steps[-1] for curve in panel.curves))), xlabel="step")
     axes.set_ylabel(panel.unit + (", log scale" if logarithmic else ""))
-    return to_svg(figure, number)
+    return figure
+
+
+def to_pixels(panel: Panel) -> np.ndarray:
+    """[height, width, 3] uint8, with title and legend."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = draw(panel)
+    figure.axes[0].set_title(panel.title, parse_math=False)
+    figure.axes[0].legend(fontsize=7)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def new_figure(height: float) -> tuple[Any, Any]:
@@ -204,6 +217,7 @@ def new_figure(height: float) -> tuple[Any, Any]:
 
 
 def to_svg(figure: Any, number: int) -> str:
+    """Inline SVG with ids unique to this number."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = re.sub(r"<metadata>.*?</metadata>", "", "<svg " + file.getvalue().split("<svg ", 1)[1], flags=re.DOTALL)
@@ -219,7 +233,7 @@ def render_figure(panel: Panel, number: int) -> str:
         legend += f'<li><i style="{line}"></i>{escape(curve.name)} <b>{last}</b></li>'
         if lost := len(curve.values) - len(finite):
             notes += f" {lost} of {len(curve.values)} values of {curve.name} are not finite (gaps)."
-    drawing = draw(panel, number) if any(curve.finite() for curve in panel.curves) else ""
+    drawing = to_svg(draw(panel), number) if any(curve.finite() for curve in panel.curves) else ""
     caption = f"<figcaption><h3>{escape(panel.title)}</h3><ul>{legend}</ul></figcaption>"
     return f'<figure>{caption}{drawing}<p class="quiet">{escape(notes)}</p></figure>'
 

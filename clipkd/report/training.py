@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from clipkd import files
@@ -27,6 +28,7 @@ from clipkd.report.figures import (
     render_figure,
     show,
     smoothing_window,
+    to_pixels,
 )
 from clipkd.report.page import plain, section, table
 
@@ -68,8 +70,8 @@ def read_run(folder: Path) -> Run:
     return Run(folder=folder, config_text=text, options=options, metrics=metrics, results=grouped, skipped=skipped)
 
 
-def render_run(run: Run, number: Iterator[int]) -> str:
-    """number: counts the figures of the page."""
+def panels_of(run: Run) -> tuple[dict[str, Curve], dict[str, list[Panel]]]:
+    """All series, and the panels of each section."""
     curves = read_curves(run.metrics)
     if "data_wait" in curves:
         curves["data_wait"] = replace(curves["data_wait"], values=100 * curves["data_wait"].values)
@@ -84,19 +86,35 @@ def render_run(run: Run, number: Iterator[int]) -> str:
         Panel("images per second", rates, "images/s", "from zero", noisy=True),
         Panel("waiting for data", pick(curves, "data_wait"), "% of the time", "from zero", noisy=True),
     ]
+    panels = {"Learning curves": loss_panels(curves, run.options), "Optimisation": optimisation}
+    panels |= {"Throughput": throughput, "Evaluation": evaluation_panels(run.results)}
+    return curves, {title: [panel for panel in some if panel.curves] for title, some in panels.items()}
+
+
+def draw_run(folder: Path) -> dict[str, np.ndarray]:
+    """Title → pixels of every panel of a run so far that has a finite value."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        panels = [panel for some in panels_of(read_run(folder))[1].values() for panel in some]
+        return {panel.title: to_pixels(panel) for panel in panels if any(curve.finite() for curve in panel.curves)}
+
+
+def render_run(run: Run, number: Iterator[int]) -> str:
+    """number: counts the figures of the page."""
+    curves, panels = panels_of(run)
     window = smoothing_window(len(run.metrics))
     smoothed = f" Faint: every logged step. Line: running mean over {window} of them." if window > 1 else ""
-    sections = {
-        "Learning curves": (loss_panels(curves, run.options), f"<p>A term is shown before its weight.{smoothed}</p>"),
-        "Optimisation": (optimisation, ""),
-        "Throughput": (throughput, ""),
-        "Evaluation": (evaluation_panels(run.results), evaluation_table(run.results)),
-        "Skipped samples": ([], skipped_table(run.skipped)),
-        "Configuration": ([], configuration(run)),
+    texts = {
+        "Learning curves": f"<p>A term is shown before its weight.{smoothed}</p>",
+        "Evaluation": evaluation_table(run.results),
+        "Skipped samples": skipped_table(run.skipped),
+        "Configuration": configuration(run),
     }
     body = "".join(
-        section(title, text, "".join(render_figure(panel, next(number)) for panel in panels if panel.curves))
-        for title, (panels, text) in sections.items()
+        section(title, texts.get(title, ""), "".join(render_figure(p, next(number)) for p in panels.get(title, ())))
+        for title in dict.fromkeys([*panels, *texts])
     )
     last_step, stops = run.metrics[-1]["step"], sorted(run.folder.glob("nonfinite_step_*.json"))
     return f"{''.join(stop_banner(path, last_step) for path in stops)}{facts(run, curves)}\n{body}"

@@ -77,10 +77,10 @@ def open_cache(config: TrainConfig, student: Encoder, pairs: Pairs) -> CachedTea
 
     Raises: FileNotFoundError or ValueError naming the file or option that does not fit.
     """
-    if config.student.text == "teacher":  # the only part of a teacher that is loaded
-        copy_text_tower(load_teacher(config.teacher.names[0]), student)
     folder = Path(config.teacher.cache or "")
     manifest = distributed.together(lambda: read_manifest(folder))
+    if config.student.text == "teacher":  # the only part of a teacher that is loaded
+        copy_text_tower(load_teacher((*config.teacher.names, manifest.teachers[0].model)[0]), student)
     if not isinstance(pairs, PairSet):
         raise ValueError("teacher.cache works with local data; data.path names shards behind URLs or pipes: copy them")
     now, plan = {"augmentation": augmentation_of(config), "data": sources_of(pairs)}, manifest.plan()

@@ -42,8 +42,8 @@ class Evaluator:
     def rows_of(self, step: int | None) -> Rows:
         return [row for row in files.read_rows(self.folder / "results.jsonl") if row.get("step") == step]
 
-    def evaluate(self, step: int) -> None:
-        """Append one row per task and encoder to results.jsonl. Call on every process."""
+    def evaluate(self, step: int) -> Rows:
+        """Append one row per task and encoder to results.jsonl, and return them. Call on every process."""
         rows: Rows = []
         for subject in self.subjects:
             for weights, encoder in self.encoders.items():
@@ -56,6 +56,7 @@ class Evaluator:
                 files.append_row(self.folder / "results.jsonl", row)
                 who = f"step {step}{', moving average' if row['weights'] == 'ema' else ''}"
                 progress.console.print(f"{who}: {describe_result(row)}", soft_wrap=True, markup=False)
+        return rows
 
     def measure(self, encoder: Encoder, subject: Subject) -> dict[str, Any]:
         training, started = encoder.training, time.perf_counter()

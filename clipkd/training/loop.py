@@ -15,7 +15,7 @@ def train(config: TrainConfig) -> Path:
         is damaged or a loader process dies; Interrupted after SIGINT or SIGTERM, once the current step is saved.
     """
     run = open_run(config)
-    with run.lock, deferred_signals() as signals, run.feed, run.recorder.bar:
+    with run.lock, deferred_signals() as signals, run.feed, run.recorder:
         if run.due("evaluate"):  # a kill came between this step's checkpoint and its evaluation
             run.evaluate(signals)
         for batch in run.batches():

@@ -100,7 +100,7 @@ class Run:
     def evaluate(self, signals: Interruption) -> None:
         """Evaluate the student. A signal ends the run at once: the step is saved, and a resumed run evaluates it."""
         with self.watch.paused(), signals.at_once():
-            self.evaluator.evaluate(self.done)
+            self.recorder.track_results(self.done, self.evaluator.evaluate(self.done))
 
     def save(self) -> None:
         """Write a complete checkpoint, then delete the oldest ones."""
@@ -140,10 +140,7 @@ def open_run(config: TrainConfig) -> Run:
     with run.watch.paused():
         distributed.together(lambda: open_folder(run, parts) if accelerator.is_main_process else None)
         if config.log.trackers:
-            options = configuration.flatten(configuration.to_dict(config)).items()
-            # Trackers take no lists.
-            plain = {name: str(value) if isinstance(value, list) else value for name, value in options}
-            accelerator.init_trackers("clipkd", config=plain)
+            run.recorder.start_trackers(config)
     return run
 
 

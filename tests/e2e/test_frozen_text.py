@@ -66,12 +66,18 @@ def test_the_teachers_text_tower_stays_while_all_else_learns(
         assert torch.equal(exported.encode_text(tokens), theirs.encode_text(tokens))
 
 
+@pytest.mark.parametrize("cached", [False, True])
 def test_a_teacher_held_in_half_precision_gives_its_text_tower_whole(
-    clipkd: Run, data: Path, teacher: Path, mixed: Path, tmp_path: Path
+    clipkd: Run, data: Path, teacher: Path, mixed: Path, tmp_path: Path, cached: bool
 ) -> None:
-    student = ("--student.model", mixed, "--student.text", "teacher", "--teacher.models", f"local-dir:{teacher}")
-    arguments = (*SMALL, *student, "--teacher.dtype", "bf16", "--objective.kl.weight", 1, "--data.path", data / "pairs")
-    clipkd("train", *arguments, "--output", tmp_path / "run", "--steps", 1)
+    """A cache knows its teacher, and is made without a term that uses it."""
+    arguments = (*SMALL, "--student.model", mixed, "--student.text", "teacher", "--data.path", data / "pairs")
+    models = ("--teacher.models", f"local-dir:{teacher}", "--teacher.dtype", "bf16")
+    if cached:
+        assert "gkl" not in clipkd("cache", *arguments, *models, "--output", tmp_path / "cache").stderr
+        models = ("--teacher.cache", tmp_path / "cache")
+    paths = ("--output", tmp_path / "run", "--steps", 1)
+    clipkd("train", *arguments, *models, "--objective.kl.weight", 1, *paths)
     weights, theirs = saved(tmp_path / "run", 1), load_file(teacher / "open_clip_model.safetensors")
     text = [name for name in theirs if not name.startswith(("visual.", "logit"))]
     assert [name for name in text if not torch.equal(weights[f"student.model.{name}"], theirs[name])] == []

@@ -1,5 +1,6 @@
 """Every launcher × every signal to it, in the middle of a step or of a checkpoint: saved, nobody left, resumed to the bit."""
 
+import functools
 import os
 import signal
 import socket
@@ -134,8 +135,10 @@ def test_a_signal_to_a_launcher_saves_the_run(
             words = prefix.format(port=port, yaml=tmp_path / "accelerate.yaml").split()
             words += ["-m", "clipkd", "train", *options(data, run)]
             variables = {key: value.format(place=index, port=port) for key, value in launcher.variables.items()}
-            command = subprocess.Popen(words, env=own | variables, stdout=file, stderr=file, start_new_session=True)
-            commands.append(command)
+            start = functools.partial(subprocess.Popen, words, env=own | variables, stdout=file, stderr=file)
+            # A shell has its background processes ignore SIGINT, which their children inherit.
+            heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+            commands.append(start(start_new_session=True, preexec_fn=heed))
         try:
             wait_until(lambda: len(read_metrics(run)) > 2, output)
             if place == "checkpoint":

@@ -23,7 +23,7 @@ from clipkd.config.data import DataConfig
 from clipkd.config.train import StudentConfig
 from clipkd.data.loader import Augment, Collate
 from clipkd.data.sources import Pair
-from clipkd.models.create import check_weights, create_student
+from clipkd.models.create import check_weights, create_student, tokenizer_name
 from clipkd.models.encoder import Encoder
 from clipkd.models.load import load_model as load
 from clipkd.models.students import MODEL_CONFIGS
@@ -362,3 +362,13 @@ def test_equal_weights_of_another_architecture_are_told_apart() -> None:
                 setattr(module, name, QuickGELU())
     assert plain.weights_sha256() == quick.weights_sha256()
     assert plain.architecture() != quick.architecture()
+
+
+def test_a_tokenizer_is_named_by_its_tokens() -> None:
+    names = [
+        tokenizer_name(open_clip.SimpleTokenizer(context_length=n, clean=c)) for n, c in [(12, "lower"), (9, "lower")]
+    ]
+    assert names == ["CLIP BPE, 12 tokens", "CLIP BPE, 9 tokens"]
+    others = [tokenizer_name(open_clip.SimpleTokenizer(context_length=12, clean="canonicalize")) for _ in range(2)]
+    assert re.fullmatch(r"SimpleTokenizer [0-9a-f]{8}", others[0])
+    assert others[0] == others[1]

@@ -1,7 +1,7 @@
 """The options of `clipkd cache`: a training configuration, how much to store, and where."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from clipkd.config.train import TrainConfig
 from clipkd.errors import require
@@ -9,6 +9,7 @@ from clipkd.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig(TrainConfig):
+    trains: ClassVar[bool] = False
     output: str = ""
     """Folder of the cache, named on the command line: the output in a training's YAML is its run folder."""
     views: int = 1
