@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_origin
 
 import jsonargparse
-import yaml
 from docstring_parser import parse_from_object
 
 from clipkd.config.objective import ObjectiveConfig
 from clipkd.config.shipped import recipe
 from clipkd.config.train import TrainConfig, to_yaml
+from clipkd.config.yaml_file import read_yaml
 
 C = TypeVar("C")
 
@@ -75,8 +75,13 @@ def parse_into(
     arguments = [word for word in arguments if not (shows_config and word == "--print_config")]
     for place, (flag, path) in enumerate(itertools.pairwise(arguments), start=1):
         if flag == "--config":
-            arguments[place] = str(find_config(path, parser))
-            check_yaml(Path(arguments[place]), parser)
+            options = {option.removeprefix("--") for option in parser._option_string_actions}
+            try:
+                read = read_yaml(find_config(path), kind, functools.partial(nearest_option, options=options))
+            except (ValueError, OSError) as error:
+                parser.error(str(error))
+            # As text, which jsonargparse takes for a file's content.
+            arguments[place] = json.dumps(read, ensure_ascii=False)
     namespace = parser.parse_args(spell_out(kind, arguments))
     if idle := getattr(kind, "trains", False) and has_idle_teacher(namespace):
         namespace = parser.parse_args(spell_out(kind, ["--config", str(recipe("losses/gkl")), *arguments]))
@@ -159,34 +164,6 @@ def is_tuple(kind: Any) -> bool:
     return get_origin(kind) is tuple
 
 
-def find_config(path: str, parser: Parser) -> Path:
-    """A configuration file, or the recipe of that name."""
-    try:
-        return Path(path) if Path(path).is_file() else recipe(path)
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def check_yaml(path: Path, parser: Parser) -> None:
-    """jsonargparse's errors do not name the file."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"{path} is not YAML: {error}")
-    if not isinstance(content, dict):
-        parser.error(f"{path} holds no options; write lines such as 'steps: 1000'")
-    options = {option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")}
-    unknown = [name for name in option_names(content) if not any(f"{o}.".startswith(f"{name}.") for o in options)]
-    if unknown:
-        hints = ((name, nearest_option(name, options)) for name in unknown)
-        named = [f"{name!r}" + (f" (did you mean {near!r}?)" if near else "") for name, near in hints]
-        parser.error(f"{path}: there is no option {', '.join(named)}")
-
-
-def option_names(content: dict[Any, Any], prefix: str = "") -> Iterator[str]:
-    """{a: {b: 1}} → a.b"""
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from option_names(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
+def find_config(path: str) -> Path:
+    """A configuration file, or the recipe of that name. Raises: ValueError if there is none."""
+    return Path(path) if Path(path).is_file() else recipe(path)

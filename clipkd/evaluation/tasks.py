@@ -1,12 +1,12 @@
 """Zero-shot tasks: the options of a task file, and where files and data are found. Imports no torch."""
 
+import difflib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
-
-import yaml
+from typing import Any, Literal
 
 from clipkd.config import shipped
+from clipkd.config.yaml_file import read_yaml
 from clipkd.errors import require
 
 Kind = Literal["classification", "multilabel", "retrieval", "pairs"]
@@ -75,31 +75,13 @@ def load_task(path: str | Path | None) -> Task:
     """A task file; None is CLIP_benchmark's webdataset layout. Raises: ValueError naming the file and the wrong option."""
     if path is None:
         return Task()
-    types: dict[str, Any] = {field.name: field.type for field in fields(Task)}
+    types = {field.name: field.type for field in fields(Task)}
+    read = read_yaml(Path(path), Task, lambda name: next(iter(difflib.get_close_matches(name, types)), None))
+    options: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in read.items()}
     try:
-        options = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.CSafeLoader)
-        if not isinstance(options, dict):
-            raise ValueError("it holds no options; write lines such as 'name: mine'")
-        for name, value in options.items():
-            if name not in types:
-                raise ValueError(f"there is no option {name!r}{shipped.near_misses(str(name), types)}")
-            if not fits(value, types[name]):
-                raise ValueError(f"{name} is {value!r}; it must be {types[name]}")
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
-        return Task(**values)
-    except (ValueError, yaml.YAMLError) as error:
+        return Task(**options)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value of a YAML file has an option's type."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is tuple:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if get_args(kind):
-        return any(fits(value, each) for each in get_args(kind))
-    return isinstance(value, kind if kind is not float else float | int) and not isinstance(value, bool)
 
 
 def find_task_files(names: tuple[str, ...]) -> list[Path]:

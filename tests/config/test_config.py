@@ -337,12 +337,50 @@ def test_a_wrong_value_is_one_line_that_names_it(
         assert word in line
 
 
-@pytest.mark.parametrize("text", ["steps: [\n", "- steps\n", "just text\n"])
-def test_a_file_that_is_no_mapping_is_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("steps: [\n", "is not YAML"),
+        ("- steps\n", "holds no options"),
+        ("just text\n", "holds no options"),
+        ("seed: 1\nsteps: many\n", "line 2: steps is 'many'; it must be a whole number"),
+        ("optim: 3\n", "line 1: optim is '3'; its options stand below it"),
+        ("optim:\n  betas: [0.9]\n", "line 2: optim.betas is a list; it must be a list of 2"),
+        (
+            "data: {caption_key: ~}\n",
+            "line 1: data.caption_key is '~'; it must be a word; if it is one, write it in quotes",
+        ),
+        ("teacher: {models: [~]}\n", "teacher.models is '~'; it must be a word; if it is one, write it in quotes"),
+        ("precision: 16\n", "precision is '16'; it must be one of auto, fp32, bf16, fp16"),
+        ("steps: 1\nsteps: 2\n", "line 2: steps stands twice"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_by_name_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: str
 ) -> None:
     (tmp_path / "broken.yaml").write_text(text)
-    assert "broken.yaml" in refused(["--config", str(tmp_path / "broken.yaml")], capsys)
+    line = refused(["--config", str(tmp_path / "broken.yaml")], capsys)
+    assert "broken.yaml" in line
+    assert words in line
+
+
+BITES = ["no", "on", "017", "12:30", "1e5", "2024-01-01", "0x10", ".nan", "1_000", "=", "ü😀"]
+"""Words that YAML takes for something else."""
+
+
+def test_words_of_a_file_stay_words(tmp_path: Path) -> None:
+    words, file = f"[{', '.join(BITES)}]", tmp_path / "words.yaml"
+    for word in BITES:
+        file.write_text(f"output: {word}\noptim:\ndata:\n  caption_key: {word}\n  mix: [{{path: {word}}}]\n")
+        config = parse(["--config", str(file)])
+        assert (config.output, config.data.caption_key, config.data.mix[0].path) == (word, word, word)
+        assert config.optim == TrainConfig().optim  # an empty section
+    file.write_text(f"data: {{path: {words}}}\nsteps: 1e3\noptim.learning_rate: 5e-4\nobjective: {{queue: 010}}\n")
+    config = parse(["--config", str(file), "--objective.queue", "0"])
+    assert (config.data.path, config.steps, config.optim.learning_rate) == (tuple(BITES), 1000, 5e-4)
+    file.write_text(f"name: 017\nclassnames: {words}\ntemplates: ['{{c}}']\nchance: 1e-1\nnum_images: ~\n")
+    task = load_task(file)
+    assert (task.name, task.classnames, task.chance, task.num_images) == ("017", tuple(BITES), 0.1, None)
 
 
 def test_nothing_is_assigned_after_loading() -> None:
