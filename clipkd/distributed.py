@@ -173,10 +173,17 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def copy_from_main(tensors: Iterable[Tensor]) -> None:
-    """Overwrite each tensor with the main process's."""
-    if is_initialized():
-        for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+    """Overwrite each tensor with the main process's; one broadcast per dtype."""
+    if not is_initialized():
+        return
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).append(tensor)
+    for own in kinds.values():
+        flat = torch.cat([tensor.flatten() for tensor in own])
+        dist.broadcast(flat, src=0)
+        for tensor, sent in zip(own, flat.split([tensor.numel() for tensor in own]), strict=True):
+            tensor.copy_(sent.view_as(tensor))
 
 
 def mean(values: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
@@ -187,10 +194,18 @@ def mean(values: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
     return values / world_size()
 
 
-def maximum(values: list[int], device: torch.device) -> list[int]:
-    """Elementwise maximum over processes."""
-    if world_size() == 1:
-        return values
-    tensor = torch.tensor(values, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.tolist()
+class Agreement:
+    """The largest number of any process, known one call later: no process waits for the others or for its GPU."""
+
+    def __init__(self) -> None:
+        self.largest, self.exchange = torch.zeros((), dtype=torch.int64), None
+
+    def on(self, number: int) -> int:
+        """What the processes gave to the call before this one, 0 at the first; a single process gets its own number."""
+        if world_size() == 1:
+            return number
+        if self.exchange is not None:
+            self.exchange.wait()
+        known, self.largest = int(self.largest), torch.tensor(number)  # on the CPU, so that gloo exchanges it
+        self.exchange = dist.all_reduce(self.largest, op=dist.ReduceOp.MAX, async_op=True)
+        return known

@@ -29,20 +29,17 @@ class ViewSpec:
         """Equal for models with the same pixels before normalisation."""
         return self.size, self.interpolation
 
-    @property
-    def images(self) -> tuple[object, ...]:
-        """Equal for models with the same normalised images."""
-        return *self.pixels, self.mean, self.std
-
     def normalize(self, pixels: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
-        return pixels.float().mul_(1 / (255 * std)).sub_(mean / std)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        factor, shift = (each.to(pixels.device, non_blocking=True) for each in (1 / (255 * std), mean / std))
+        return pixels.float().mul_(factor).sub_(shift)
 
 
 class View(NamedTuple):
     """One model's inputs for one batch."""
 
-    images: Float[Tensor, "b 3 h w"]
+    images: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b 3 h w"]
+    """Pixels as bytes, a quarter of the memory of floats; the model normalises them. Floats are normalised already."""
     texts: Int[Tensor, "b t"]
     text_features: Float[Tensor, "b d"] | None = None
     """Features of a frozen text tower, if they are known already."""
@@ -77,6 +74,15 @@ class Batch(NamedTuple):
     features: tuple[Shaped[Tensor, "b d"], ...] = ()
     """Stored features of frozen models, one tensor per kind, in the dtype on disk; empty if they are computed."""
 
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch with its tensors on a device; returns before pinned ones have arrived."""
+
+        def move(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+
+        (ids, labels), pixels, texts = move((self.ids, self.labels)), move(self.pixels), move(self.texts)
+        return self._replace(ids=ids, labels=labels, pixels=pixels, texts=texts, features=move(self.features))
+
 
 class Views:
     """Views of all models: the student first, then the teachers."""
@@ -88,19 +94,11 @@ class Views:
         self.token_specs = list({spec.tokenizer_name: spec for spec in specs}.values())
         """One spec per tokenizer."""
 
-    def of(self, batch: Batch, device: torch.device | str) -> list[View]:
-        """One view per model, on the device; models with equal inputs share their tensors."""
-        pixels = [part.to(device, non_blocking=True) for part in batch.pixels]
-        texts = [part.to(device, non_blocking=True) for part in batch.texts]
-        tokenizers = [spec.tokenizer_name for spec in self.token_specs]
-        kinds = [spec.pixels for spec in self.pixel_specs]
-        images: dict[tuple[object, ...], Tensor] = {}
-        views: list[View] = []
-        for spec in self.specs:
-            if spec.images not in images:
-                images[spec.images] = spec.normalize(pixels[kinds.index(spec.pixels)])
-            views.append(View(images[spec.images], texts[tokenizers.index(spec.tokenizer_name)]))
-        return views
+    def of(self, batch: Batch) -> list[View]:
+        """One view per model; models with equal inputs share their tensors."""
+        images = dict(zip([spec.pixels for spec in self.pixel_specs], batch.pixels, strict=True))
+        texts = dict(zip([spec.tokenizer_name for spec in self.token_specs], batch.texts, strict=True))
+        return [View(images[spec.pixels], texts[spec.tokenizer_name]) for spec in self.specs]
 
 
 class Features(NamedTuple):

@@ -95,7 +95,8 @@ def clipkd_batches(folder: Path, options: argparse.Namespace) -> Iterable[Any]:
     feed = open_feed(open_pairs(config.data), config, views)
     try:
         for _ in range(steps):
-            yield views.of(next(feed), "cpu")
+            (view,) = views.of(next(feed))
+            yield view._replace(images=spec.normalize(view.images))
     finally:
         feed.close()
 

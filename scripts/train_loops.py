@@ -50,7 +50,8 @@ class Clipkd:
         """What `Learner.step` does, with the borders between its parts."""
         learner = self.run.learner
         optim.set_learning_rate(learner.optimizer, RATE)
-        view, *teacher_views = learner.views.of(batch, learner.accelerator.device)
+        batch = batch.to(learner.accelerator.device)
+        view, *teacher_views = learner.views.of(batch)
         lap("data")
         targets = learner.targets(batch, view, teacher_views)
         lap("teacher")
@@ -65,10 +66,7 @@ class Clipkd:
         lap("loss")
         torch.autograd.backward(outputs, [leaf.grad for leaf in leaves])
         lap("student")
-        norm = learner.accelerator.clip_grad_norm_(learner.distiller.parameters(), CLIP_NORM)
-        assert norm is not None
-        learner.require_finite(self.run.done, loss, norm, targets, batch)
-        learner.update()
+        learner.update(self.run.done, loss, targets, batch.keys)
         self.run.done += 1
         lap("optimizer")
         return loss.detach()
@@ -167,5 +165,6 @@ def first_batch(variant: str, task: Task) -> Any:
     """The same pixels and tokens for every variant, as its step takes them."""
     loop = open_clipkd("plain" if variant == "open_clip" else variant, task._replace(workers=0))
     batch = next(loop.batches)
-    view = loop.run.learner.views.of(batch, "cpu")[0]
-    return (view.images, view.texts) if variant == "open_clip" else batch
+    views = loop.run.learner.views
+    view = views.of(batch)[0]
+    return (views.specs[0].normalize(view.images), view.texts) if variant == "open_clip" else batch

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
@@ -66,7 +66,9 @@ class Encoder(nn.Module):
         """Multiplier of the cosines: 1 / temperature."""
         return self.model.logit_scale.exp().float().reshape(())  # type: ignore[union-attr, operator, return-value]
 
-    def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+    def encode_image(self, images: Float[Tensor, "b 3 h w"] | UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Of normalised images, or of bytes, which are normalised here."""
+        images = self.spec.normalize(images) if images.dtype == torch.uint8 else images
         return F.normalize(self.image_tower(self.model, images.to(self.dtype)).float(), dim=-1)
 
     def encode_text(self, texts: Int[Tensor, "b t"]) -> Float[Tensor, "b d"]:

@@ -128,7 +128,7 @@ class Comparison:
         assert self.targets.momentum is not None
         return self.targets.momentum
 
-    def teacher_scale(self, number: int = 0) -> Tensor | float:
+    def teacher_scale(self, number: int = 0) -> Tensor:
         """Multiplier of a teacher's cosines under the configured policy."""
         policy = self.objective.logit_scale.teacher
         if policy == "own":
@@ -136,7 +136,8 @@ class Comparison:
         if policy == "student":
             return self.student.logit_scale.detach()
         assert not isinstance(policy, str)
-        return policy[number] if isinstance(policy, tuple) else policy
+        value = policy[number] if isinstance(policy, tuple) else policy
+        return torch.full_like(self.student.logit_scale.detach(), value)  # torch.tensor would wait for the device
 
     @property
     def ids(self) -> Int[Tensor, "b"]:

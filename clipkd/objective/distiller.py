@@ -162,7 +162,7 @@ class Distiller(nn.Module):
         if self.objective.needs_bias and batch.student.logit_bias is not None:
             metrics["logit_bias"] = batch.student.logit_bias
         if self.objective.uses_teacher_scale:
-            metrics["teacher_logit_scale"] = torch.as_tensor(batch.teacher_scale(), device=batch.student.image.device)
+            metrics["teacher_logit_scale"] = batch.teacher_scale()
         return metrics
 
     def require_even_batch(self, num_pairs: int) -> None:
@@ -205,14 +205,14 @@ class Distiller(nn.Module):
             self.staged["class_probabilities"] = distributed.gather_constant(probabilities)
 
     @torch.no_grad()
-    def finish_step(self) -> None:
-        """After the optimizer's step: clamp the logit scales, and commit what `stage` prepared.
-
-        Not before the backward pass, which may read queue and class prior again.
-        """
+    def clamp_logit_scales(self) -> None:
+        """After the optimizer's step. A fixed scale is within the bounds from the start."""
         for scale in (self.student.model.logit_scale, *self.scales.values()):
-            # A fixed scale is within these bounds from the start.
             scale.clamp_(math.log(MIN_LOGIT_SCALE), math.log(self.objective.logit_scale.maximum))  # type: ignore[operator]
+
+    @torch.no_grad()
+    def finish_step(self) -> None:
+        """Commit what `stage` prepared. Not before the backward pass, which may read queue and class prior again."""
         # Push after the loss: pushed first, every pair of this batch would stand twice among its own candidates.
         if self.queue is not None:
             self.queue.push(self.staged["ids"], {name: self.staged[name] for name in self.queue.rings})

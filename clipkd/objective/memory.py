@@ -2,34 +2,51 @@
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from clipkd import distributed
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def copy_for_average(model: M) -> M:
-    """A frozen copy in eval mode, where the average starts."""
-    average = deepcopy(model).eval()
-    average.requires_grad_(False)
-    return average
-
-
-@torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, momentum: float) -> None:
+class MovingAverage(Generic[M]):
     """average ← momentum · average + (1 − momentum) · model, over parameters and buffers.
 
     Buffers too: a BatchNorm student's running statistics belong to the weights they were measured with. Integer
     buffers are copied.
     """
-    for mean, current in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(current, 1 - momentum)
-        else:
-            mean.copy_(current)
+
+    def __init__(self, model: M, momentum: float) -> None:
+        """model: on its device; the average starts at its weights."""
+        self.momentum, self.model = momentum, deepcopy(model).eval().requires_grad_(False)
+        """The average: frozen, in eval mode."""
+        # Parameters, not a state_dict's tensors: DDP gives parameters other storage.
+        (means, _), (current, self.buffers) = weights_of(self.model), weights_of(model)
+        pairs = list(zip(means, current, strict=True))
+        self.pairs = [pair for pair in pairs if pair[0].is_floating_point()]
+        self.counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the model's present weights in. Call on every process."""
+        # DDP copies the main process's buffers at the next forward only; the averages must not differ before.
+        distributed.copy_from_main(self.buffers)
+        means, current = zip(*self.pairs, strict=True)
+        get_ema_multi_avg_fn(self.momentum)(means, current, 0)
+        for count, present in self.counts:
+            count.copy_(present)
+
+
+def weights_of(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters and the buffers that are saved with them, as a BatchNorm's are but a mask is not; and those buffers alone."""
+    saved = model.state_dict().keys()
+    buffers = [buffer for name, buffer in model.named_buffers() if name in saved]
+    return [*model.parameters(), *buffers], buffers
 
 
 class FeatureQueue:
@@ -108,7 +125,7 @@ class ClassPrior:
         # By a matrix product: scattered additions come in any order on a GPU, and a resumed run must repeat the bits.
         member = (labels[:, None] == torch.arange(len(self.counts), device=labels.device)).double()
         self.counts += member.sum(dim=0)
-        self.sums += member.T @ probabilities.double()
+        self.sums.addmm_(member.T, probabilities.double())  # in place: sums of 20,000 classes take 3 GB
 
     def tensors(self) -> dict[str, Tensor]:
         """The state to checkpoint."""

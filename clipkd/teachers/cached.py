@@ -53,8 +53,7 @@ class CachedTeachers:
 
     def read(self, batch: Batch, kind: str) -> Tensor:
         """One kind of a batch's stored vectors as float32. Half precision is normalised again: rounding moves the norm."""
-        stored = batch.features[self.stored.kinds.index(kind)].to(self.device, non_blocking=True)
-        features = self.stored.as_float(stored)
+        features = self.stored.as_float(batch.features[self.stored.kinds.index(kind)])
         return features if self.stored.manifest.dtype == "float32" else F.normalize(features, dim=-1)
 
     def class_vectors(self, closed_set: ClosedSetTerm) -> Tensor:

@@ -160,7 +160,7 @@ def describe_memory(run: Run) -> None:
     distiller, ema, teachers = run.learner.distiller, run.learner.ema, run.learner.teachers.encoders
     gradients = num_bytes(distiller, trained=True)
     sizes = {"weights": num_bytes(distiller), "gradients": gradients, "AdamW": 2 * gradients}
-    sizes |= {} if ema is None else {"average": num_bytes(ema)}
+    sizes |= {} if ema is None else {"average": num_bytes(ema.model)}
     sizes |= {"DDP": gradients} if distributed.world_size() > 1 else {}
     sizes |= {"teachers": sum(map(num_bytes, teachers))} if teachers else {}
     tell("memory", ", ".join(f"{name} {mib(size)}" for name, size in sizes.items()))
@@ -178,6 +178,7 @@ def try_steps(run: Run, findings: Findings) -> None:
     run.watch.take_window()
     with count_saved() as saved:
         metrics = {name: value.item() for name, value in run.step(batch).items()}  # waits for the device
+        run.learner.finish_step()
     terms = ", ".join(f"{name} {metrics[name]:.4g}" for name in run.learner.distiller.active)
     tell("loss", f"{metrics['loss']:.4g} ({terms})")
     peak = f", peak {mib(torch.cuda.max_memory_allocated())}" if run.learner.accelerator.device.type == "cuda" else ""
@@ -185,7 +186,8 @@ def try_steps(run: Run, findings: Findings) -> None:
     if left > 1:
         run.watch.take_window()  # the first step warms up
     for _ in range(min(TIMED_STEPS, left - 1)):
-        run.step(next(batches))["loss"].item()
+        run.step(next(batches))
+        run.learner.finish_step()
     findings.note_skips(run.ledger.share(run.done).examples)
     if damage := run.ledger.describe_damage(run.done * run.config.batch_size, run.config.data.max_skipped):
         findings.add(f"{damage}, more than data.max_skipped allows; repair the data, or raise data.max_skipped")
@@ -198,7 +200,8 @@ def try_steps(run: Run, findings: Findings) -> None:
 @torch.no_grad()
 def describe_retrieval(run: Run, batch: Batch, findings: Findings) -> None:
     """The number of images for which each teacher finds the caption: the quickest sign of wrong preprocessing."""
-    view, *teacher_views = run.learner.views.of(batch, run.learner.accelerator.device)
+    batch = batch.to(run.learner.accelerator.device)
+    view, *teacher_views = run.learner.views.of(batch)
     for number, features in enumerate(run.learner.targets(batch, view, teacher_views).teachers):
         best = torch.cat([(some @ features.text.T).argmax(dim=1) for some in features.image.split(1024)]).cpu()
         found, size = int((best == torch.arange(len(best))).sum()), len(best)

@@ -15,7 +15,7 @@ from clipkd.config import train as configuration
 from clipkd.config.train import TrainConfig
 from clipkd.errors import Interrupted, Interruption, RunStopped
 from clipkd.models import run_folder
-from clipkd.objective import memory as momentum
+from clipkd.objective.memory import MovingAverage
 from clipkd.progress import Stopwatch
 from clipkd.training import checkpoint
 from clipkd.training.assemble import Parts, assemble, identify, make_distiller, make_optimizer
@@ -45,6 +45,7 @@ class Run:
     """Completed steps."""
     watch: Stopwatch
     """Training time; evaluation and checkpoints do not count."""
+    signals: distributed.Agreement = field(default_factory=distributed.Agreement)
     lock: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
     """Held while this process writes the run folder."""
 
@@ -70,6 +71,7 @@ class Run:
     def record(self, metrics: dict[str, Tensor]) -> None:
         """Log the step if it is the first, the last or one of every log.every_steps."""
         if self.done in (1, self.config.steps) or self.done % self.config.log.every_steps == 0:
+            self.learner.finish_step()  # a step that failed is no row
             self.ledger.share(self.done)
             others = self.watch.take_window() | {"skipped": self.ledger.num_skipped}
             self.recorder.write(self.done, metrics, epoch=self.feed.epoch(self.done), others=others)
@@ -77,7 +79,7 @@ class Run:
 
     def agree(self, signals: Interruption) -> BaseException | None:
         """The reason to end the run after this step, the same on every process: a signal to one, or too much damage."""
-        (number,) = distributed.maximum([signals.asked()], self.learner.accelerator.device)
+        number = self.signals.on(signals.asked())
         saved = f"saved {run_folder.checkpoint_folder(self.folder, self.done)}"
         if number and self.done < self.config.steps:
             name = "the end of the terminal or launcher" if number == signal.SIGHUP else signal.Signals(number).name
@@ -104,12 +106,13 @@ class Run:
 
     def save(self) -> None:
         """Write a complete checkpoint, then delete the oldest ones."""
+        self.learner.finish_step()
         with self.watch.paused():
             self.ledger.share(self.done)
             # Of streamed shards: the first one that each reader has not read completely.
             places = distributed.gather_objects(self.feed.places)
             if distributed.rank() == 0:
-                scaler = self.learner.accelerator.scaler
+                scaler, ema = self.learner.accelerator.scaler, self.learner.ema
                 state = {
                     "seconds": self.watch.seconds,
                     "stream": {reader: place for part in places for reader, place in part.items()},
@@ -121,7 +124,7 @@ class Run:
                     self.folder,
                     self.done,
                     model=self.learner.distiller,
-                    ema=self.learner.ema,
+                    ema=ema and ema.model,
                     optimizer=self.learner.optimizer,
                     memory=self.learner.distiller.memory(),
                     state=state | self.ledger.state(),
@@ -157,10 +160,11 @@ def build_run(config: TrainConfig, parts: Parts, *, dry: bool = False) -> Run:
     if resumed is not None:
         require_same_run(resumed, state, config, identity)
     distiller = make_distiller(config, parts)
-    ema = momentum.copy_for_average(distiller.student) if config.optim.ema_momentum else None
+    ema = MovingAverage(distiller.student, momentum) if (momentum := config.optim.ema_momentum) else None
     optimizer = make_optimizer(distiller, config)
     if resumed is not None:
-        distiller.load_memory(checkpoint.restore(resumed, model=distiller, ema=ema, optimizer=optimizer))
+        restored = checkpoint.restore(resumed, model=distiller, ema=ema and ema.model, optimizer=optimizer)
+        distiller.load_memory(restored)
     start, folder = state["step"], Path(config.output)
     views = Views([parts.student.spec, *(encoder.spec for encoder in teachers.encoders)])
     feed = data.open_feed(
@@ -175,7 +179,7 @@ def build_run(config: TrainConfig, parts: Parts, *, dry: bool = False) -> Run:
     model, prepared = accelerator.prepare(distiller, optimizer)
     if resumed is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
-    encoders = {"student": distiller.student} | ({} if ema is None else {"ema": ema})
+    encoders = {"student": distiller.student} | ({} if ema is None else {"ema": ema.model})
     return Run(
         config=config,
         learner=Learner(config, accelerator, distiller, model, prepared, ema, teachers, views, start=start, dry=dry),

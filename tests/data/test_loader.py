@@ -77,8 +77,14 @@ def batches(
         loaded = [next(feed) for _ in range(6 - start)]
         with pytest.raises(StopIteration):
             next(feed)
-    split = [(batch, views.of(batch, "cpu")) for batch in loaded]
-    return [Seen(batch, first, tuple(others)) for batch, (first, *others) in split]
+    seen = []
+    for batch in loaded:
+        first, *others = (
+            view._replace(images=spec.normalize(view.images))
+            for spec, view in zip(views.specs, views.of(batch), strict=True)
+        )
+        seen.append(Seen(batch, first, tuple(others)))
+    return seen
 
 
 def assert_same(ours: Sequence[Seen], theirs: Sequence[Seen]) -> None:

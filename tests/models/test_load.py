@@ -274,7 +274,7 @@ def test_a_siglip_folder_gives_the_features_of_its_own_library(siglip_folder: Pa
         # What training makes of a whole image, and what evaluation does.
         views = Views([encoder.spec])
         pixels = Augment(DataConfig(path="x", min_crop=1.0), views, 0)(Pair("", encode(picture, "PNG"), ("a",)), 0, 0)
-        (view,) = views.of(Collate(views)([pixels]), "cpu")
+        (view,) = views.of(Collate(views)([pixels]))
         for images in (view.images, encoder.preprocess(picture)[None]):
             torch.testing.assert_close(encoder.encode_image(images), expected.image_embeds, rtol=0, atol=1e-5)
         assert torch.equal(encoder.spec.tokenize(captions), tokens)

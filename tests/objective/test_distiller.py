@@ -298,7 +298,7 @@ def test_the_scale_starts_where_the_policy_says_and_stays_in_its_bounds() -> Non
     for value, bound in ((math.log(50), 30.0), (math.log(0.2), 1.0)):
         model.logit_scale.data.fill_(value)
         distiller.scales["cross_logit_scale"].data.fill_(value)
-        distiller.finish_step()
+        distiller.clamp_logit_scales()
         assert model.logit_scale.exp().item() == pytest.approx(bound)
         assert distiller.scales["cross_logit_scale"].exp().item() == pytest.approx(bound)
     with pytest.raises(ValueError, match=r"scale is 7\.389 at first, outside 1 and objective\.logit_scale\.maximum, 7"):

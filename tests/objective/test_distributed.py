@@ -85,8 +85,8 @@ def test_rows_are_summed_where_they_belong(processes: list[Seen]) -> None:
     assert second["sum of own rows"].tolist() == [[300.0], [3000.0]]
 
 
-def test_the_largest_number_of_any_process_is_known_to_all(processes: list[Seen]) -> None:
-    assert [facts["maximum"] for _, facts in processes] == [[1, 3, 7]] * 2
+def test_the_largest_number_of_any_process_is_known_to_all_one_call_later(processes: list[Seen]) -> None:
+    assert [facts["agreed"] for _, facts in processes] == [[0, 0, 15, 0]] * 2
 
 
 def test_an_error_of_one_process_is_raised_on_all(processes: list[Seen]) -> None:
@@ -111,7 +111,8 @@ def test_gather_leaves_the_gradient_of_its_neighbours_in_the_graph_alone(process
 
 def test_copied_tensors_are_those_of_the_main_process(processes: list[Seen]) -> None:
     for tensors, _ in processes:
-        assert [tensors[f"buffer {number}"].item() for number in range(3)] == [1.5, 7, True]
+        assert [tensors[f"buffer {number}"].unique().tolist() for number in range(4)] == [[1.5], [7], [True], [4.0]]
+        assert tensors["buffer 3"].shape == (3, 2)
 
 
 def test_mean_is_the_mean_over_processes(processes: list[Seen]) -> None:
@@ -207,3 +208,4 @@ def test_on_one_process_every_function_is_the_identity() -> None:
     assert distributed.mean(values).tolist() == [1.0, 5.0]
     assert distributed.mean(values) is not values
     distributed.barrier()
+    assert distributed.Agreement().on(15) == 15

@@ -8,8 +8,8 @@ from clipkd.config.objective import LogitScaleConfig, ObjectiveConfig
 from clipkd.config.terms import GKLTerm
 from clipkd.models.cost import count_saved
 from clipkd.models.students import tower_of
-from clipkd.objective import memory as momentum
 from clipkd.objective.distiller import Distiller
+from clipkd.objective.memory import MovingAverage
 from clipkd.training import grad_cache, optim
 from tests.objective.tiny_clip import (
     OBJECTIVES,
@@ -48,7 +48,7 @@ def wide_text(*, frozen: bool) -> Distiller:
 def test_training_leaves_the_text_tower_bit_by_bit(name: str, micro_batches: int) -> None:
     """Several steps of AdamW, whose weight decay would reach a parameter without any gradient."""
     distiller = make_distiller(OBJECTIVES[name], dtype=DOUBLE, frozen_text=True)
-    average = momentum.copy_for_average(distiller.student)
+    average = MovingAverage(distiller.student, 0.7)
     groups = optim.parameter_groups(distiller.named_parameters(), weight_decay=0.5, logit_scale_lr=1.0)
     text = {id(p) for name, p in distiller.student.model.named_parameters() if tower_of(name) == "text"}
     assert not text & {id(parameter) for group in groups for parameter in group["params"]}
@@ -66,11 +66,11 @@ def test_training_leaves_the_text_tower_bit_by_bit(name: str, micro_batches: int
         optimizer.step()
         optimizer.zero_grad()
         distiller.finish_step()
-        momentum.update_average(average, distiller.student, 0.7)
+        average.update()
     assert len(before["text"]) == 3
     for weight, value in before["text"].items():
         assert torch.equal(weights(distiller, "text")[weight], value), weight
-        assert torch.equal(average.model.state_dict()[weight], value), weight
+        assert torch.equal(average.model.model.state_dict()[weight], value), weight
     assert all(not torch.equal(weights(distiller, "image")[weight], value) for weight, value in before["image"].items())
 
 

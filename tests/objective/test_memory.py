@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipkd.objective.memory import ClassPrior, FeatureQueue, copy_for_average, update_average
+from clipkd.objective.memory import ClassPrior, FeatureQueue, MovingAverage
 
 CPU = torch.device("cpu")
 WIDTHS = {"image": 3, "text": 2}
@@ -24,7 +24,7 @@ def student() -> nn.Module:
 
 def test_the_average_starts_as_a_frozen_copy() -> None:
     model = student()
-    average = copy_for_average(model)
+    average = MovingAverage(model, 0.9).model
     for mean, current in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
         assert torch.equal(mean, current)
         assert mean.data_ptr() != current.data_ptr()
@@ -35,33 +35,36 @@ def test_the_average_starts_as_a_frozen_copy() -> None:
 
 def test_one_update_by_hand_over_parameters_and_buffers() -> None:
     model = student()
-    average = copy_for_average(model)
+    moving = MovingAverage(model, 0.9)
+    average = moving.model
     for each, value in ((average, 10.0), (model, 20.0)):
         for tensor in each.state_dict().values():
             tensor.fill_(value)
-    update_average(average, model, 0.9)
+    moving.update()
     assert average[0].weight.unique().tolist() == pytest.approx([11.0])
     assert average[1].running_var.unique().tolist() == pytest.approx([11.0])
     assert average[1].num_batches_tracked.item() == 20  # integers are copied
     assert model[0].weight.unique().tolist() == [20.0]
     assert all(tensor.grad_fn is None for tensor in average.parameters())
-    update_average(average, model, 1.0)
+    moving.momentum = 1.0
+    moving.update()
     assert average[0].weight.unique().tolist() == pytest.approx([11.0])
-    update_average(average, model, 0.0)
+    moving.momentum = 0.0
+    moving.update()
     assert average[0].weight.unique().tolist() == [20.0]
 
 
 def test_a_moving_student_is_averaged_as_a_loop_over_its_history_would() -> None:
     model = student()
-    average = copy_for_average(model)
+    moving = MovingAverage(model, 0.7)
     start = model[0].weight[1, 2].item()
     history = []
     for step in range(6):
         model[0].weight.data.add_(0.1 * (step + 1))
         history.append(model[0].weight[1, 2].item())
-        update_average(average, model, 0.7)
+        moving.update()
     expected = 0.7**6 * start + sum(0.3 * 0.7 ** (5 - i) * value for i, value in enumerate(history))
-    assert average[0].weight[1, 2].item() == pytest.approx(expected, rel=1e-13)
+    assert moving.model[0].weight[1, 2].item() == pytest.approx(expected, rel=1e-13)
 
 
 # The queue

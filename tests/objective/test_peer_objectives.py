@@ -13,7 +13,7 @@ from clipkd.config.parse import parse
 from clipkd.config.train import TrainConfig
 from clipkd.objective.comparison import Targets
 from clipkd.objective.distiller import Distiller
-from clipkd.objective.memory import copy_for_average, update_average
+from clipkd.objective.memory import MovingAverage
 from clipkd.views import Features, View
 from tests.objective.tiny_clip import STUDENT_WIDTH, TEACHER_WIDTH, make_encoder, take_loss
 from tests.oracles import peers
@@ -200,7 +200,7 @@ def test_albef_over_20_steps(batch: int, repeated: bool) -> None:
     ).double()
     assert distiller.queue is not None
     distiller.queue.rings = {name: ring.double() for name, ring in distiller.queue.rings.items()}
-    average = copy_for_average(distiller.student)
+    average = MovingAverage(distiller.student, momentum)
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.3)
 
     restated = make_restated(5, policy.init)
@@ -223,7 +223,7 @@ def test_albef_over_20_steps(batch: int, repeated: bool) -> None:
         texts = torch.randint(0, 12, (batch, 3), generator=generator)
         ids = (step * batch + torch.arange(batch)) % (7 if repeated else 10**6)
         with torch.no_grad():
-            seen = average.features(View(images, texts))
+            seen = average.model.features(View(images, texts))
         loss, _ = take_loss(distiller, View(images, texts), Targets((), seen, ids), step)
         expected = oracle.step(images, texts, ids, step)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-10), step
@@ -231,8 +231,9 @@ def test_albef_over_20_steps(batch: int, repeated: bool) -> None:
             optimise.zero_grad()
             value.backward()
             optimise.step()
+        distiller.clamp_logit_scales()
         distiller.finish_step()
-        update_average(average, distiller.student, momentum)
+        average.update()
         losses.append(loss.item())
     assert len(distiller.queue) == capacity
     assert distiller.queue.num_pushed == steps * batch > 5 * capacity

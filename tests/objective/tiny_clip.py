@@ -263,6 +263,7 @@ def steps(
             )
         if step < number - 1:
             optimizer.step()
+        distiller.clamp_logit_scales()
         distiller.finish_step()
     gradients = {}
     for parameter_name, parameter in distiller.named_parameters():

@@ -47,8 +47,9 @@ def collectives(rank: int) -> tuple[dict[str, Tensor], dict]:
         "mean": distributed.mean(torch.tensor([1.0, 10.0]) * (1 + 2 * rank)),
     }
     buffers = [torch.tensor([1.5 + rank]), torch.tensor(7 + rank), torch.tensor([rank == 0])]
+    buffers += [torch.full((2, 3), 4.0 + rank).T]
     distributed.copy_from_main(buffers)
-    tensors |= {f"buffer {number}": buffer for number, buffer in enumerate(buffers)}
+    tensors |= {f"buffer {number}": buffer.contiguous() for number, buffer in enumerate(buffers)}
     constant = distributed.gather_constant(rows)
     with pytest.raises(ValueError, match="contiguous"):  # the rules are in force
         dist.all_gather([torch.empty(2, 3).T, torch.empty(2, 3).T], torch.ones(3, 2))
@@ -56,7 +57,7 @@ def collectives(rank: int) -> tuple[dict[str, Tensor], dict]:
         "world_size": distributed.world_size(),
         "rank": distributed.rank(),
         "objects": distributed.gather_objects({"rank": rank}),
-        "maximum": distributed.maximum([rank, 3 - rank, 7], torch.device("cpu")),
+        "agreed": agreed(rank),
         "together": distributed.together(lambda: rank),
         "problem": problem_of_the_last(rank),
         "uneven": uneven_batch(rank),
@@ -64,6 +65,12 @@ def collectives(rank: int) -> tuple[dict[str, Tensor], dict]:
         "constant_requires_grad": constant.requires_grad,
     }
     return tensors, facts
+
+
+def agreed(rank: int) -> list[int]:
+    """What a process hears after each of four steps; 9 and 15 are given in the second, one process each."""
+    agreement = distributed.Agreement()
+    return [agreement.on(number) for number in (0, (9, 15)[rank], 0, 0)]
 
 
 def exchanges(rank: int, micro_batches: int) -> int:

@@ -102,7 +102,7 @@ def itc(options: ITCTerm, batch: Comparison) -> Rows:
     rows, sources = [batch.momentum], [(momentum_share, keys, scale)]
     if teacher_share:
         rows.append(batch.teacher)
-        sources.append((teacher_share, batch.teacher_candidates, torch.as_tensor(batch.teacher_scale())))
+        sources.append((teacher_share, batch.teacher_candidates, batch.teacher_scale()))
 
     def compute(image: Tensor, text: Tensor, ids: Tensor, *others: Tensor) -> Rows:
         positives = ids[:, None] == key_ids

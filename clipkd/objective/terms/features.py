@@ -25,7 +25,7 @@ def gd(_: GDTerm, batch: Comparison) -> Rows:
     """
     student, scale, keys = batch.projected, batch.student.logit_scale, batch.projected_keys
     teacher, teacher_keys, key_ids = batch.teacher, batch.teacher_keys, batch.batch_ids
-    teacher_scale = torch.as_tensor(batch.teacher_scale(), dtype=scale.dtype, device=scale.device)
+    teacher_scale = batch.teacher_scale().to(scale.dtype)
     sides, num_columns = (*student[:2], *teacher[:2]), len(key_ids)
 
     def both(sides: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -93,8 +93,7 @@ class FeatureEncoder:
         pixels = [kind.to(self.accelerator.device, non_blocking=True) for kind in batch.pixels]
         found = {}
         for number, teacher in enumerate(self.teachers):
-            images = teacher.spec.normalize(pixels[kinds.index(teacher.spec.pixels)])
-            features = self.encode(teacher, teacher.encode_image, images)
+            features = self.encode(teacher, teacher.encode_image, pixels[kinds.index(teacher.spec.pixels)])
             found[f"image.{number}"] = features.reshape(-1, self.config.views, teacher.dim)
         return found
 

@@ -1,0 +1,127 @@
+"""A step that is not finite touches nothing, is known before anything reads the step's outcome, and names its samples."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor
+
+from clipkd import distributed
+from clipkd.training.learner import Learner
+from clipkd.views import Features
+from tests.training.small_steps import make_batch, make_learner, read, with_all_memory
+
+
+@pytest.fixture
+def learner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Learner:
+    """After one good step."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    made = make_learner(read(with_all_memory(tmp_path)), distributed.make_accelerator("fp32"), tmp_path / "run")
+    made.step(make_batch(made.views, 0), 0)
+    made.finish_step()
+    return made
+
+
+def state(learner: Learner) -> dict[str, Tensor]:
+    """Everything that a checkpoint holds."""
+    distiller, optimizer, ema = learner.distiller, learner.optimizer.optimizer, learner.ema
+    assert ema is not None
+    found = {**distiller.state_dict(), **{f"ema/{name}": tensor for name, tensor in ema.model.state_dict().items()}}
+    found |= {f"memory/{name}": tensor for name, tensor in distiller.memory().items()}
+    moments = {name: optimizer.state[parameter] for name, parameter in distiller.named_parameters()}
+    found |= {f"{name}/{key}": value for name, own in moments.items() for key, value in own.items()}
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
+def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
+    assert one.keys() == other.keys()
+    return {name for name in one if not torch.equal(one[name], other[name])}
+
+
+def spoil(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher's features of the next step are NaN."""
+    features = learner.teachers.features
+
+    def once(*batch: Any) -> tuple[Features, ...]:
+        monkeypatch.setattr(learner.teachers, "features", features)
+        return tuple(found._replace(image=found.image * torch.nan) for found in features(*batch))
+
+    monkeypatch.setattr(learner.teachers, "features", once)
+
+
+def test_a_step_that_is_not_finite_touches_nothing_and_names_its_samples(
+    learner: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = state(learner)
+    assert {"memory/queue/num_pushed", "memory/class_prior/sums", "student.model.logit_scale/step"} <= before.keys()
+    spoil(learner, monkeypatch)
+    batch = make_batch(learner.views, 1)
+    learner.step(batch, 1)
+    with pytest.raises(FloatingPointError, match=r"step 2: the loss is nan.*teacher.models\[0\]'s image features"):
+        learner.finish_step()
+    assert differing(state(learner), before) == set()
+    record = json.loads((Path(learner.config.output) / "nonfinite_step_000002.json").read_text())
+    assert record["keys"] == list(batch.keys)
+    learner.step(make_batch(learner.views, 2), 1)  # a good one changes all of it
+    learner.finish_step()
+    changed = differing(state(learner), before)
+    assert {"memory/queue/num_pushed", "memory/class_prior/sums", "student.model.logit_scale/step"} <= changed
+    assert len(changed) > 0.9 * len(before)
+
+
+def test_the_next_step_ends_a_run_whose_last_one_was_not_finite(
+    learner: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = state(learner)
+    spoil(learner, monkeypatch)
+    learner.step(make_batch(learner.views, 1), 1)
+    with pytest.raises(FloatingPointError, match="step 2: "):
+        learner.step(make_batch(learner.views, 2), 2)
+    assert differing(state(learner), before) == set()
+
+
+def test_under_fp16_a_loss_that_is_not_finite_fails_and_an_infinite_gradient_lowers_the_scale(
+    learner: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a loss scaler on the CPU, unscaled as Accelerate does it under fp16."""
+    accelerator, before = learner.accelerator, state(learner)
+    scaler = accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    accelerator.native_amp = True
+    learner.optimizer = AcceleratedOptimizer(learner.optimizer.optimizer, scaler=scaler)
+    accelerator._optimizers = [learner.optimizer]
+    monkeypatch.setattr(type(accelerator), "mixed_precision", "fp16")
+    backward = accelerator.backward
+
+    def overflow(loss: Tensor) -> None:
+        backward(loss)
+        next(p for p in learner.distiller.parameters() if p.grad is not None).grad.add_(torch.inf)  # type: ignore
+
+    def lose(loss: Tensor) -> None:
+        backward(loss)
+        loss.data.fill_(torch.nan)  # finite gradients all the same
+
+    for fault in (overflow, lose):
+        monkeypatch.setattr(accelerator, "backward", fault)
+        learner.step(make_batch(learner.views, 1), 1)
+        changed = {name for name in differing(state(learner), before) if not name.startswith(("ema/", "memory/"))}
+        assert changed == set()
+        if fault is overflow:
+            learner.finish_step()
+            assert scaler.get_scale() == 1.0
+    with pytest.raises(FloatingPointError, match="step 2: the loss is nan"):
+        learner.finish_step()
+    assert scaler.get_scale() == 0.5  # below 1 the next one fails, too
+    monkeypatch.setattr(accelerator, "backward", backward)
+    learner.step(make_batch(learner.views, 1), 1)
+    with pytest.raises(FloatingPointError, match=r"step 2: the loss is [0-9]"):
+        learner.finish_step()
+
+
+def test_a_label_beyond_the_closed_set_is_named(learner: Learner) -> None:
+    batch = make_batch(learner.views, 1)
+    labels = torch.arange(len(batch.labels)) % 4
+    with pytest.raises(ValueError, match=r"shard.tar/1-3 has class 3 .* names 3, numbered from 0"):
+        learner.step(batch._replace(labels=labels), 1)
