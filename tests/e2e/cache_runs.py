@@ -1,4 +1,4 @@
-"""Commands to which something happens at a chosen place: a kill, a signal, a disk that fills up."""
+"""Commands to which a signal comes at a chosen place."""
 
 import contextlib
 import functools
@@ -33,23 +33,12 @@ class Event:
     step, or syncing a file of a checkpoint."""
     number: int
     """Which of them, from 1."""
-    what: Literal["SIGKILL", "SIGINT", "SIGTERM", "fill"] = "SIGKILL"
+    what: Literal["SIGKILL", "SIGINT", "SIGTERM"] = "SIGKILL"
     rank: int = 0
     """The process to which it happens."""
-    path: str = ""
-    """What fills the disk."""
 
     def happen(self) -> None:
-        if self.what == "fill":
-            fill_disk(Path(self.path))
-        else:
-            os.killpg(0, signal.Signals[self.what])  # its loader processes too, as a terminal or a scheduler does
-
-
-def fill_disk(path: Path) -> None:
-    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(1 << 12))
+        os.killpg(0, signal.Signals[self.what])  # its loader processes too, as a terminal or a scheduler does
 
 
 def wrap(owner: Any, name: str, event: Event) -> None:

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,15 @@ SMALL = (
     *("--student.model", "demo-student", "--batch_size", "16", "--data.caption_key", "captions"),
     *("--data.num_workers", "0", "--log.every_steps", "1", "--threads", "1", "--optim.warmup_steps", "2"),
 )
+
+
+def refused(clipkd: Run, command: str, arguments: Sequence[str], **places: object) -> str:
+    """The line by which a command refuses its arguments. places: values of {names} in them."""
+    done = clipkd(command, *(argument.format(**places) for argument in arguments), check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"clipkd {command}: error: ")
+    return line
 
 
 @pytest.fixture(scope="session")

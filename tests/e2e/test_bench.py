@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from clipkd.inference import bench, measure
 from clipkd.models.onnx_student import onnx_file
-from tests.e2e.conftest import Run
+from tests.e2e.conftest import Run, refused
 
 QUICK = ("--seconds", 0, "--threads", 1)
 FORMATS = ("torch", "onnx", "onnx-fp16", "onnx-int8")
@@ -97,13 +97,7 @@ def test_a_format_that_fails_is_a_row_and_the_others_are_measured(
 def test_wrong_input_is_one_line(
     clipkd: Run, written: dict[str, Path], tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
-    places = {"{model}": str(written["softmax"]), "{empty}": str(tmp_path)}
-    for name, place in places.items():
-        arguments = tuple(argument.replace(name, place) for argument in arguments)
-    done = clipkd("bench", *arguments, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("clipkd bench: error: ")
+    line = refused(clipkd, "bench", arguments, model=written["softmax"], empty=tmp_path)
     assert all(word in line for word in words), line
     assert not (written["softmax"] / "bench.json").exists()
 

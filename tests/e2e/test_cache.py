@@ -183,31 +183,18 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(setting
         assert not list((small / "cache").rglob("*.npy"))
 
 
-def test_a_disk_that_fills_up_is_named_and_the_same_command_continues(setting: Setting, tmp_path: Path) -> None:
-    with tmpfs(tmp_path / "small", "2m") as small:
-        full = Event("write", 3, "fill", path=str(small / "other"))
-        code, said = end(setting, full, small / "cache", setting.caching)
-        path = small / "cache" / "features" / "00000.image.0.npy"
-        assert code == 1
-        for words in (str(path), "No space left on device", "; free space, then give the same command again"):
-            assert words in said.splitlines()[-1]
-        assert not path.exists()
-        assert not list(small.rglob("*.tmp"))
-        (small / "other").unlink()
-        setting.clipkd(*setting.caching, "--output", small / "cache")
-        assert_same_cache(setting.cache, small / "cache")
-
-
 def test_the_same_command_rebuilds_a_damaged_cache_on_two_processes(setting: Setting, tmp_path: Path) -> None:
     """Even after a kill between the two steps that turn it into an unfinished one."""
     folder, name = tmp_path / "cache", "features/00001.image.0.npy"
     shutil.copytree(setting.cache, folder)
     flip(folder / name)
+    (folder / "features" / "00002.text.0.npy").unlink()
     code, said = end(setting, Event("unlink", 2), folder, setting.caching)
     assert code == -signal.SIGKILL, said
     assert (folder / "manifest.json").exists()
     done = setting.clipkd(*setting.caching, "--output", folder, processes=2)
     assert f"rebuilding: {folder / name}" in done.stderr
+    assert "2 of 3 shards to make" in done.stderr
     assert_same_cache(setting.cache, folder)
 
 
@@ -276,35 +263,6 @@ def test_a_cached_run_loads_no_teacher(setting: Setting, tmp_path: Path) -> None
         gone.rename(setting.teacher)
     assert_same_run(setting.online, tmp_path / "run", steps=STEPS)
     assert_refused(refused, str(setting.teacher))
-
-
-@slow
-@pytest.mark.parametrize(("dtype", "of_the_loss", "of_a_term"), [("float16", 2e-5, 5e-4), ("bfloat16", 4e-4, 9e-3)])
-def test_half_precision_moves_the_losses_a_little(
-    setting: Setting, tmp_path: Path, dtype: str, of_the_loss: float, of_a_term: float
-) -> None:
-    """Bounds: four times what was measured. kl, most moved, is 0.005: two almost equal distributions."""
-    cache = tmp_path / "cache"
-    setting.clipkd(*setting.caching, "--dtype", dtype, "--output", cache)
-    assert setting.clipkd("cache", "verify", cache, "--recompute", 4).returncode == 0
-    setting.clipkd(*setting.training, "--teacher.cache", cache, "--output", tmp_path / "run")
-    online, found = read_metrics(setting.online), read_metrics(tmp_path / "run")
-    losses = [abs(one["loss"] / other["loss"] - 1) for one, other in zip(found, online, strict=True)]
-    assert (len(losses), 0 < max(losses) < of_the_loss) == (STEPS, True), losses
-    terms = {name: abs(found[0][name] / online[0][name] - 1) for name in ("gkl", "kl", "features", "closed_set")}
-    assert 0 < max(terms.values()) < of_a_term, terms
-
-
-def test_a_damaged_cache_is_refused_by_the_name_of_the_file(setting: Setting, tmp_path: Path) -> None:
-    cache, run = tmp_path / "cache", tmp_path / "run"
-    shutil.copytree(setting.cache, cache)
-    path = cache / "features" / "00000.samples.npy"
-    flip(path)
-    words = (*setting.common, "--steps", STEPS, "--teacher.cache", cache, "--output", run)
-    assert_refused(setting.clipkd("train", *words, check=False), str(path))
-    assert not run.exists()
-    (cache / "manifest.json").unlink()
-    assert_refused(setting.clipkd("cache", "verify", cache, check=False), f"{cache} is not finished")
 
 
 def test_verify_computes_features_again_and_finds_a_bit_that_changed_unseen(setting: Setting, tmp_path: Path) -> None:

@@ -2,21 +2,16 @@
 
 import contextlib
 import functools
-import os
 import signal
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
-from tests.e2e import forked
-from tests.e2e.cache_runs import Event, run_with
+from tests.e2e.cache_runs import Event, with_event
 from tests.e2e.conftest import SMALL, Run
 from tests.e2e.forked import Command, running
-from tests.e2e.runs import assert_close_runs, assert_same_run, read_metrics, with_all_terms
+from tests.e2e.runs import assert_close_runs, assert_same_run, with_all_terms
 
 STEPS = 8
 
@@ -50,10 +45,15 @@ class Trial:
             self.clipkd("train", *arguments, "--output", folder, processes=processes)
         return folder
 
-    def start(self, run: Path, setting: Setting, name: str) -> contextlib.AbstractContextManager[Command]:
+    def start(
+        self, run: Path, setting: Setting, name: str, event: Event | None = None
+    ) -> contextlib.AbstractContextManager[Command]:
         words = ("train", *self.arguments, *setting.options, "--output", run, "--resume", "latest")
-        output = run.with_name(f"{run.name}_{name}_output")
-        return running(*words, environment=self.environment, folder=output, processes=setting.processes)
+        output, begin = (
+            run.with_name(f"{run.name}_{name}_output"),
+            functools.partial(with_event, event) if event else running,
+        )
+        return begin(*words, environment=self.environment, folder=output, processes=setting.processes)
 
 
 @pytest.fixture(scope="module")
@@ -63,24 +63,6 @@ def trial(
     arguments = [*SMALL, *with_all_terms(data), "--steps", str(STEPS), "--data.path", str(data / "pairs")]
     arguments += ["--teacher.models", f"local-dir:{teacher}", "--optim.ema_momentum", "0.9"]
     return Trial(clipkd, environment, arguments, tmp_path_factory.mktemp("faults"))
-
-
-def wait_until(command: Command, reached: Callable[[], bool]) -> bool:
-    """Whether it was reached before the command ended."""
-    deadline = time.monotonic() + 120
-    while not reached():
-        assert time.monotonic() < deadline, command.stderr
-        if command.poll() is not None:
-            return False
-        time.sleep(0.001)
-    return True
-
-
-def logged(run: Path) -> int:
-    try:
-        return len(read_metrics(run))
-    except FileNotFoundError:  # not there yet, or just removed by a run that starts
-        return 0
 
 
 @pytest.mark.parametrize(
@@ -98,8 +80,7 @@ def test_a_killed_and_resumed_run_is_bitwise_the_uninterrupted_run(
     """Killed before a step, and when a checkpoint is half written: the eighth file synced is the second's first."""
     run = tmp_path / "killed"
     for number, event in enumerate(kills):
-        happens = mock.patch.object(forked, "run_command", functools.partial(run_with, event))
-        with happens, trial.start(run, setting, str(number)) as command:
+        with trial.start(run, setting, str(number), event) as command:
             command.processes[event.rank].join(120)
             assert command.processes[event.rank].exitcode == -signal.SIGKILL, command.stderr
         assert bool(list((run / "checkpoints").glob("*.tmp"))) == (event.place == "save")
@@ -110,41 +91,32 @@ def test_a_killed_and_resumed_run_is_bitwise_the_uninterrupted_run(
 
 
 @pytest.mark.parametrize(
-    ("number", "setting"),
-    [(signal.SIGTERM, Setting(2, 2, 2)), (signal.SIGINT, Setting(workers=2, every_steps=1))],
+    ("event", "setting"),
+    [
+        (Event("step", 3, "SIGTERM", rank=1), Setting(2, 2, 2)),
+        (Event("step", 3, "SIGINT"), Setting(workers=2, every_steps=1)),
+    ],
     ids=["SIGTERM", "SIGINT"],
 )
-def test_a_signal_ends_a_run_after_it_is_saved(
-    trial: Trial, tmp_path: Path, number: signal.Signals, setting: Setting
-) -> None:
+def test_a_signal_ends_a_run_after_it_is_saved(trial: Trial, tmp_path: Path, event: Event, setting: Setting) -> None:
     """On two processes one alone gets it; all stop after the same step."""
-    run = tmp_path / "stopped"
-    with trial.start(run, setting, "first") as command:
-        assert wait_until(command, lambda: logged(run) > 0)
-        if setting.processes > 1:
-            assert command.processes[1].pid is not None
-            os.kill(command.processes[1].pid, number)
-        else:
-            command.signal(number)  # to the loader processes too, as a terminal or a scheduler does
-        assert command.wait() == 128 + number, command.stderr
-        assert {process.exitcode for process in command.processes} == {128 + number}
+    run, status = tmp_path / "stopped", 128 + signal.Signals[event.what]
+    with trial.start(run, setting, "first", event) as command:
+        assert command.wait() == status, command.stderr
+        assert {process.exitcode for process in command.processes} == {status}
     (line,) = [line for line in command.stderr.splitlines() if "stopped by" in line]
-    last = read_metrics(run)[-1]["step"]
-    saved = run / "checkpoints" / f"step_{last:06d}"
-    assert f"{number.name} after step {last}; saved {saved}, continue with --resume latest" in line
-    assert 1 <= last < STEPS
+    saved = run / "checkpoints" / "step_000003"
+    assert f"{event.what} after step 3; saved {saved}, continue with --resume latest" in line
     with trial.start(run, setting, "second") as command:
         assert command.wait() == 0, command.stderr
-    assert f"resumed from step {last} of {STEPS}" in command.stderr
+    assert f"resumed from step 3 of {STEPS}" in command.stderr
     assert_same_run(trial.whole(setting.processes), run, steps=STEPS)
 
 
 def test_a_run_may_continue_with_another_number_of_processes(trial: Trial, tmp_path: Path) -> None:
     """The same global batches: what is logged differs by rounding only."""
     run = tmp_path / "moved"
-    with trial.start(run, Setting(processes=2), "first") as command:
-        assert wait_until(command, lambda: logged(run) > 2)
-        command.signal(signal.SIGTERM)
+    with trial.start(run, Setting(processes=2), "first", Event("step", 3, "SIGTERM")) as command:
         assert command.wait() == 143, command.stderr
     with trial.start(run, Setting(workers=2), "second") as command:
         assert command.wait() == 0, command.stderr

@@ -30,6 +30,17 @@ def test_two_processes_log_the_losses_of_one(clipkd: Run, data: Path, teacher: P
     assert logged <= one[0].keys()
 
 
+def test_two_teachers_of_a_recipe_give_two_processes_the_losses_of_one(
+    clipkd: Run, data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    arguments = (*SMALL, "--config", "mobileclip", "--data.path", data / "pairs", "--steps", 4)
+    teachers = ("--teacher.models", f"local-dir:{teacher}", teacher.parent / "run")
+    for processes in (1, 2):
+        options = ("--objective.logit_scale.teacher", "[70, 60]", "--output", tmp_path / str(processes))
+        clipkd("train", *arguments, *teachers, *options, processes=processes)
+    assert_close_runs(tmp_path / "1", tmp_path / "2", world_sizes={2})
+
+
 def test_a_run_is_not_overwritten_and_a_full_disk_says_what_to_do(clipkd: Run, data: Path, tmp_path: Path) -> None:
     """The configuration file may stand first."""
     (tmp_path / "recipe.yaml").write_text("steps: 2\n")
@@ -69,7 +80,7 @@ def test_evaluation_on_the_way_keeps_the_best_checkpoint_and_is_made_up_for_afte
     evaluated = ("--model", run / "best", "--weights", "ema", "--data", data / "noto")
     clipkd("eval", *evaluated, "--output", tmp_path / "results")
     (row,) = files.read_rows(tmp_path / "results" / "eval_results.jsonl")
-    assert row["metrics"]["acc5"] == scores[best]
+    assert (row["metrics"]["acc5"], row["checkpoint"]) == (scores[best], str(run / "best"))
     shutil.rmtree(run / "checkpoints" / "step_000005")
     (run / "results.jsonl").write_text("")
     clipkd("train", *arguments, "--resume", "latest")

@@ -1,7 +1,6 @@
 """Parts of `clipkd predict`: probabilities, images of a folder, the index, options that take several words."""
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ from PIL import Image
 from clipkd.config.parse import parse_into
 from clipkd.images import FORMATS
 from clipkd.inference import images
-from clipkd.inference.index import Entry, Index, read_stamp
 from clipkd.inference.predict import PredictConfig, probabilities
 
 
@@ -40,46 +38,6 @@ def test_endings_and_formats_belong_together() -> None:
     known = {ending for ending, format in Image.registered_extensions().items() if format in FORMATS}
     assert set(images.ENDINGS) <= known
     assert {Image.registered_extensions()[ending] for ending in images.ENDINGS} == set(FORMATS)
-
-
-def test_an_index_gives_back_what_is_unchanged_and_forgets_what_is_gone(tmp_path: Path) -> None:
-    paths = [str(tmp_path / name) for name in ("a.png", "b.png", "c.png")]
-    features = np.random.default_rng(0).standard_normal((3, 4), dtype=np.float32)
-    for path in paths:
-        Path(path).write_text(path)
-    entries = {path: Entry(read_stamp(path), row) for path, row in zip(paths, features, strict=True)}
-    Index.read(tmp_path / "new" / "index.npz", "model").write(entries)
-    os.utime(paths[1], ns=(1, 1))
-    os.unlink(paths[2])
-    index = Index.read(tmp_path / "new" / "index.npz", "model")
-    assert [index.find(path) is not None for path in paths] == [True, False, False]
-    found = index.find(os.path.relpath(paths[0]))
-    assert found is not None
-    assert found.stamp == entries[paths[0]].stamp
-    assert (found.feature == features[0]).all()
-    index.write({})
-    assert list(Index.read(tmp_path / "new" / "index.npz", "model").entries) == [paths[0]]
-    with pytest.raises(ValueError, match="another model, format or version"):
-        Index.read(tmp_path / "new" / "index.npz", "other")
-
-
-def test_an_unchanged_index_is_not_written_and_a_failed_write_keeps_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, file = str(tmp_path / "a.png"), tmp_path / "index.npz"
-    Path(path).touch()
-    Index(file, "model").write({path: Entry(read_stamp(path), np.ones(2, np.float32))})
-    content, index = file.read_bytes(), Index.read(file, "model")
-
-    def fail(file: object, **arrays: np.ndarray) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(np, "savez", fail)
-    index.write({path: index.entries[path]})
-    with pytest.raises(OSError, match="disk full"):
-        index.write({path: Entry(read_stamp(path), np.zeros(2, np.float32))})
-    assert file.read_bytes() == content
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.png", "index.npz"]
 
 
 def read(*arguments: str) -> PredictConfig:

@@ -34,15 +34,6 @@ from tests.teachers.world import (
     write_model,
 )
 
-
-def count_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one for every batch of images that is encoded."""
-    encoded: list[int] = []
-    encode = FeatureEncoder.encode_images
-    monkeypatch.setattr(FeatureEncoder, "encode_images", lambda job, batch: encoded.append(1) or encode(job, batch))
-    return encoded
-
-
 # What is computed
 
 
@@ -207,21 +198,6 @@ def same(folder: Path, made: Made) -> bool:
     return {**found, "config.yaml": b""} == {**expected, "config.yaml": b""}
 
 
-def test_an_interrupted_cache_continues_to_the_bytes_of_one_that_was_not(
-    made: Made, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "made"
-    run_and_interrupt(world.config(folder), num_shards=2)
-    assert sorted(path.name for path in (folder / "records").iterdir()) == ["00000.json", "00001.json"]
-    for place in (folder, folder / "features", folder / "records"):
-        (place / "left.npy.tmp").write_bytes(b"half")
-    encoded = count_batches(monkeypatch)
-    command.run(world.config(folder))
-    assert len(encoded) == 1
-    assert same(folder, made)
-    assert {path.name for path in folder.iterdir()} >= {"manifest.json", "plan.json", "README.md", "records"}
-
-
 @pytest.mark.parametrize("name", ["00001.image.1.npy", "00000.json", "manifest.json", "plan.json"])
 def test_a_full_disk_is_an_error_that_names_the_file_and_the_same_command_continues(
     made: Made, world: World, tmp_path: Path, name: str
@@ -244,18 +220,6 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_the_same_command_contin
     assert [path for path in folder.rglob("*") if path.name == name or path.suffix == ".tmp"] == []
     command.run(config)
     assert same(folder, made)
-
-
-def test_the_same_command_rebuilds_the_damaged_shards_of_a_finished_cache(
-    made: Made, world: World, copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flip(copy / "features" / "00001.image.1.npy")
-    (copy / "features" / "00002.image.1.npy").unlink()
-    encoded = count_batches(monkeypatch)
-    for _ in range(2):  # the second time nothing is left to do
-        command.run(world.config(copy))
-        assert len(encoded) == 2
-        assert content_of(copy) == content_of(made.folder)
 
 
 def test_a_repair_that_was_interrupted_before_the_manifest_is_finished_by_the_next_command(
