@@ -1,6 +1,6 @@
 """The READMEs agree with files, options and results."""
 
-import importlib.util
+import importlib
 import json
 import re
 from pathlib import Path
@@ -31,12 +31,7 @@ READMES = {
     ],
 )
 def test_a_table_is_made_from_the_committed_results(script: str, results: str, least: int) -> None:
-    spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    table = module.table(ROOT / "eval" / "results" / results)
+    table = importlib.import_module(script).table(ROOT / "eval" / "results" / results)
     assert len(table.splitlines()) >= least
     assert table in READMES["README.md" if results == "demo.jsonl" else "eval/results/README.md"]
 

@@ -5,8 +5,6 @@ Run as a program, this file is one of two real processes: test_open.py RANK FOLD
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from clipkd import distributed
 from clipkd.config.data import DataConfig, SourceConfig
 from clipkd.data import tar_index
 from clipkd.data.loader import Feed
 from clipkd.data.open import open_feed, open_pairs
 from clipkd.views import Batch, Views
 from tests.data.samples import as_process, encode, train_config, view_spec, write_tar
+from tests.processes import joined, run_two
 
 # Three loader processes are the point, also on a machine of two cores.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes:UserWarning")
@@ -157,10 +155,6 @@ SIZES = [1, 7, 2, 18]
 
 def main(rank: int, folder: Path) -> None:
     """Open the data as a run does, and write the findings to FOLDER/RANK.json."""
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     scanned: list[str] = []
     scan_tar = tar_index.scan_tar
 
@@ -181,8 +175,6 @@ def main(rank: int, folder: Path) -> None:
             errors[name] = f"{type(error).__name__}: {error}"
     pairs = open_pairs(DataConfig(path=f"{folder}/damaged", max_skipped=0.9))
     found |= {"errors": errors, "described": pairs.describe()}
-    distributed.barrier()
-    dist.destroy_process_group()
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -213,24 +205,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def processes(folder: Path) -> list[dict[str, Any]]:
     """The findings of two processes."""
-    logs = [(folder / f"{rank}.log").open("w+") for rank in range(RANKS)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    running = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), folder],
-            stderr=log,
-            env={**environment, "PYTHONHASHSEED": str(3 * rank)},
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(timeout=300) for process in running]
-    finally:
-        for process, log in zip(running, logs, strict=True):
-            process.kill()
-            process.wait()
-            log.close()
-    assert codes == [0, 0], "".join((folder / f"{rank}.log").read_text() for rank in range(RANKS))
+    run_two(__file__, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 
@@ -262,4 +237,5 @@ def test_a_problem_of_one_share_is_raised_on_every_process(processes: list[dict[
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    with joined(int(sys.argv[1]), Path(sys.argv[2])):
+        main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests import nccl_rules
+from tests.processes import enforce_contiguity
 
 PRELOAD = [
     "clipkd.cli",
@@ -41,7 +41,7 @@ def run_command(arguments: list[str], environment: dict[str, str], out: str, err
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["clipkd", *arguments]
-    nccl_rules.enforce()
+    enforce_contiguity()
     from clipkd import progress
     from clipkd.cli import main
 

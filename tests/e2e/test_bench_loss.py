@@ -1,12 +1,12 @@
 """`scripts/bench_loss.py` at a size that says nothing about time: every form has a row, and its gradient is right."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import bench_loss
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_loss.py"
@@ -74,28 +74,20 @@ def test_bytes_by_hand(rows: list[dict[str, Any]]) -> None:
     assert sixteen["teacher_keys"] == 5760
 
 
-def load_script() -> Any:
-    spec = importlib.util.spec_from_file_location("bench_loss", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("soft_ce", [False, True])
 def test_without_memory_for_whole_matrices_the_exact_gradient_is_fused(soft_ce: bool) -> None:
-    script = load_script()
-    setting = script.Setting(12, 0 if soft_ce else 5, "float32", 6, 5, 4, "cpu")
-    inputs = script.make_inputs(setting)
-    (_, whole), (form, fused) = (script.exact_gradients(setting, inputs, limit, soft_ce=soft_ce) for limit in (1e9, 0))
+    setting = bench_loss.Setting(12, 0 if soft_ce else 5, "float32", 6, 5, 4, "cpu")
+    inputs = bench_loss.make_inputs(setting)
+    (_, whole), (form, fused) = (
+        bench_loss.exact_gradients(setting, inputs, limit, soft_ce=soft_ce) for limit in (1e9, 0)
+    )
     assert form == ("fused_soft_ce float64" if soft_ce else "fused float64")
     for found, expected in zip(fused, whole, strict=True):
         assert (found - expected).norm() <= 1e-12 * expected.norm()
 
 
 def test_what_fails_is_told() -> None:
-    attempt = load_script().attempt
+    attempt = bench_loss.attempt
 
     def fail(error: Exception) -> None:
         raise error

@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_train
 import pytest
 import torch
+import train_loops
 
 from clipkd import files
 
@@ -58,14 +60,9 @@ def test_clipkd_and_open_clip_start_from_one_loss(rows: dict[str, dict[str, Any]
 
 
 def test_parts_of_a_step_make_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import bench_train as script
-
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    setting = script.SETTINGS["demo"]._replace(batch=8, images=16)
-    script.write_files(setting, tmp_path)
-    import train_loops
-
+    setting = bench_train.SETTINGS["demo"]._replace(batch=8, images=16)
+    bench_train.write_files(setting, tmp_path)
     task = train_loops.Task(tmp_path, "demo-student", 8, "cpu", "fp32", 0)
     for variant in ("online_gkl", "open_clip"):
         weights: dict[bool, dict[str, torch.Tensor]] = {}

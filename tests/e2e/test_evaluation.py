@@ -1,15 +1,14 @@
 """`clipkd eval` against eval/cross_check.py, which shares no code with it: counts, classifiers, a student beside its teacher."""
 
-import importlib
 import io
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cross_check
 import numpy as np
 import pytest
 import torch
@@ -19,10 +18,6 @@ from safetensors.torch import load_file
 from clipkd.evaluation.results import read_samples
 from tests.data.samples import encode, write_tar
 from tests.e2e.conftest import SMALL, Run
-
-CROSS_CHECK = Path(__file__).parents[2] / "eval" / "cross_check.py"
-sys.path.append(str(CROSS_CHECK.parent))
-cross_check: Any = importlib.import_module("cross_check")
 
 Sample = dict[str, bytes]
 SETTINGS = [(16, 0, 1), (5, 2, 2)]
@@ -162,7 +157,7 @@ def runs(clipkd: Run, bench: Path, student: Path, tmp_path_factory: pytest.TempP
 
 
 def test_the_oracle_shares_no_code() -> None:
-    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", CROSS_CHECK.read_text(), re.MULTILINE))
+    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", Path(cross_check.__file__).read_text(), re.MULTILINE))
     assert {"open_clip", "torch", "PIL"} <= imported
     assert "clipkd" not in imported
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cross_check
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +21,6 @@ from tests.e2e.forked import running
 from tests.e2e.test_evaluation import (
     NAMES,
     count,
-    cross_check,
     labelled,
     noise,
     pictures,

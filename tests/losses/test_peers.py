@@ -89,13 +89,11 @@ def test_gkl_by_hand_and_by_the_theorem() -> None:
 
 
 def test_albef_by_hand() -> None:
-    settings = {"queue_size": 3, "momentum": 0.5, "alpha": 0.5, "ramp_steps": 2, "max_scale": LN3, "min_scale": 1.0}
-    albef = peers.Albef(Student(), **settings, use_ids=True)
+    settings = {"queue_size": 3, "momentum": 0.5, "alpha": 0.5, "ramp_steps": 2, "max_scale": LN3}
+    albef = peers.Albef(Student(), **settings)
     assert albef.step(EYE, EYE, [5, 6], 0).item() == pytest.approx(math.log(4 / 3))  # clamped to LN3, no soft targets
     albef.student.weight.data.fill_(3.0)  # momentum model at 2: logits LN3 (6, 0, 3, 0), its own LN3 (4, 0, 2, 0)
     first, second = 0.25 * 81 / 92, 0.25 * 9 / 92  # targets a quarter soft; id 5 is in the queue, 7 is not
     expected = math.log(758) - LN3 * ((6 * first + 3 * second + 0.75 * 4.5) + (6 * (first + 0.75) + 3 * second)) / 2
     assert albef.step(EYE, EYE, [5, 7], 1).item() == pytest.approx(expected)
     torch.testing.assert_close(torch.cat([entry[1] for entry in albef.queue]), number([0, 1, 2, 0, 0, 2]))
-    albef = peers.Albef(Student(), **settings, use_ids=False)
-    assert albef.step(EYE, EYE, [5, 5], 0).item() == pytest.approx(math.log(4 / 3))

@@ -1,10 +1,6 @@
 """Two processes on halves of a batch against one process on the whole: gloo on CPU, in real subprocesses."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +9,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clipkd import distributed
+from tests.objective import two_processes
 from tests.objective.tiny_clip import OBJECTIVES, steps
+from tests.processes import run_two
 
-WORKER = Path(__file__).with_name("two_processes.py")
-ROOT = Path(__file__).parents[2]
 Seen = tuple[dict[str, Tensor], dict[str, Any]]
 
 
@@ -24,24 +20,7 @@ Seen = tuple[dict[str, Tensor], dict[str, Any]]
 def processes(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
     """Tensors and facts as each of two processes saw them."""
     folder = tmp_path_factory.mktemp("gloo")
-    logs = [(folder / f"{rank}.log").open("w+") for rank in range(2)]
-    command = [sys.executable, str(WORKER)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    running = [
-        # Strings hash differently in each process, as they do under torchrun: no collective may depend on their order.
-        subprocess.Popen(
-            [*command, str(rank), folder], stderr=log, env={**environment, "PYTHONHASHSEED": str(3 * rank)}
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(timeout=300) for process in running]
-    finally:
-        for process, log in zip(running, logs, strict=True):
-            process.kill()
-            process.wait()
-            log.close()
-    assert codes == [0, 0], "".join((folder / f"{rank}.log").read_text() for rank in range(2))
+    run_two(two_processes.__file__, folder)
     return [(load_file(folder / f"{r}.safetensors"), json.loads((folder / f"{r}.json").read_text())) for r in range(2)]
 
 

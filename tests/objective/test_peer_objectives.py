@@ -204,16 +204,7 @@ def test_albef_over_20_steps(batch: int, repeated: bool) -> None:
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.3)
 
     restated = make_restated(5, policy.init)
-    oracle = peers.Albef(
-        restated,
-        queue_size=capacity,
-        momentum=momentum,
-        alpha=0.4,
-        ramp_steps=ramp,
-        max_scale=1000.0,
-        min_scale=1.0,
-        use_ids=True,
-    )
+    oracle = peers.Albef(restated, capacity, momentum, alpha=0.4, ramp_steps=ramp, max_scale=1000.0)
     other = torch.optim.SGD(restated.parameters(), lr=0.3)
 
     generator = torch.Generator().manual_seed(9)

@@ -7,23 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipkd.config import terms
 from clipkd.config.objective import LogitScaleConfig, ObjectiveConfig
-from clipkd.config.terms import (
-    AFDTerm,
-    AffinityTerm,
-    ClosedSetTerm,
-    FeaturesTerm,
-    GDTerm,
-    GKLTerm,
-    ICLTerm,
-    InfoNCETerm,
-    ITCTerm,
-    KLTerm,
-    SigmoidTerm,
-    SoftBCETerm,
-    VRDTerm,
-    XRDTerm,
-)
 from clipkd.models.encoder import Encoder
 from clipkd.objective.closed_set import ClosedSet
 from clipkd.objective.comparison import Targets
@@ -33,66 +18,66 @@ from clipkd.views import Features, View
 
 STUDENT_WIDTH, TEACHER_WIDTH, PAIRS = 6, 9, 8
 
-OFF = InfoNCETerm(weight=0.0)
+OFF = terms.InfoNCETerm(weight=0.0)
 QUEUE_CAPACITY = 19
 OBJECTIVES = {
     "teacher keys": ObjectiveConfig(
-        info_nce=InfoNCETerm(weight=0.5),
-        gkl=GKLTerm(weight=1.5, gamma=0.3, ce_weight=0.7, mse_weight=0.2),
-        kl=KLTerm(weight=0.3, temperature=2.0),
-        features=FeaturesTerm(weight=10.0),
+        info_nce=terms.InfoNCETerm(weight=0.5),
+        gkl=terms.GKLTerm(weight=1.5, gamma=0.3, ce_weight=0.7, mse_weight=0.2),
+        kl=terms.KLTerm(weight=0.3, temperature=2.0),
+        features=terms.FeaturesTerm(weight=10.0),
         scale_by_temperature_squared=True,
     ),
     "student keys": ObjectiveConfig(
         keys="student",
         info_nce=OFF,
-        gkl=GKLTerm(weight=1.0, gamma=0.05, weight_temperature=2.0),
-        kl=KLTerm(weight=2.0),
+        gkl=terms.GKLTerm(weight=1.0, gamma=0.05, weight_temperature=2.0),
+        kl=terms.KLTerm(weight=2.0),
     ),
-    "features alone": ObjectiveConfig(info_nce=OFF, features=FeaturesTerm(weight=1.0)),
+    "features alone": ObjectiveConfig(info_nce=OFF, features=terms.FeaturesTerm(weight=1.0)),
     "task alone": ObjectiveConfig(),
     "relations": ObjectiveConfig(
-        features=FeaturesTerm(weight=3.0),
-        icl=ICLTerm(weight=0.7),
-        gd=GDTerm(weight=50.0),
-        afd=AFDTerm(weight=0.9),
-        vrd=VRDTerm(weight=0.8),
-        xrd=XRDTerm(weight=1.2),
+        features=terms.FeaturesTerm(weight=3.0),
+        icl=terms.ICLTerm(weight=0.7),
+        gd=terms.GDTerm(weight=50.0),
+        afd=terms.AFDTerm(weight=0.9),
+        vrd=terms.VRDTerm(weight=0.8),
+        xrd=terms.XRDTerm(weight=1.2),
         warmup_steps=10,
     ),
     "queued teacher keys": ObjectiveConfig(
         queue=2,
-        info_nce=InfoNCETerm(weight=0.5),
-        gkl=GKLTerm(weight=1.0, mse_weight=0.3),
-        itc=ITCTerm(weight=1.1, momentum_share=0.3, teacher_share=0.2, ramp_steps=4),
-        icl=ICLTerm(weight=0.7),
+        info_nce=terms.InfoNCETerm(weight=0.5),
+        gkl=terms.GKLTerm(weight=1.0, mse_weight=0.3),
+        itc=terms.ITCTerm(weight=1.1, momentum_share=0.3, teacher_share=0.2, ramp_steps=4),
+        icl=terms.ICLTerm(weight=0.7),
     ),
     "queued student keys": ObjectiveConfig(
         keys="student",
         queue=2,
-        info_nce=InfoNCETerm(weight=0.5),
-        kl=KLTerm(weight=0.6, temperature=2.0),
-        affinity=AffinityTerm(weight=0.2, scale=20.0),
+        info_nce=terms.InfoNCETerm(weight=0.5),
+        kl=terms.KLTerm(weight=0.6, temperature=2.0),
+        affinity=terms.AffinityTerm(weight=0.2, scale=20.0),
     ),
     "queued momentum keys": ObjectiveConfig(
-        keys="momentum", queue=2, info_nce=OFF, gkl=GKLTerm(weight=0.4, gamma=0.5), kl=KLTerm(weight=0.1)
+        keys="momentum", queue=2, info_nce=OFF, gkl=terms.GKLTerm(weight=0.4, gamma=0.5), kl=terms.KLTerm(weight=0.1)
     ),
     # Both shares are 0 at first: the queue is then the only one to ask for the teacher's keys.
     "ramped": ObjectiveConfig(
-        queue=2, info_nce=OFF, itc=ITCTerm(weight=1.0, momentum_share=0.3, teacher_share=0.2, ramp_steps=2)
+        queue=2, info_nce=OFF, itc=terms.ITCTerm(weight=1.0, momentum_share=0.3, teacher_share=0.2, ramp_steps=2)
     ),
     "sigmoid": ObjectiveConfig(
-        keys="student", info_nce=OFF, sigmoid=SigmoidTerm(weight=0.5), soft_bce=SoftBCETerm(weight=0.5)
+        keys="student", info_nce=OFF, sigmoid=terms.SigmoidTerm(weight=0.5), soft_bce=terms.SoftBCETerm(weight=0.5)
     ),
-    "queued sigmoid": ObjectiveConfig(queue=2, info_nce=OFF, soft_bce=SoftBCETerm(weight=0.5)),
+    "queued sigmoid": ObjectiveConfig(queue=2, info_nce=OFF, soft_bce=terms.SoftBCETerm(weight=0.5)),
     "closed set": ObjectiveConfig(
         info_nce=OFF,
-        closed_set=ClosedSetTerm(weight=1.0, classes="x"),
-        gkl=GKLTerm(gamma=0.5, mse_weight=0.4),
+        closed_set=terms.ClosedSetTerm(weight=1.0, classes="x"),
+        gkl=terms.GKLTerm(gamma=0.5, mse_weight=0.4),
         logit_scale=LogitScaleConfig(teacher=9.0),
     ),
     "two teachers": ObjectiveConfig(
-        keys="student", kl=KLTerm(weight=1.0, temperature=2.0), logit_scale=LogitScaleConfig(teacher=(9.0, 12.0))
+        keys="student", kl=terms.KLTerm(weight=1.0, temperature=2.0), logit_scale=LogitScaleConfig(teacher=(9.0, 12.0))
     ),
 }
 NUM_CLASSES = 5

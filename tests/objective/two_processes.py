@@ -15,8 +15,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from clipkd import distributed
 from clipkd.training import grad_cache
 from clipkd.views import join
-from tests import nccl_rules
 from tests.objective.tiny_clip import OBJECTIVES, make_batch, make_distiller, needs, share, steps, take_loss
+from tests.processes import joined
 
 WORLD_SIZE = 2
 
@@ -141,9 +141,13 @@ def problem_of_the_last(rank: int) -> str:
 
 def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    torch.set_num_threads(1)
-    nccl_rules.enforce()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD_SIZE)
+    with joined(rank, folder):
+        tensors, facts = compute(rank)
+    save_file({key: value.detach().clone() for key, value in tensors.items()}, folder / f"{rank}.safetensors")
+    (folder / f"{rank}.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def compute(rank: int) -> tuple[dict[str, Tensor], dict]:
     tensors, facts = collectives(rank)
     for name in OBJECTIVES:
         for dtype in (torch.float32, torch.float64):
@@ -163,10 +167,7 @@ def main() -> None:
     # More parts than classes: the last brings no prompts, and DDP waits for the text tower all the same.
     result = steps("closed set", torch.float64, rank=rank, world_size=WORLD_SIZE, micro_batches=8, pairs=16)
     tensors |= {f"parts without prompts/{key}": value for key, value in result.items()}
-    distributed.barrier()
-    dist.destroy_process_group()
-    save_file({key: value.detach().clone() for key, value in tensors.items()}, folder / f"{rank}.safetensors")
-    (folder / f"{rank}.json").write_text(json.dumps(facts), encoding="utf-8")
+    return tensors, facts
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ logarithm of a scale leave the exp() to the caller.
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -237,17 +238,22 @@ def mobileclip(
     return (1 - lam) * info_nce(image, text, scale) + lam * (per_image + per_text) / 2
 
 
+def _pairwise(logits: Tensor, labels: Tensor) -> Tensor:
+    """−(1/B) Σ_ij (y_ij log σ(l_ij) + (1 − y_ij) log(1 − σ(l_ij))); log(1 − σ(l)) is written log σ(−l), to stay finite."""
+    total = logits.new_zeros(())
+    for i in range(len(logits)):
+        for j in range(len(logits)):
+            logit, label = logits[i, j], labels[i, j]
+            total = total - label * F.logsigmoid(logit) - (1 - label) * F.logsigmoid(-logit)
+    return total / len(logits)
+
+
 def siglip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """−(1/B) Σ_ij log σ(z_ij (s I_i·T_j + b)), z = 1 on the diagonal and −1 off it.
 
     Source: arXiv 2303.15343; open_clip `open_clip/loss.py`, SigLipLoss.
     """
-    total = image.new_zeros(())
-    for i in range(len(image)):
-        for j in range(len(text)):
-            sign = 1 if i == j else -1
-            total = total - F.logsigmoid(sign * (scale * image[i] @ text[j] + bias))
-    return total / len(image)
+    return _pairwise(scale * image @ text.T + bias, torch.eye(len(image)))
 
 
 def soft_bce(
@@ -260,18 +266,12 @@ def soft_bce(
     t_scale: Tensor,
     t_bias: Tensor,
 ) -> Tensor:
-    """−(1/B) Σ_ij (y_ij log σ(l_ij) + (1 − y_ij) log(1 − σ(l_ij))), y = σ(teacher's logit), logits with bias.
+    """SigLIP's loss with the teacher's probabilities σ(s_t I_t·T_t + b_t) in place of the labels 1 and 0.
 
-    Source: binary cross-entropy, on the logits and with the normaliser of SigLIP (arXiv 2303.15343), whose z = ±1 is
-    y = 1 or 0. There is no released code behind this one. log(1 − σ(l)) is written log σ(−l), to stay finite.
+    Source: binary cross-entropy, on the logits and with the normaliser of SigLIP (arXiv 2303.15343). There is no released
+    code behind this one.
     """
-    total = image.new_zeros(())
-    for i in range(len(image)):
-        for j in range(len(text)):
-            logit = scale * image[i] @ text[j] + bias
-            label = torch.sigmoid(t_scale * t_image[i] @ t_text[j] + t_bias).detach()
-            total = total - label * F.logsigmoid(logit) - (1 - label) * F.logsigmoid(-logit)
-    return total / len(image)
+    return _pairwise(scale * image @ text.T + bias, torch.sigmoid(t_scale * t_image @ t_text.T + t_bias).detach())
 
 
 def gkl(
@@ -332,6 +332,7 @@ def dkl_gradients(
     return ce_weight * by_student, mse_weight * by_teacher
 
 
+@dataclass(eq=False)
 class Albef:
     """ALBEF's image-text contrastive loss with momentum distillation, one process.
 
@@ -339,11 +340,11 @@ class Albef:
     student; momentum features (no gradient); candidates = momentum features of the batch, then the queue; targets
     α' softmax(s · momentum query · candidates) + (1 − α') hard, α' = α min(1, step / ramp_steps); cross-entropy of
     the student's queries against the same candidates, mean of both directions; append the momentum features to the
-    queue. `hard` is the own partner, or, with ids, every candidate of the same id, in equal shares.
+    queue. `hard` is every candidate of the same id, in equal shares.
 
     Source: arXiv 2107.07651; salesforce/ALBEF `models/model_pretrain.py` (clamp, own partner) and
     `models/model_retrieval.py` (ids; no clamp there); the ramp in `Pretrain.py` and `Retrieval.py`, where it is the
-    first epoch. Its clamp of temp to [0.001, 0.5] is a scale in [2, 1000].
+    first epoch. Its clamp of temp to [0.001, 0.5] is a scale in [2, 1000]; here the least is 1.
     Departures: the queue starts empty instead of random, so only filled slots are candidates, and it takes any batch
     size; the temperature is learned as the log of its inverse; floating buffers are averaged as parameters are.
 
@@ -352,34 +353,22 @@ class Albef:
     logit scale is averaged and never used.
     """
 
-    def __init__(
-        self,
-        student: nn.Module,
-        *,
-        queue_size: int,
-        momentum: float,
-        alpha: float,
-        ramp_steps: int,
-        max_scale: float,
-        min_scale: float,
-        use_ids: bool,
-    ) -> None:
-        self.student = student
-        self.momentum_model = copy.deepcopy(student)
-        self.momentum_model.requires_grad_(False)
-        self.queue_size = queue_size
-        self.momentum = momentum
-        self.alpha = alpha
-        self.ramp_steps = ramp_steps
-        self.max_scale = max_scale
-        self.min_scale = min_scale
-        self.use_ids = use_ids
-        self.queue: list[tuple[Tensor, Tensor, int]] = []  # (image feature, text feature, id), oldest first
+    student: nn.Module
+    queue_size: int
+    momentum: float
+    alpha: float
+    ramp_steps: int
+    max_scale: float
+    queue: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
+    """(image feature, text feature, id), oldest first."""
+
+    def __post_init__(self) -> None:
+        self.momentum_model = copy.deepcopy(self.student).requires_grad_(False)
 
     def step(self, images: Tensor, texts: Tensor, ids: Tensor | Sequence[int], step: int) -> Tensor:
         """The loss of one batch, for the caller to differentiate and step on. `step` counts from 0."""
         with torch.no_grad():
-            self.student.logit_scale.clamp_(math.log(self.min_scale), math.log(self.max_scale))
+            self.student.logit_scale.clamp_(0, math.log(self.max_scale))
         scale = self.student.logit_scale.exp()
         image = self.student.encode_image(images)
         text = self.student.encode_text(texts)
@@ -393,11 +382,7 @@ class Albef:
             candidate_texts = torch.stack([*text_m, *(entry[1] for entry in self.queue)])
             candidate_ids = batch_ids + [entry[2] for entry in self.queue]
 
-            hard = image_m.new_zeros(len(batch_ids), len(candidate_ids))
-            for row in range(len(batch_ids)):
-                for column in range(len(candidate_ids)):
-                    same = batch_ids[row] == candidate_ids[column] if self.use_ids else row == column
-                    hard[row, column] = float(same)
+            hard = torch.tensor([[float(own == other) for other in candidate_ids] for own in batch_ids]).to(image_m)
             hard = hard / hard.sum(dim=1, keepdim=True)
 
             alpha = self.alpha * min(1.0, step / self.ramp_steps) if self.ramp_steps > 0 else self.alpha
