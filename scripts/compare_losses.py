@@ -27,7 +27,7 @@ from clipkd.config.parse import parse
 from clipkd.config.train import TrainConfig
 from clipkd.demo import pairs
 from clipkd.export.command import ExportConfig, export
-from clipkd.teachers.open import Teachers
+from clipkd.teachers.cached import Teachers
 from clipkd.training.loop import train
 from clipkd.training.run import open_run
 from clipkd.views import Batch, Features, View

@@ -1,4 +1,4 @@
-"""Teachers whose features `clipkd cache` has stored; no model is loaded."""
+"""The frozen teachers of a run, loaded or with the features that `clipkd cache` has stored, for which no model is loaded."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from clipkd.models.encoder import Encoder
 from clipkd.models.load import weight_files
 from clipkd.models.text_tower import copy_text_tower, text_sha256
 from clipkd.objective.closed_set import closed_set_fingerprint
-from clipkd.teachers.loaded import load_teacher
+from clipkd.objective.distiller import require_fitting_teachers
+from clipkd.teachers.loaded import LoadedTeachers, load_teacher, load_teachers
 from clipkd.teachers.store.compare import require_same
-from clipkd.teachers.store.faults import find_faults
 from clipkd.teachers.store.manifest import TeacherRecord, augmentation_of, read_manifest, sources_of
-from clipkd.teachers.store.reader import TeacherCache
+from clipkd.teachers.store.reader import TeacherCache, find_faults
 from clipkd.views import Batch, Features, View
 
 
@@ -69,6 +69,27 @@ class CachedTeachers:
 
     def describe(self) -> str:
         return f"{self.stored.describe()}, from {self.stored.folder}"
+
+
+Teachers = LoadedTeachers | CachedTeachers
+"""Both have the same attributes and methods, which `LoadedTeachers` describes."""
+
+
+def open_teachers(config: TrainConfig, student: Encoder | None, pairs: Pairs | None) -> Teachers:
+    """Load the teachers or open their cache; copy the first teacher's text tower into a student that shares it.
+
+    student, pairs: needed to open a cache; without a student loaded teachers are only checked. Call on every process.
+
+    Raises: ValueError or FileNotFoundError naming the option or file that does not fit.
+    """
+    if config.teacher.cache is None:
+        teachers: Teachers = load_teachers(config, student)
+    else:
+        assert student is not None
+        assert pairs is not None
+        teachers = open_cache(config, student, pairs)
+    require_fitting_teachers(config.objective, teachers.models)
+    return teachers
 
 
 def open_cache(config: TrainConfig, student: Encoder, pairs: Pairs) -> CachedTeachers:

@@ -18,7 +18,7 @@ from clipkd.models.create import initial_student
 from clipkd.models.encoder import Encoder
 from clipkd.objective.closed_set import closed_set_fingerprint, open_closed_set
 from clipkd.objective.distiller import Distiller
-from clipkd.teachers.open import Teachers, open_teachers
+from clipkd.teachers.cached import Teachers, open_teachers
 from clipkd.training import optim
 from clipkd.training.evaluator import parse_best
 

@@ -17,7 +17,7 @@ from clipkd.models.encoder import Encoder
 from clipkd.objective.comparison import Targets
 from clipkd.objective.distiller import Distiller, Metrics
 from clipkd.objective.memory import MovingAverage
-from clipkd.teachers.open import Teachers
+from clipkd.teachers.cached import Teachers
 from clipkd.training import grad_cache, optim
 from clipkd.views import Batch, View, Views, join
 

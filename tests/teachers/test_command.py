@@ -18,10 +18,9 @@ from clipkd.models.text_tower import text_sha256
 from clipkd.teachers.cache import command
 from clipkd.teachers.cache.command import CacheConfig
 from clipkd.teachers.cache.encode import FeatureEncoder
-from clipkd.teachers.store import writer
-from clipkd.teachers.store.faults import find_faults
+from clipkd.teachers.store import manifest as store
 from clipkd.teachers.store.manifest import Shard, read_manifest
-from clipkd.teachers.store.reader import TeacherCache
+from clipkd.teachers.store.reader import TeacherCache, find_faults
 from tests.teachers.world import (
     SHARDS,
     Made,
@@ -154,7 +153,7 @@ def test_an_output_that_is_no_cache_stays_untouched_and_streamed_data_are_refuse
 
 def run_and_interrupt(config: CacheConfig, *, num_shards: int) -> None:
     """Ctrl-C as soon as so many shards are complete."""
-    write_record, numbers = writer.write_record, []
+    write_record, numbers = store.write_record, []
 
     def write(folder: Path, number: int, shard: Shard) -> None:
         write_record(folder, number, shard)
@@ -163,7 +162,7 @@ def run_and_interrupt(config: CacheConfig, *, num_shards: int) -> None:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "write_record", write)
+        patch.setattr(store, "write_record", write)
         with pytest.raises(KeyboardInterrupt):
             command.run(config)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from clipkd import files
-from clipkd.teachers.store.faults import find_faults
+from clipkd.teachers.store.reader import find_faults
 from tests.teachers.world import Made, flip
 
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -20,14 +21,12 @@ from clipkd.objective.distiller import require_fitting_teachers
 from clipkd.progress import mib
 from clipkd.teachers.cache.captions import Captions
 from clipkd.teachers.cache.encode import FeatureEncoder, ViewBatch
-from clipkd.teachers.cache.options import CacheConfig
-from clipkd.teachers.cache.plan import make_plan, planned_files
-from clipkd.teachers.cache.readme import describe_folder
+from clipkd.teachers.cache.plan import CacheConfig, describe_folder, make_plan, planned_files
 from clipkd.teachers.loaded import load_teachers
-from clipkd.teachers.store import writer
+from clipkd.teachers.store import manifest as store
 from clipkd.teachers.store.compare import require_same
-from clipkd.teachers.store.faults import find_faults
-from clipkd.teachers.store.manifest import CONFIG, MANIFEST, PLAN, Manifest, Shard, read_manifest, to_json
+from clipkd.teachers.store.manifest import CONFIG, MANIFEST, PLAN, FileRecord, Manifest, Shard
+from clipkd.teachers.store.reader import find_faults
 
 TEXTS_AT_A_TIME = 512
 
@@ -87,7 +86,7 @@ class Job:
         folder, plan = self.folder, self.plan.plan()
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"output {folder} is a file; name a folder")
-        before = writer.read_plan(folder)
+        before = store.read_plan(folder)
         others = [path.name for path in folder.glob("*") if path.name != ".lock" and path.suffix != ".tmp"]
         if before is None and others:
             raise ValueError(f"{folder} holds {min(others)} and no {PLAN} of a cache; choose another --output")
@@ -106,13 +105,13 @@ class Job:
 
     def reopen_if_damaged(self) -> bool:
         """If files of a finished cache are damaged, make it an unfinished one without their shards and return True."""
-        manifest = distributed.from_main(lambda: read_manifest(self.folder))
+        manifest = distributed.from_main(lambda: store.read_manifest(self.folder))
         faults = find_faults(self.folder, manifest, trust=False)
 
         def reopen() -> None:
             for number, shard in enumerate(manifest.shards):
                 if any(file.name in faults for file in shard.files.values()):
-                    writer.record_path(self.folder, number).unlink(missing_ok=True)
+                    store.record_path(self.folder, number).unlink(missing_ok=True)
             (self.folder / MANIFEST).unlink()
             files.sync(self.folder)
             say("\n".join(f"rebuilding: {fault}" for fault in faults.values()))
@@ -127,7 +126,7 @@ class Job:
         Raises: ValueError if the disk has too little space.
         """
         plan, numbers = self.plan, range(len(self.plan.shards))
-        todo = [number for number in numbers if writer.read_record(self.folder, number) is None]
+        todo = [number for number in numbers if store.read_record(self.folder, number) is None]
         sizes = [sum(file.bytes for file in planned_files(plan, n, self.captions).values()) for n in numbers]
         needed, free = sum(sizes[number] for number in todo), shutil.disk_usage(self.folder).free
         say(
@@ -179,9 +178,9 @@ class Job:
             array = np.concatenate([np.empty((0, *file.shape[1:]), file.dtype), *(p[kind] for p in parts if kind in p)])
             if kind.startswith("image"):
                 array[~usable] = 0
-            written[kind] = writer.write_array(self.folder, file, array)
+            written[kind] = write_array(self.folder, file, array)
         made = dataclasses.replace(shard, files=written, unusable=int((~usable).sum()))
-        writer.write_record(self.folder, number, made)
+        store.write_record(self.folder, number, made)
         self.made.append(made)
         self.require_few_unusable(self.made, next(filter(None, skips), None))
 
@@ -197,7 +196,7 @@ class Job:
 
     def finish(self) -> None:
         """Write the class vectors, and the manifest that makes the cache usable. Main process only. Raises: RunStopped."""
-        records = (writer.read_record(self.folder, number) for number in range(len(self.plan.shards)))
+        records = (store.read_record(self.folder, number) for number in range(len(self.plan.shards)))
         shards = tuple(shard for shard in records if shard is not None)
         assert len(shards) == len(self.plan.shards)
         self.require_few_unusable(shards)
@@ -205,10 +204,25 @@ class Job:
         if classes is not None:
             closed_set, device = self.encoder.config.objective.closed_set, self.encoder.accelerator.device
             vectors = class_vectors(closed_set, self.encoder.teachers[0], device)
-            classes = writer.write_array(self.folder, classes, vectors.cpu().numpy())
+            classes = write_array(self.folder, classes, vectors.cpu().numpy())
         manifest = dataclasses.replace(self.plan, shards=shards, classes=classes)
         if manifest.num_unusable:
             say(f"{manifest.num_unusable} samples could not be used; training skips them")
         files.sync(self.folder / "features")
-        files.write_json(self.folder / MANIFEST, to_json(manifest), durable=True)
+        files.write_json(self.folder / MANIFEST, store.to_json(manifest), durable=True)
         files.sync(self.folder)
+
+
+def write_array(folder: Path, planned: FileRecord, array: np.ndarray) -> FileRecord:
+    """Write a planned .npy file; return its record with size and SHA-256. Raises: OSError that names the file."""
+    assert (array.shape, array.dtype.str) == (planned.shape, planned.dtype), (array.shape, array.dtype.str, planned)
+    path = folder / planned.name
+
+    def write(file: BinaryIO) -> None:
+        # numpy.save raises errors without a number when the disk is full.
+        header: Any = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(np.ascontiguousarray(array).data)
+
+    files.write_whole(path, write, durable=True)
+    return dataclasses.replace(planned, bytes=path.stat().st_size, sha256=files.sha256(path))

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from clipkd.data import Augment, BadSample, Feed, PairSet, Skip, loader_options
 from clipkd.models.encoder import Encoder
 from clipkd.teachers.cache.captions import require_readable
-from clipkd.teachers.cache.options import CacheConfig
+from clipkd.teachers.cache.plan import CacheConfig
 from clipkd.teachers.store.manifest import Shard, fingerprint
 from clipkd.views import Views
 

@@ -1,17 +1,19 @@
-"""Plan the shards and files of a cache before the first feature is computed."""
+"""The options of `clipkd cache`, and the plan: shards, files and README of a cache before the first feature is computed."""
 
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 from clipkd import files
+from clipkd.config.train import TrainConfig
 from clipkd.data import PairSet
+from clipkd.errors import require
 from clipkd.models.encoder import Encoder
 from clipkd.models.load import weight_files
 from clipkd.models.text_tower import text_sha256
 from clipkd.objective.closed_set import closed_set_fingerprint, read_classes
 from clipkd.teachers.cache.captions import Captions, number_captions
-from clipkd.teachers.cache.options import CacheConfig
 from clipkd.teachers.loaded import LoadedTeachers
 from clipkd.teachers.store.manifest import (
     DTYPES,
@@ -29,6 +31,30 @@ LARGEST_SHARD = 4096
 
 VIEWS_OF_A_SHARD = 1 << 14
 HEADER_BYTES = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig(TrainConfig):
+    trains: ClassVar[bool] = False
+    output: str = ""
+    """Folder of the cache, named on the command line: the output in a training's YAML is its run folder."""
+    views: int = 1
+    """Augmented views per sample: so many passes over the data see new crops, then the crops repeat in the same order."""
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Type of the stored features. On a CPU, float32 gives the losses of a run without a cache to the bit."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.output), "output is empty; name the folder of the cache: --output DIR")
+        require(self.views >= 1, f"views is {self.views}; it must be 1 or more")
+        require(bool(self.teacher.names), "a cache is made with a teacher: set teacher.models")
+        require(self.teacher.cache is None, "teacher.cache is read by training; leave it out to make a cache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(CacheConfig):
+    recompute: int = 0
+    """Samples, spread over all shards, whose features the teachers compute again; 0 loads no teacher."""
 
 
 def cut(pairs: PairSet, num_views: int) -> list[tuple[int, int]]:
@@ -105,3 +131,51 @@ def planned_files(manifest: Manifest, number: int, captions: Captions) -> dict[s
         file = FileRecord(f"features/{number:05d}.{kind}.npy", shape, dtype)
         files[kind] = replace(file, bytes=HEADER_BYTES + math.prod(shape[:-1]) * file.row_bytes)
     return files
+
+
+TEMPLATE = """# Features of {names}
+
+Made by `clipkd cache`: image features of {num_views} augmented views of each of {num_samples:,} samples, and text features of
+{num_texts:,} distinct captions. Train from it with `--teacher.cache FOLDER`; check it with `clipkd cache verify FOLDER`.
+
+* `manifest.json`: teachers (SHA-256 of weights, preprocessing, tokens), data, augmentation, and every file with size and SHA-256.
+* `config.yaml`: the configuration that made the cache. `plan.json` and `records/`: what the same command needs to rebuild files.
+
+All files are .npy: a header, then rows of one length. Shard NNNNN holds samples `first` to `first + rows - 1` of the data:
+
+| file | shape | content |
+|---|---|---|
+| `features/NNNNN.samples.npy` | rows, 1 + captions, int64 | see below |
+| `features/NNNNN.image.T.npy` | rows, views, width, {dtype} | teacher T's features of each view |
+| `features/NNNNN.text.T.npy` | texts, width, {dtype} | teacher T's features of the captions that occur first in this shard |
+
+A row of `samples` holds the CRC-32 of the sample's image and captions, then the row of each of its captions among all texts
+(-1 pads; a sample with -1 only could not be used). A shard's texts are rows `first_text` to `first_text + texts - 1`.
+Features have norm 1{rounding}. In Python:
+
+```python
+import json
+import numpy as np
+shards = json.load(open("manifest.json"))["shards"]
+load = lambda kind: [np.load(shard["files"][kind]["name"], mmap_mode="r") for shard in shards]
+image = load("image.0")[0][2, 0]  # shard 0, its third sample, its first view
+text = np.concatenate(load("text.0"))[load("samples")[0][2, 1]]  # that sample's first caption
+```
+{bfloat16}"""
+
+BFLOAT16 = """
+numpy has no bfloat16: the bits are stored as uint16, and `(image.astype(np.uint32) << 16).view(np.float32)` widens them.
+"""
+
+
+def describe_folder(plan: Manifest) -> str:
+    half = plan.dtype == "bfloat16"
+    return TEMPLATE.format(
+        names=", ".join(teacher.name for teacher in plan.teachers),
+        num_views=plan.num_views,
+        num_samples=plan.num_samples,
+        num_texts=plan.num_texts,
+        dtype="uint16 (bfloat16)" if half else plan.dtype,
+        rounding="" if plan.dtype == "float32" else ", up to rounding",
+        bfloat16=BFLOAT16 if half else "",
+    )

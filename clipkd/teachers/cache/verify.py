@@ -10,12 +10,11 @@ from clipkd import data, distributed
 from clipkd.config.parse import parse_into
 from clipkd.models.load import weight_files
 from clipkd.teachers.cache.encode import FeatureEncoder, collate
-from clipkd.teachers.cache.options import VerifyConfig
+from clipkd.teachers.cache.plan import VerifyConfig
 from clipkd.teachers.loaded import load_teachers
 from clipkd.teachers.store.compare import require_same
-from clipkd.teachers.store.faults import find_faults
 from clipkd.teachers.store.manifest import CONFIG, as_json, augmentation_of, read_manifest, sources_of
-from clipkd.teachers.store.reader import TeacherCache
+from clipkd.teachers.store.reader import TeacherCache, find_faults
 
 COSINE_TOLERANCE, COSINE_TOLERANCE_HALF = 1e-4, 1e-2
 """1 − cosine of stored and recomputed features, perhaps on another device, in single precision and with a half-precision part."""

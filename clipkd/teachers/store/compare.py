@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from clipkd.config.train import flatten
-
 OPTIONS = {
     "num_views": "--views",
     "dtype": "--dtype",
@@ -13,7 +11,9 @@ OPTIONS = {
     "augmentation.min_crop": "data.min_crop",
     "augmentation.background": "data.background",
 }
-"""Keys of a flattened plan → what a user calls them."""
+"""Keys of a plan → what a user calls them."""
+
+PLACES = ("parts", "model", "name", "files")
 
 
 def require_same(folder: Path, made_with: dict[str, Any], now: dict[str, Any]) -> None:
@@ -35,7 +35,7 @@ def require_same(folder: Path, made_with: dict[str, Any], now: dict[str, Any]) -
             raise ValueError(
                 f"{folder} was made with other weights than {where} holds; put the weights back, or make another cache"
             )
-    before, after = (flatten(without_places(plan)) for plan in (made_with, now))
+    before, after = facts(made_with), facts(now)
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             raise ValueError(
@@ -44,18 +44,13 @@ def require_same(folder: Path, made_with: dict[str, Any], now: dict[str, Any]) -
             )
 
 
-def without_places(plan: dict[str, Any]) -> dict[str, Any]:
-    """A plan without names and paths, its lists as dictionaries, so that `flatten` reaches every value."""
-    places = {"data": ("parts",), "teachers": ("model", "name", "files")}
-    lists = {
-        name: {
-            str(number): {key: value for key, value in record.items() if key not in places.get(name, ())}
-            for number, record in enumerate(plan[name])
-        }
-        for name in ("data", "teachers", "shards")
-        if name in plan
-    }
-    return plan | lists
+def facts(value: Any, path: str = "") -> dict[str, Any]:
+    """Dotted key → value, for everything in a plan but names and paths."""
+    if not isinstance(value, dict | list):
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    parts = [facts(item, f"{path}.{key}".strip(".")) for key, item in items if key not in PLACES]
+    return {key: item for part in parts for key, item in part.items()}
 
 
 def require_same_parts(folder: Path, number: int, before: dict[str, str], after: dict[str, str]) -> None:

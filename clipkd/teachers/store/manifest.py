@@ -1,4 +1,7 @@
-"""manifest.json: from what a cache was made, and every file of it with its size and SHA-256."""
+"""manifest.json: from what a cache was made, and every file of it with its size and SHA-256.
+
+Before it is written, last, plan.json and a record of each complete shard say the same of an unfinished cache.
+"""
 
 import dataclasses
 import json
@@ -8,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from clipkd import files
 from clipkd.config.train import TrainConfig
 from clipkd.data import AUGMENTATION_VERSION, Pair, PairSet
 
@@ -160,8 +164,8 @@ def parse(found: dict[str, Any]) -> Manifest:
 
 
 def parse_shard(shard: dict[str, Any]) -> Shard:
-    files: Any = {kind: parse_file(file) for kind, file in shard["files"].items()}
-    return Shard(**(shard | {"files": files}))
+    found: Any = {kind: parse_file(file) for kind, file in shard["files"].items()}
+    return Shard(**(shard | {"files": found}))
 
 
 def parse_file(file: dict[str, Any]) -> FileRecord:
@@ -191,3 +195,32 @@ def sources_of(pairs: PairSet) -> list[dict[str, Any]]:
 def fingerprint(pair: Pair) -> int:
     """CRC-32 of a sample's image and captions, which reveals data that were changed in place."""
     return zlib.crc32("\0".join(pair.captions).encode(), zlib.crc32(pair.image))
+
+
+def record_path(folder: Path, number: int) -> Path:
+    return folder / "records" / f"{number:05d}.json"
+
+
+def write_record(folder: Path, number: int, shard: Shard) -> None:
+    """Mark a shard as complete."""
+    files.write_json(record_path(folder, number), to_json(shard), durable=True)
+
+
+def read_record(folder: Path, number: int) -> Shard | None:
+    """The record of a complete shard; None unless all its files exist with their size."""
+    try:
+        shard = parse_shard(json.loads(record_path(folder, number).read_text(encoding="utf-8")))
+        complete = all((folder / file.name).stat().st_size == file.bytes for file in shard.files.values())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return shard if complete else None
+
+
+def read_plan(folder: Path) -> dict[str, Any] | None:
+    """plan.json; None if there is none. Raises: ValueError if it is damaged."""
+    try:
+        return json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{folder / PLAN} is damaged ({error}); remove {folder} and make the cache again") from error
