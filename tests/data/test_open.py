@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clipkd.config.data import DataConfig, SourceConfig
+from clipkd.config.data import DataConfig
 from clipkd.data import tar_index
 from clipkd.data.loader import Feed
 from clipkd.data.open import open_feed, open_pairs
@@ -47,20 +47,6 @@ def write_shards(folder: Path, sizes: list[int]) -> list[str]:
             number += 1
         write_tar(path, members)
     return keys
-
-
-def write_table(folder: Path, size: int) -> list[str]:
-    """A CSV of so many pictures; returns the keys of its rows."""
-    folder.mkdir(parents=True)
-    for number in range(size):
-        (folder / f"{number}.png").write_bytes(picture(number))
-    rows = "".join(f"{number}.png,row {number}\n" for number in range(size))
-    (folder / "pairs.csv").write_text(f"file,text\n{rows}")
-    return [f"{folder / 'pairs.csv'} row {number}: {number}.png" for number in range(size)]
-
-
-def table(folder: Path, **options: Any) -> dict[str, Any]:
-    return {"path": f"{folder}/pairs.csv", "format": "csv", "image_column": "file", "caption_key": "text", **options}
 
 
 def take(feed: Feed[Batch], steps: int) -> list[Batch]:
@@ -132,18 +118,6 @@ def test_every_sample_of_an_epoch_of_shards_comes_once_on_any_number_of_processe
     for world_size, workers in SETTINGS[1:]:
         assert_same(read(tmp_path, steps, workers=workers, world_size=world_size), reference)
     assert_same(read(tmp_path, steps, workers=3, world_size=2, start=4), reference[4:])
-
-
-@pytest.mark.parametrize(("world_size", "workers"), [(1, 3), (2, 1)])
-def test_an_epoch_of_a_mix_takes_every_source_as_often_as_its_weight_says(
-    tmp_path: Path, world_size: int, workers: int
-) -> None:
-    shards, rows = write_shards(tmp_path / "shards", [3, 1, 7]), write_table(tmp_path / "table", 9)
-    mix = (SourceConfig(**table(tmp_path / "table", weight=2.0)),)
-    batches = read(tmp_path / "shards", 8, mix=mix, workers=workers, world_size=world_size)
-    # 11 of the shards and 9 rows twice: 29 pairs; two epochs and six more pairs are 64.
-    assert_every_epoch_holds(batches, [*shards, *rows, *rows])
-    assert_same(batches, read(tmp_path / "shards", 8, mix=mix))
 
 
 # Two real processes.

@@ -47,11 +47,6 @@ def blocks(mixed: Mixture, number: int) -> list[list[Position]]:
     return [places[start:stop] for start, stop in itertools.pairwise(begin)]
 
 
-def shard_of(sizes: Sequence[int]) -> list[int]:
-    """Sample → its shard."""
-    return [shard for shard, size in enumerate(sizes) for _ in range(size)]
-
-
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 8, 13, 30])
 @pytest.mark.parametrize("sizes", [(30,), UNEVEN, (1,) * 30, (29, 1), (1, 29)])
 @pytest.mark.parametrize("block", [4, 16, 1 << 18])

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -45,22 +44,6 @@ def clipkd(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
         folder = tmp_path_factory.mktemp("command") / "output"
         command = start(arguments, environment, folder, processes=processes)
         done = subprocess.CompletedProcess(arguments, command.wait(), command.stdout, command.stderr)
-        assert not check or done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
-        return done
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def launched(environment: dict[str, str]) -> Run:
-    """python -m clipkd ARGUMENTS…, or torchrun -m clipkd ARGUMENTS…, as a user starts it from a shell."""
-
-    def run(*arguments: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [*launcher, "-m", "clipkd", *map(str, arguments)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert not check or done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
         return done
 

@@ -64,16 +64,6 @@ def test_value_and_student_gradient_equal_the_published_triple_loop(
     assert (gradient - expected_gradient).norm() <= 1e-12 * expected_gradient.norm()
 
 
-@pytest.mark.parametrize("gamma", GAMMAS)
-def test_row_weights_are_the_squared_masses_of_the_pair_weights(gamma: float) -> None:
-    (teacher,) = random_logits(1, 5, 6, scale=10.0, seed=2)
-    masses = [sum(share.item() for share in power(row, 2.0, gamma)) for row in teacher]
-    found = row_statistics(teacher, teacher, weight_temperature=2.0, gamma=gamma).log_weight_mass
-    assert found.tolist() == pytest.approx([math.log(m) for m in masses], rel=1e-12, abs=1e-14)
-    expected = [m * m / sum(m * m for m in masses) for m in masses]
-    assert row_weights(found).tolist() == pytest.approx(expected, rel=1e-12)
-
-
 def test_two_candidates_by_hand() -> None:
     # Teacher softmax (3/4, 1/4), student (1/2, 1/2), difference of logits (ln 3, 0).
     student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[LN3, 0.0]])

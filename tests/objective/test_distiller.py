@@ -333,17 +333,3 @@ def test_the_batch_is_queued_after_its_loss_and_only_when_the_step_succeeded() -
     assert distiller.queue.filled_ids().tolist() == list(range(8))
     assert torch.equal(distiller.queue.filled("teacher_text"), targets.teachers[0].text)
     assert take_loss(distiller, view, targets)[0].item() != first
-
-
-def test_memory_goes_through_a_checkpoint_and_back() -> None:
-    for name in ("queued teacher keys", "closed set"):
-        distiller, again = (make_distiller(OBJECTIVES[name], dtype=DOUBLE) for _ in range(2))
-        for number in range(3):
-            take_loss(distiller, *one_teacher(dtype=DOUBLE, number=number))
-            distiller.finish_step()
-        stored = {key: tensor.clone() for key, tensor in distiller.memory().items()}
-        assert stored
-        again.load_memory(stored)
-        batch = one_teacher(dtype=DOUBLE, number=4)
-        assert take_loss(distiller, *batch)[0].item() == take_loss(again, *batch)[0].item()
-    assert make_distiller(ObjectiveConfig(), dtype=DOUBLE).memory() == {}
