@@ -232,13 +232,12 @@ def eval_compare_command(arguments: list[str]) -> None:
 
 
 def export_command(arguments: list[str]) -> None:
-    from clipkd.export import hub
-    from clipkd.export.command import ExportConfig, describe_artefact, export
+    from clipkd.export.command import ExportConfig, check_repository, describe_artefact, export, upload
 
     about = "Write a student for other software."
     config = parse_into(ExportConfig, arguments, "export", about, positional=("checkpoint",))
     if config.push_to_hub:
-        hub.check_repository(config.push_to_hub)
+        check_repository(config.push_to_hub)
     raise_at_signals()
     rows = export(config)
     for row in rows:
@@ -247,7 +246,7 @@ def export_command(arguments: list[str]) -> None:
     if any(row["error"] for row in rows):
         raise SystemExit(1)
     if config.push_to_hub:
-        print(f"uploaded: {hub.upload(Path(config.output), config.push_to_hub, private=config.private)}")
+        print(f"uploaded: {upload(Path(config.output), config.push_to_hub, private=config.private)}")
 
 
 def predict_command(arguments: list[str]) -> None:

@@ -46,7 +46,7 @@ from webdataset.writer import TarWriter
 
 from clipkd import files, progress
 from clipkd.config.train import StudentConfig
-from clipkd.export.open_clip import write_open_clip
+from clipkd.export.artefacts import write_open_clip
 from clipkd.inference import bench
 from clipkd.models.create import create_student
 

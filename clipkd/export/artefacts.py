@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipkd import files
 from clipkd.errors import short
 from clipkd.export.executorch import write_executorch
 from clipkd.export.hugging_face import find_family, write_hugging_face
 from clipkd.export.onnx import check_preprocessing, write_fp16, write_immich, write_int8, write_onnx
-from clipkd.export.open_clip import write_open_clip
 from clipkd.models.encoder import Encoder
 from clipkd.progress import console
 
@@ -33,6 +33,18 @@ class Format:
     """Whether its features must equal the student's to float32 rounding; otherwise their difference is reported."""
     packages: tuple[str, ...] = ()
     """Optional packages that writing needs."""
+
+
+def write_open_clip(encoder: Encoder, folder: Path) -> None:
+    """Write a folder that open_clip loads as local-dir:FOLDER or, once uploaded, hf-hub:REPO.
+
+    It holds open_clip_config.json, open_clip_model.safetensors and, for a transformers tokenizer, its files.
+    """
+    if "hf_tokenizer_name" in (encoder.model_config or {})["text_cfg"]:
+        encoder.spec.tokenize.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+    config = {"model_cfg": encoder.model_config, "preprocess_cfg": encoder.preprocess_config}
+    files.write_json(folder / "open_clip_config.json", config)
+    files.write_tensors(folder / "open_clip_model.safetensors", encoder.model.state_dict())
 
 
 def onnx(title: str, write: Callable[[Encoder, Path], None], suffix: str, *, exact: bool) -> Format:

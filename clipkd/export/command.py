@@ -11,17 +11,15 @@ from typing import Any, Literal
 from PIL import Image
 
 from clipkd import files
-from clipkd.errors import RunStopped, require
+from clipkd.errors import RunStopped, require, short
 from clipkd.evaluation.sets import Images
 from clipkd.evaluation.subjects import Subject, open_subjects
 from clipkd.evaluation.tasks import as_tuple
-from clipkd.export.artefacts import FORMATS, check_formats, keep_formats, write_formats
-from clipkd.export.card import write_card
+from clipkd.export.artefacts import FORMATS, check_formats, keep_formats, write_formats, write_open_clip
+from clipkd.export.card import Source, open_student, write_card
 from clipkd.export.folder import check_output, replace, unfinished
-from clipkd.export.open_clip import write_open_clip
 from clipkd.export.parity import check_parity
 from clipkd.export.probes import NUM_IMAGES, cut_drawings, drawing_names, write_example, write_probes
-from clipkd.export.source import Source, open_student
 from clipkd.models.encoder import Encoder
 
 
@@ -149,3 +147,33 @@ def describe_artefact(row: dict[str, Any]) -> str:
         own, student = (result[name]["main_metric"] for name in ("metrics", "student_metrics"))
         line += f"; {result['task']} {result['metric']} {own:.2%} (student {student:.2%})"
     return f"{line}; {size:.1f} MB"
+
+
+def check_repository(repository: str) -> None:
+    """Check before anything is written. Raises: ValueError if the name is invalid or no token is set."""
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(repository)
+    if "/" not in repository:
+        raise ValueError(f"push_to_hub is {repository!r}; write USER/NAME")
+    if get_token() is None:
+        raise ValueError("push_to_hub needs a token of the hub: sign in with `hf auth login`, or set HF_TOKEN")
+
+
+def upload(folder: Path, repository: str, *, private: bool) -> str:
+    """Upload the folder to the Hugging Face hub as one commit and return the commit's address; files of earlier uploads stay.
+
+    private: visibility of the repository if it is created here. Raises: ValueError with the hub's reason.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export by clipkd"))
+    except Exception as error:  # errors of the hub, its validators and its HTTP library
+        raise ValueError(
+            f"{folder} is written, but the hub did not take it as {repository}: {short(error)}; "
+            f"upload it later with: hf upload {repository} {folder}"
+        ) from error

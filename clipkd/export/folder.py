@@ -44,7 +44,7 @@ def check_output(output: Path, source: Path, *, force: bool) -> None:
 
 @contextlib.contextmanager
 def unfinished(output: Path) -> Iterator[Path]:
-    """A temporary folder beside the output, removed at the end; one that a killed export left is cleaned up first.
+    """A temporary folder beside the output, removed at the end; what a killed export left in it is removed first.
 
     Raises: ValueError if another process is exporting to this output.
     """
@@ -52,14 +52,12 @@ def unfinished(output: Path) -> Iterator[Path]:
     place = output.parent.resolve() / f".{output.name}.tmp"
     place.mkdir(parents=True, exist_ok=True)
     with files.claim(place):
-        put_back(place, output)
         for leftover in place.iterdir():
             if leftover.is_dir():
                 shutil.rmtree(leftover)
         try:
             yield place
         finally:
-            put_back(place, output)
             shutil.rmtree(place, ignore_errors=True)
 
 
@@ -70,9 +68,3 @@ def replace(finished: Path, output: Path) -> None:
     if output.exists():
         os.replace(output, finished.parent / "before")
     os.replace(finished, output)
-
-
-def put_back(place: Path, output: Path) -> None:
-    """Restore an earlier export whose replacement was interrupted."""
-    if (place / "before").is_dir() and not output.exists():
-        os.replace(place / "before", output)

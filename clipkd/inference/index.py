@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,7 +31,7 @@ def read_stamp(path: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Index:
-    """Entries by absolute path, all of one model. Without a path it is empty and is not written."""
+    """Entries of unchanged files by absolute path, all of one model. Without a path it is empty and is not written."""
 
     path: Path | None = None
     model_sha256: str = ""
@@ -46,11 +46,10 @@ class Index:
         if not path.exists():
             return cls(path, model_sha256)
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                about: dict[str, Any] = json.loads(stored["about"].tobytes())
-                features = stored["features"]
-            stamps = {name: (size, time) for name, size, time in about["files"]}
-            entries = {name: Entry(stamp, row) for (name, stamp), row in zip(stamps.items(), features, strict=True)}
+            with np.load(path, allow_pickle=False) as arrays:
+                about, features = json.loads(arrays["about"].tobytes()), arrays["features"]
+            stored = zip(about["files"], features, strict=True)
+            entries = {name: Entry((size, time), row) for (name, size, time), row in stored}
             found = (about["version"], about["model_sha256"])
         except Exception as error:  # numpy, zipfile and json raise anything on a foreign file
             raise ValueError(f"{path} is no index of clipkd predict, or a damaged one; name another --index") from error
@@ -58,24 +57,20 @@ class Index:
             raise ValueError(
                 f"{path} is the index of another model, format or version; name another --index, or delete it"
             )
-        return cls(path, model_sha256, entries)
+        return cls(path, model_sha256, {name: entry for name, entry in entries.items() if is_unchanged(name, entry)})
 
     def find(self, path: str) -> Entry | None:
         """The entry of a file that is unchanged since it was encoded."""
-        entry = self.entries.get(os.path.abspath(path))
-        return entry if entry and is_unchanged(path, entry) else None
+        return self.entries.get(os.path.abspath(path))
 
     def write(self, found: Mapping[str, Entry]) -> None:
-        """Write the old entries of unchanged files and these; skip the write if nothing differs."""
-        if self.path is None:
-            return
-        old = {path: entry for path, entry in self.entries.items() if is_unchanged(path, entry)}
-        entries = {**old, **{os.path.abspath(path): entry for path, entry in found.items()}}
-        if entries.keys() == self.entries.keys() and all(entries[path] is self.entries[path] for path in entries):
+        """Add entries by path; skip the write if nothing is new."""
+        entries = {**self.entries, **{os.path.abspath(path): entry for path, entry in found.items()}}
+        if self.path is None or all(entry is self.entries.get(path) for path, entry in entries.items()):
             return
         stamps = [[path, *entry.stamp] for path, entry in entries.items()]
         about = {"version": VERSION, "model_sha256": self.model_sha256, "files": stamps}
-        features = np.stack([entry.feature for entry in entries.values()]) if entries else np.empty((0, 0), np.float32)
+        features = np.stack([entry.feature for entry in entries.values()])
         description = np.frombuffer(json.dumps(about).encode(), np.uint8)
         files.write_whole(self.path, lambda file: np.savez(file, about=description, features=features))
 

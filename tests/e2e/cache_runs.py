@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from clipkd.config.train import StudentConfig
-from clipkd.export.open_clip import write_open_clip
+from clipkd.export.artefacts import write_open_clip
 from clipkd.models.create import create_student
 from tests.data.samples import encode, write_tar
 from tests.e2e import forked

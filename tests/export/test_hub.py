@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi
 
-from clipkd.export.hub import check_repository, upload
+from clipkd.export.command import check_repository, upload
 
 ADDRESS = "https://hub.invalid/me/student/commit/1"
 
