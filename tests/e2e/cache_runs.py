@@ -4,7 +4,6 @@ import contextlib
 import functools
 import io
 import itertools
-import json
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -13,14 +12,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 from unittest import mock
 
-import numpy as np
 import torch
-from PIL import Image
 
 from clipkd.config.train import StudentConfig
 from clipkd.export.artefacts import write_open_clip
 from clipkd.models.create import create_student
-from tests.data.samples import encode, write_tar
 from tests.e2e import forked
 from tests.e2e.forked import Command, running
 from tests.teachers.world import content_of
@@ -122,25 +118,6 @@ def tree(folder: Path) -> dict[str, bytes]:
     found = content_of(folder)
     lines = found["config.yaml"].splitlines()
     return found | {"config.yaml": b"\n".join(line for line in lines if not line.startswith(b"output:"))}
-
-
-SHARDS = (20, 12, 16)
-CAPTIONS = ("one", "thing in colour", "picture of something", "shape, seen from above")
-
-
-def write_samples(folder: Path) -> Path:
-    """48 pairs of noise in three shards; three captions each, some of them shared, and one of eight labels."""
-    rng, number = np.random.default_rng(0), 0
-    for shard, rows in enumerate(SHARDS):
-        members = []
-        for _ in range(rows):
-            image = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((48, 36))
-            captions = [f"{number} of them", CAPTIONS[number % 4], f"a {CAPTIONS[number % 3]} number {number}"]
-            members.append((f"{number:03d}.png", encode(image, "PNG")))
-            members.append((f"{number:03d}.json", json.dumps({"captions": captions, "label": number % 8}).encode()))
-            number += 1
-        write_tar(folder / f"{shard:05d}.tar", members)
-    return folder
 
 
 def write_teacher(folder: Path, *, seed: int) -> Path:

@@ -12,15 +12,15 @@ from safetensors.torch import save_file
 
 from clipkd.config.train import StudentConfig
 from clipkd.models.create import create_student
-from tests.e2e.cache_runs import Event, tree, with_event, write_samples, write_teacher
+from tests.e2e.cache_runs import Event, tree, with_event, write_teacher
 from tests.e2e.conftest import SMALL, Run
 from tests.e2e.forked import running
 from tests.e2e.runs import assert_close_runs, assert_same_run, read_metrics, tmpfs, with_all_terms
-from tests.teachers.world import flip
+from tests.teachers.world import flip, write_data
 
 slow = pytest.mark.slow
 
-STEPS = 6
+SHARDS, STEPS = (20, 12, 16), 6
 """Two passes over 48 pairs: as many as the caches have views."""
 
 
@@ -77,7 +77,7 @@ class Setting:
 @pytest.fixture(scope="module")
 def setting(clipkd: Run, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Setting:
     setting = Setting(tmp_path_factory.mktemp("setting"), clipkd, environment)
-    write_samples(setting.pairs)
+    write_data(setting.pairs, SHARDS)
     write_teacher(setting.teacher, seed=1)
     (setting.folder / "noto").mkdir()
     (setting.folder / "noto" / "classnames.txt").write_text("".join(f"thing {number}\n" for number in range(8)))
@@ -149,8 +149,8 @@ def test_two_processes_write_the_cache_of_one_and_either_finishes_what_a_kill_le
 
 def test_damage_that_one_of_two_processes_finds_ends_both_with_a_line(setting: Setting, tmp_path: Path) -> None:
     """No image of the second shard can be decoded."""
-    shard = write_samples(tmp_path / "pairs") / "00001.tar"
-    shard.write_bytes(shard.read_bytes().replace(b"\x89PNG\r\n\x1a\n", b"no image"))
+    shard = write_data(tmp_path / "pairs", SHARDS) / "00001.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"\x89PNG\r\n\x1a\n", b"no image").replace(b"\xff\xd8\xff", b"no!"))
     words = (*setting.caching, "--data.path", tmp_path / "pairs", "--output", tmp_path / "cache")
     with running(*words, environment=setting.environment, folder=tmp_path / "out", processes=2) as command:
         assert command.wait(60) == 1, command.stderr
@@ -292,7 +292,7 @@ def test_check_describes_the_cache_and_lists_a_wrong_one_beside_other_problems(
 ) -> None:
     words = ("check", *setting.common, "--steps", STEPS, "--output", tmp_path / "run")
     done = setting.clipkd(*words, "--teacher.cache", setting.cache)
-    assert "teacher   48 samples × 2 views and 100 captions of " in done.stdout
+    assert "teacher   48 samples × 2 views and 36 captions of " in done.stdout
     for part in (f", float32, from {setting.cache}\n", "finds the right caption for", "images/s"):
         assert part in done.stdout
     assert not (tmp_path / "run").exists()

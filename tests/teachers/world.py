@@ -121,8 +121,8 @@ def picture(id: int) -> tuple[str, bytes]:
 
 def members(id: int, captions: list[str] | None = None) -> list[tuple[str, bytes]]:
     suffix, content = picture(id)
-    text = json.dumps({"captions": captions_of(id) if captions is None else captions, "other": f"other {id}"})
-    return [(f"{id:03d}.{suffix}", content), (f"{id:03d}.json", text.encode())]
+    record = {"captions": captions_of(id) if captions is None else captions, "other": f"other {id}", "label": id % 8}
+    return [(f"{id:03d}.{suffix}", content), (f"{id:03d}.json", json.dumps(record).encode())]
 
 
 def write_data(folder: Path, sizes: tuple[int, ...] = SHARDS) -> Path:
