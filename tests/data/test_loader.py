@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from clipkd.config.data import DataConfig
-from clipkd.data.loader import MAX_TRIES, Augment, AugmentedPairs
+from clipkd.data.loader import Augment, AugmentedPairs
 from clipkd.data.open import open_feed
 from clipkd.data.skips import BadSample, Skip, Skips
 from clipkd.data.sources import UNLABELLED, Pair, PairSet
-from clipkd.errors import RunStopped
 from clipkd.views import Batch, View, Views, ViewSpec
 from tests.data.samples import as_process, coordinates, encode, train_config, view_spec
 
@@ -232,13 +231,3 @@ def test_substitutes_are_the_same_for_any_number_of_processes_and_from_any_step(
         assert torch.equal(together.student.texts, torch.cat([part.student.texts for part in parts]))
         assert together.batch.keys == sum((part.batch.keys for part in parts), ())
         assert together.batch.skipped == sum((part.batch.skipped for part in parts), ())
-
-
-def test_a_hundred_bad_samples_in_a_row_stop_the_run_and_the_last_is_named() -> None:
-    source = Ramps(bad=range(12))
-    with pytest.raises(RunStopped) as caught:
-        augmented(source)[0, 4]
-    assert len(source.asked) == MAX_TRIES == 100
-    last = source.asked[-1]
-    start = f"100 samples in a row cannot be used, the last of them ramp {last}: {MESSAGES[last % 3]}"
-    assert str(caught.value).startswith(start)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from tests.e2e.events import Event
 from tests.processes import enforce_contiguity
 
 PRELOAD = [
@@ -28,7 +29,7 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOAD)
 
 
-def run_command(arguments: list[str], environment: dict[str, str], out: str, err: str) -> None:
+def run_command(arguments: list[str], environment: dict[str, str], out: str, err: str, event: Event | None) -> None:
     """What a fork does: `clipkd ARGUMENTS`, its output in files."""
     os.setsid()  # so that a kill reaches its loader processes too
     multiprocessing.set_start_method("fork", force=True)  # as in a process that a shell has started
@@ -46,6 +47,8 @@ def run_command(arguments: list[str], environment: dict[str, str], out: str, err
     from clipkd.cli import main
 
     progress.console.file = sys.stderr
+    if event is not None and int(environment.get("RANK", "0")) == event.rank:
+        event.install()
     main()
 
 
@@ -88,7 +91,14 @@ class Command:
         return (self.folder / "err").read_text(encoding="utf-8")
 
 
-def start(arguments: Sequence[object], environment: Mapping[str, str], folder: Path, *, processes: int = 1) -> Command:
+def start(
+    arguments: Sequence[object],
+    environment: Mapping[str, str],
+    folder: Path,
+    *,
+    processes: int = 1,
+    event: Event | None = None,
+) -> Command:
     """Begin `clipkd ARGUMENTS`; folder: where its output goes."""
     folder.mkdir(parents=True)
     for name in ("out", "err"):
@@ -102,8 +112,9 @@ def start(arguments: Sequence[object], environment: Mapping[str, str], folder: P
         if processes > 1:
             own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             own |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        words = [*map(str, arguments)]
         process = context.Process(
-            target=run_command, args=([*map(str, arguments)], own, str(folder / "out"), str(folder / "err"))
+            target=run_command, args=(words, own, str(folder / "out"), str(folder / "err"), event)
         )
         process.start()
         command.processes.append(process)
@@ -111,9 +122,15 @@ def start(arguments: Sequence[object], environment: Mapping[str, str], folder: P
 
 
 @contextlib.contextmanager
-def running(*arguments: object, environment: Mapping[str, str], folder: Path, processes: int = 1) -> Iterator[Command]:
-    """A command that is certainly over afterwards."""
-    command = start(arguments, environment, folder, processes=processes)
+def running(
+    *arguments: object,
+    environment: Mapping[str, str],
+    folder: Path,
+    processes: int = 1,
+    event: Event | None = None,
+) -> Iterator[Command]:
+    """A command that is certainly over afterwards. event: what happens in it."""
+    command = start(arguments, environment, folder, processes=processes, event=event)
     try:
         yield command
     finally:

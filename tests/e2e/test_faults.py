@@ -1,15 +1,14 @@
 """A run that is killed anywhere and resumed is bit by bit the run that was never killed."""
 
 import contextlib
-import functools
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.cache_runs import Event, with_event
 from tests.e2e.conftest import SMALL, Run
+from tests.e2e.events import Event
 from tests.e2e.forked import Command, running
 from tests.e2e.runs import assert_close_runs, assert_same_run, with_all_terms
 
@@ -49,11 +48,8 @@ class Trial:
         self, run: Path, setting: Setting, name: str, event: Event | None = None
     ) -> contextlib.AbstractContextManager[Command]:
         words = ("train", *self.arguments, *setting.options, "--output", run, "--resume", "latest")
-        output, begin = (
-            run.with_name(f"{run.name}_{name}_output"),
-            functools.partial(with_event, event) if event else running,
-        )
-        return begin(*words, environment=self.environment, folder=output, processes=setting.processes)
+        output = run.with_name(f"{run.name}_{name}_output")
+        return running(*words, environment=self.environment, folder=output, processes=setting.processes, event=event)
 
 
 @pytest.fixture(scope="module")

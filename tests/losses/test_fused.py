@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clipkd.losses import QueryStatistics, info_nce, query_statistics, row_statistics
-from tests.losses.random_features import GAMMAS, SCALES, TEMPERATURES, Features, random_features
+from tests.losses.random_features import GRID, Features, random_features
 
 FIELDS = ("ce", "kl", "teacher_entropy", "variance", "log_weight_mass", "info_nce")
 WITH_GRADIENT = ("ce", "kl", "variance", "info_nce")
@@ -50,10 +50,7 @@ def test_two_keys_by_hand(gamma: float, variance: float, log_mass: float) -> Non
     assert [getattr(found, name).item() for name in FIELDS] == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("gamma", GAMMAS)
-@pytest.mark.parametrize("weight_temperature", TEMPERATURES)
-@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(("temperature", "weight_temperature", "gamma", "scale"), GRID)
 def test_values_and_gradients_are_those_of_the_plain_form_in_any_panels(
     temperature: float, weight_temperature: float, gamma: float, scale: float
 ) -> None:

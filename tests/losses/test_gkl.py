@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clipkd.losses import RowStatistics, gkl, row_statistics, row_weights
-from tests.losses.random_features import GAMMAS, SCALES, TEMPERATURES, clustered_logits, random_logits
+from tests.losses.random_features import GAMMAS, GRID, SCALES, TEMPERATURES, clustered_logits, random_logits
 from tests.oracles import peers
 
 LN2, LN3 = math.log(2), math.log(3)
@@ -45,10 +45,7 @@ def loop_squared_error(student: Tensor, teacher: Tensor, weight_temperature: flo
     return squares / normaliser / 4
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("gamma", GAMMAS)
-@pytest.mark.parametrize("weight_temperature", TEMPERATURES)
-@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(("temperature", "weight_temperature", "gamma", "scale"), GRID)
 def test_value_and_student_gradient_equal_the_published_triple_loop(
     temperature: float, weight_temperature: float, gamma: float, scale: float
 ) -> None:
