@@ -7,9 +7,8 @@ from pathlib import Path
 
 from clipkd import files
 from clipkd.errors import short
-from clipkd.export.executorch import write_executorch
 from clipkd.export.hugging_face import find_family, write_hugging_face
-from clipkd.export.onnx import check_preprocessing, write_fp16, write_immich, write_int8, write_onnx
+from clipkd.export.onnx import check_preprocessing, write_executorch, write_fp16, write_immich, write_int8, write_onnx
 from clipkd.models.encoder import Encoder
 from clipkd.progress import console
 

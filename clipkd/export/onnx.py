@@ -1,4 +1,4 @@
-"""Write both towers as ONNX files for ONNX Runtime, transformers.js and immich: float32, float16 and int8, with metadata."""
+"""Write both towers as ONNX files for ONNX Runtime, transformers.js and immich, or as ExecuTorch programs, with metadata."""
 
 import contextlib
 import hashlib
@@ -170,6 +170,32 @@ def write_immich(encoder: Encoder, folder: Path) -> None:
     files.write_json(target / "textual" / "tokenizer_config.json", {"pad_token": pad_token})
     files.write_json(target / "visual" / "preprocess_cfg.json", encoder.preprocess_config)
     files.write_json(target / "config.json", encoder.model_config or {})
+
+
+def write_executorch(encoder: Encoder, folder: Path) -> None:
+    """Write both towers as ExecuTorch programs for phones: one input at a time, on the XNNPACK kernels.
+
+    executorch/vision_model.pte maps [1, 3, h, w] to [1, d], text_model.pte [1, context] to [1, d]. Features are unit-norm
+    float32. about.json beside them and tokenizer.json one folder above describe the inputs.
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import (  # type: ignore[import-not-found]
+        XnnpackPartitioner,
+    )
+    from executorch.exir import to_edge_transform_and_lower  # type: ignore[import-not-found]
+
+    (folder / "executorch").mkdir()
+    tokenizer = convert_tokenizer(encoder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    files.write_json(folder / "executorch" / "about.json", describe(encoder, tokenizer, dynamic=False))
+    towers = {
+        "vision": (encoder.encode_image, torch.zeros(1, 3, *encoder.spec.size)),
+        "text": (encoder.encode_text, encoder.spec.tokenize(["a photo of a cat"])),
+    }
+    for name, (encode, example) in towers.items():
+        with plain_attention():
+            program = torch.export.export(Tower(encoder, encode).eval(), (example,))
+            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+        (folder / "executorch" / f"{name}_model.pte").write_bytes(lowered.buffer)
 
 
 def metadata(model: Any) -> dict[str, str]:

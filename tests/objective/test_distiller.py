@@ -279,14 +279,6 @@ def test_any_panel_of_queries_gives_the_same_series_gradients_and_memory(
         assert error <= tolerance * max(expected.double().norm().item(), 1e-3), f"{key}: {error}"
 
 
-def test_the_size_of_the_logits_is_described() -> None:
-    objective = dataclasses.replace(OBJECTIVES["queued teacher keys"], tile_size=64)
-    distiller = make_distiller(objective, dtype=torch.float32)
-    assert distiller.describe_logits(1024) == "1,024 × 1,043 logits, 3 rows at a time"
-    whole = make_distiller(OBJECTIVES["task alone"], dtype=torch.float32)
-    assert whole.describe_logits(1024) == "1,024 × 1,024 logits, 1,024 rows at a time"
-
-
 # Logit scales, warm-up, and what a step leaves behind
 
 
