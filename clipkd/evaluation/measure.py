@@ -45,10 +45,7 @@ class ClassScores:
     """The model's own logit scale."""
 
     def cosines(self) -> Iterator[Float[Tensor, "c k"]]:
-        # A matrix product may round the columns of equal classes (duplicate names) differently; ties must stay ties.
-        distinct, copy_of = self.classifier.unique(dim=0, return_inverse=True)
-        for images in self.images.split(CHUNK):
-            yield (images @ distinct.T)[:, copy_of]
+        return scoring.products(self.images, self.classifier, CHUNK)
 
     def log_probabilities(self) -> Iterator[Float[Tensor, "c k"]]:
         for cosines in self.cosines():

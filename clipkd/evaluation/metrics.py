@@ -1,7 +1,7 @@
 """Metrics of a benchmark: averages, ranks of retrieval, confidence intervals, paired tests, calibration."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,6 +34,14 @@ def average_precisions(scores: Float[Tensor, "n k"], targets: Bool[Tensor, "n k"
     return (precision * hits).sum(0) / hits.sum(0).clamp_min(1)
 
 
+def products(queries: Float[Tensor, "q d"], keys: Float[Tensor, "k d"], chunk: int) -> Iterator[Float[Tensor, "c k"]]:
+    """Dot products with all keys, for chunks of queries. Equal keys (duplicate names or captions) get equal products."""
+    # A matrix product may round the columns of equal keys differently; ties must stay ties.
+    distinct, copy_of = keys.unique(dim=0, return_inverse=True)
+    for part in queries.split(chunk):
+        yield (part @ distinct.T)[:, copy_of]
+
+
 def best_ranks(
     queries: Float[Tensor, "q d"],
     keys: Float[Tensor, "k d"],
@@ -47,11 +55,9 @@ def best_ranks(
     queries, keys: unit-norm features. The positives of a query are the keys of its group, at least one. chunk: queries
     per matrix product.
     """
-    # A matrix product may round the columns of equal keys (duplicate captions) differently; ties must stay ties.
-    distinct, copy_of = keys.unique(dim=0, return_inverse=True)
     index, ranks = torch.arange(len(keys)), []
-    for part, groups in zip(queries.split(chunk), query_groups.split(chunk), strict=True):
-        cosines, is_positive = (part @ distinct.T)[:, copy_of], groups[:, None] == key_groups
+    for cosines, groups in zip(products(queries, keys, chunk), query_groups.split(chunk), strict=True):
+        is_positive = groups[:, None] == key_groups
         highest = cosines.masked_fill(~is_positive, -torch.inf).max(dim=1, keepdim=True).values
         where = (is_positive & (cosines == highest)).int().argmax(dim=1, keepdim=True)
         ranks.append(((cosines > highest) | ((cosines == highest) & (index < where))).sum(dim=1))

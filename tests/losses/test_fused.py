@@ -117,7 +117,7 @@ def test_gradcheck(positives: Tensor | None, temperature: float, tile_size: int)
     scale = torch.tensor(6.0, dtype=torch.float64)
     for wanted in ((True, True, True), (True, False, False), (False, False, True), (False, True, False)):
         leaves = [x.detach().requires_grad_(y) for x, y in zip((queries, keys, scale), wanted, strict=True)]
-        assert torch.autograd.gradcheck(values, leaves)
+        assert torch.autograd.gradcheck(values, leaves, fast_mode=not all(wanted))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

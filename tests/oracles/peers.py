@@ -37,9 +37,13 @@ def info_nce(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return (_own_partner(scale * image @ text.T) + _own_partner(scale * text @ image.T)) / 2
 
 
-def _soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
-    """−mean_i Σ_j softmax(target_i)_j log softmax(logits_i)_j."""
-    return F.cross_entropy(logits, F.softmax(target_logits, dim=1))
+def _soft_targets(
+    image: Tensor, text: Tensor, scale: Tensor | float, t_image: Tensor, t_text: Tensor, t_scale: Tensor | float
+) -> Tensor:
+    """Mean of both directions of −mean_i Σ_j softmax(teacher_i)_j log softmax(student_i)_j."""
+    logits, targets = scale * image @ text.T, t_scale * t_image @ t_text.T
+    pairs = ((logits, targets), (logits.T, targets.T))
+    return sum((F.cross_entropy(s, F.softmax(t, dim=1)) for s, t in pairs), start=image.new_zeros(())) / 2
 
 
 def open_clip_distill(
@@ -49,9 +53,7 @@ def open_clip_distill(
 
     Source: open_clip `open_clip/loss.py`, DistillClipLoss.
     """
-    per_image = _soft_cross_entropy(scale * image @ text.T, t_scale * t_image @ t_text.T)
-    per_text = _soft_cross_entropy(scale * text @ image.T, t_scale * t_text @ t_image.T)
-    return info_nce(image, text, scale) + (per_image + per_text) / 2
+    return info_nce(image, text, scale) + _soft_targets(image, text, scale, t_image, t_text, t_scale)
 
 
 def clip_kd(
@@ -208,9 +210,7 @@ def tinyclip(image: Tensor, text: Tensor, t_image: Tensor, t_text: Tensor, scale
     Departures: none at the second step and after. The code sets the student's scale to 50 after each step, so its
     first step has the scale of the checkpoint. The terms of its learned pruning masks are another matter.
     """
-    per_image = _soft_cross_entropy(scale * image @ text.T, scale * t_image @ t_text.T)
-    per_text = _soft_cross_entropy(scale * text @ image.T, scale * t_text @ t_image.T)
-    return (per_image + per_text) / 2
+    return _soft_targets(image, text, scale, t_image, t_text, scale)
 
 
 def mobileclip(
