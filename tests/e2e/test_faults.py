@@ -101,11 +101,12 @@ def test_a_signal_ends_a_run_after_it_is_saved(trial: Trial, tmp_path: Path, eve
         assert command.wait() == status, command.stderr
         assert {process.exitcode for process in command.processes} == {status}
     (line,) = [line for line in command.stderr.splitlines() if "stopped by" in line]
-    saved = run / "checkpoints" / "step_000003"
-    assert f"{event.what} after step 3; saved {saved}, continue with --resume latest" in line
+    last = 2 + setting.processes  # several processes learn of a signal one step later
+    saved = run / "checkpoints" / f"step_{last:06d}"
+    assert f"{event.what} after step {last}; saved {saved}, continue with --resume latest" in line
     with trial.start(run, setting, "second") as command:
         assert command.wait() == 0, command.stderr
-    assert f"resumed from step 3 of {STEPS}" in command.stderr
+    assert f"resumed from step {last} of {STEPS}" in command.stderr
     assert_same_run(trial.whole(setting.processes), run, steps=STEPS)
 
 
