@@ -64,6 +64,8 @@ def run_command(name: str, arguments: list[str]) -> None:
     logging.getLogger().setLevel(logging.ERROR)  # open_clip warns on the root logger of what clipkd checks
     process = ""
     try:
+        if name in ("check", "cache", "train", "demo") and not hasattr(os, "pread"):
+            raise ValueError(f"clipkd {name} needs Linux or macOS; on Windows use WSL")
         if read_launcher() > 1:
             process = f" (process {os.environ['RANK']})"
         with warnings.catch_warnings():

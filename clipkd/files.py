@@ -2,16 +2,21 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import math
 import os
 import re
+import secrets
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +27,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any], *, durable: bool =
 
     durable: force the content to disk before the rename. Raises: OSError that names the file; nothing of it stays.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # No process id: in a folder that containers or hosts share, several have the same one.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -37,6 +43,13 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any], *, durable: bool =
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a kill left of `write_whole` in and below a folder that nobody else is writing to."""
+    for path in folder.rglob("*.tmp"):
+        if re.fullmatch(r".+\.[0-9a-f]{16}\.tmp", path.name):
+            path.unlink()
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
@@ -90,11 +103,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(to_json(row) + "\n" for row in rows))
+
+
 def drop_rows_after(path: Path, step: int) -> None:
     """Remove the rows of steps that a resumed run repeats."""
     if path.is_file():
         kept = [row for row in read_rows(path) if row.get("step", 0) <= step]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_rows(path, kept)
 
 
 def sha256(path: Path) -> str:
@@ -143,6 +160,17 @@ def read_tensors(path: Path) -> dict[str, "Tensor"]:
         raise ValueError(f"{path} is missing or damaged ({error}); use an earlier checkpoint") from error
 
 
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Wait until no other process changes this file: for reading it, adding to it and writing it again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("a") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            if fcntl is not None:
+                fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
+
+
 def claim(folder: Path) -> IO[str]:
     """Lock a folder for this process until it closes the returned file or dies.
 
@@ -150,8 +178,10 @@ def claim(folder: Path) -> IO[str]:
     """
     lock = (folder / ".lock").open("a+", encoding="utf-8")
     try:
-        # lockf, not flock: its locks are not inherited by loader processes, which may outlive this one.
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # lockf, not flock: its locks are not inherited by loader processes, which may outlive this one, and hold across
+        # the hosts and containers that share the folder.
+        if fcntl is not None:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         lock.seek(0)
         owner = lock.read().strip()

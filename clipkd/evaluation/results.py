@@ -1,5 +1,6 @@
 """Result files in the schemas of DataComp and CLIP_benchmark. A row is written last, after its samples."""
 
+import collections
 import importlib.metadata
 import re
 from dataclasses import asdict, dataclass
@@ -83,6 +84,8 @@ def describe_result(row: dict[str, Any]) -> str:
 
 def label(row: dict[str, Any]) -> str:
     """Name of a model among several: with its weights, and with `ema` and the precision if they differ from the defaults."""
+    if "label" in row:
+        return row["label"]
     name = str(row["model"])
     if row.get("pretrained") and "@" not in name:
         name += f"@{row['pretrained']}"
@@ -105,8 +108,15 @@ class Results:
         return self.folder / "cache"
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per model, weights, precision and task; rows of other programs are left out."""
-        return [row for row in files.read_rows(self.path) if row.keys() >= REQUIRED]
+        """One row per model, weights, precision, task and data; rows of other programs are left out.
+
+        Models of one name and different weights get a `label` with the beginning of the weights' hash.
+        """
+        rows = own_rows(files.read_rows(self.path))
+        named = {(label(row), row.get("weights_sha256", "")) for row in rows}
+        names = collections.Counter(name for name, _ in named)
+        ours = [(row, name := label(row), f"{name} #{row.get('weights_sha256', '')[:8]}") for row in rows]
+        return [row | {"label": longer} if names[name] > 1 else row for row, name, longer in ours]
 
     def find(self, id: str, model: str) -> dict[str, Any] | None:
         """A row of an earlier call whose samples still exist."""
@@ -114,21 +124,35 @@ class Results:
         return next((row for row in rows if (self.folder / row["samples"]).is_file()), None)
 
     def add(self, row: dict[str, Any], samples: dict[str, list[Any]]) -> dict[str, Any]:
-        """Write the samples, CLIP_benchmark's file, then the row; replaces an older row of the same name. Call on one process."""
+        """Write the samples, CLIP_benchmark's file, then the row; replaces an older row of the same weights and data.
+
+        Call on one process; others may add to the same folder.
+        """
         name = file_name(f"{label(row)}--{row['key']}", row["id"])
         row = {**row, "samples": f"samples/{name}.parquet"}
         write_samples(self.folder / row["samples"], samples)
         benchmark = {field: row.get(field) for field in ("pretrained", "task", "metrics", "language")}
         benchmark |= {"dataset": row["key"], "model": str(row["model"]).partition("@")[0]}
         files.write_json(self.folder / "clip_benchmark" / f"{name}.json", benchmark)
-        replaced = [old for old in self.rows() if (label(old), old["key"]) == (label(row), row["key"])]
-        kept = [old for old in files.read_rows(self.path) if old not in replaced]
-        files.write_text(self.path, "".join(files.to_json(each) + "\n" for each in (*kept, row)))
+        with files.exclusive(self.path):
+            before = files.read_rows(self.path)
+            replaced = [old for old in own_rows(before) if measured_thing(old) == measured_thing(row)]
+            kept = [old for old in before if old not in replaced]
+            files.write_rows(self.path, (*kept, row))
         for old in replaced:
             if old["samples"] != row["samples"]:
                 (self.folder / old["samples"]).unlink(missing_ok=True)
                 (self.folder / "clip_benchmark" / f"{Path(old['samples']).stem}.json").unlink(missing_ok=True)
         return row
+
+
+def own_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row.keys() >= REQUIRED]
+
+
+def measured_thing(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row is about. A name alone says little: of a run it means other weights after each checkpoint."""
+    return (label(row), row["key"], row.get("weights_sha256"), row.get("data_sha256"), row.get("prompts_sha256"))
 
 
 def file_name(text: str, id: str) -> str:

@@ -101,8 +101,18 @@ def encode_files(student: Student, paths: Sequence[str], batch_size: int) -> Ite
             good = [(path, *result) for path, result in loaded if not isinstance(result, str)]
             if good:
                 features = student.encode_pixels(np.stack([pixels for *_, pixels in good]))
+                require_finite(features, [path for path, *_ in good])
                 for (path, stamp, _), feature in zip(good, features, strict=True):
                     yield path, Entry(stamp, feature)
+
+
+def require_finite(features: np.ndarray, names: Sequence[str]) -> None:
+    """Raises: ValueError naming the first image or text whose features are not finite."""
+    for name, finite in zip(names, np.isfinite(features).all(axis=1), strict=True):
+        if not finite:
+            raise ValueError(
+                f"the features of {name} are not finite: the model's weights are damaged, or overflow in this format"
+            )
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -65,14 +65,16 @@ class Index:
 
     def write(self, found: Mapping[str, Entry]) -> None:
         """Add entries by path; skip the write if nothing is new."""
-        entries = {**self.entries, **{os.path.abspath(path): entry for path, entry in found.items()}}
-        if self.path is None or all(entry is self.entries.get(path) for path, entry in entries.items()):
+        new = {os.path.abspath(path): entry for path, entry in found.items() if entry is not self.find(path)}
+        if self.path is None or not new:
             return
-        stamps = [[path, *entry.stamp] for path, entry in entries.items()]
-        about = {"version": VERSION, "model_sha256": self.model_sha256, "files": stamps}
-        features = np.stack([entry.feature for entry in entries.values()])
-        description = np.frombuffer(json.dumps(about).encode(), np.uint8)
-        files.write_whole(self.path, lambda file: np.savez(file, about=description, features=features))
+        with files.exclusive(self.path):  # read again: another process may have added to it
+            entries = {**Index.read(self.path, self.model_sha256).entries, **new}
+            stamps = [[path, *entry.stamp] for path, entry in entries.items()]
+            about = files.to_json({"version": VERSION, "model_sha256": self.model_sha256, "files": stamps})
+            features, description = np.stack([entry.feature for entry in entries.values()]), about.encode()
+            arrays = {"about": np.frombuffer(description, np.uint8), "features": features}
+            files.write_whole(self.path, lambda file: np.savez(file, **arrays))
 
 
 def is_unchanged(path: str, entry: Entry) -> bool:

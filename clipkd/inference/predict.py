@@ -1,12 +1,12 @@
 """`clipkd predict`: label images, or rank images by a text query; runs ONNX files without torch."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from clipkd import files
 from clipkd.errors import require
 from clipkd.inference import images
 from clipkd.inference.runtime import Student, load_student
@@ -65,6 +65,7 @@ def predict(config: PredictConfig) -> Iterator[str]:
         )
     prompts = [config.template.replace("{c}", text) for text in config.texts]
     texts = np.concatenate([student.encode_texts(part) for part in images.batches(prompts, config.batch_size)])
+    images.require_finite(texts, prompts)
     found = images.encode_images(student, named, index=config.index, batch_size=config.batch_size)
     cosines = np.stack(list(found.values())) @ texts.T
     if config.labels:
@@ -82,7 +83,7 @@ def name_images(config: PredictConfig, student: Student, paths: Sequence[str], c
         best = [(config.labels[place], float(row[place])) for place in np.argsort(-row, kind="stable")[: config.top]]
         if config.json:
             labels = [{"label": label, "probability": probability} for label, probability in best]
-            yield json.dumps({"image": path, "runtime": student.runtime, "probabilities": kind, "labels": labels})
+            yield files.to_json({"image": path, "runtime": student.runtime, "probabilities": kind, "labels": labels})
         else:
             shown = (f"{label} {100 * probability:.3g} %" for label, probability in best)
             yield "  ".join([images.printable(path).ljust(width), *shown])
@@ -95,7 +96,7 @@ def rank_images(config: PredictConfig, student: Student, paths: Sequence[str], c
     for rank, place in enumerate(map(int, best), start=1):
         path, cosine = paths[place], float(cosines[place])
         found = {"rank": rank, "image": path, "runtime": student.runtime, "cosine": cosine}
-        yield json.dumps(found) if config.json else f"{cosine:.4f}  {images.printable(path)}"
+        yield files.to_json(found) if config.json else f"{cosine:.4f}  {images.printable(path)}"
 
 
 def probabilities(cosines: np.ndarray, logit_scale: float, logit_bias: float | None) -> np.ndarray:

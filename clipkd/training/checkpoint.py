@@ -1,6 +1,5 @@
 """Checkpoints: complete or absent, versioned, safetensors and JSON only, so that loading one never runs code from it."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipkd.files import read_tensors, sha256, sync, write_tensors
+from clipkd.files import read_tensors, sha256, sync, to_json, write_tensors
 from clipkd.models.run_folder import FORMAT_VERSION, checkpoint_folder, load_into, read_state, whole_checkpoints
 
 
@@ -46,7 +45,7 @@ def save(
             if content or name == "optimizer":
                 write_tensors(temporary / f"{name}.safetensors", content)
         files = {path.name: [path.stat().st_size, sha256(path)] for path in sorted(temporary.iterdir())}
-        text = json.dumps({"format_version": FORMAT_VERSION, "step": step, "files": files, **state}, indent=1)
+        text = to_json({"format_version": FORMAT_VERSION, "step": step, "files": files, **state}, indent=1)
         (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             sync(path)

@@ -207,9 +207,8 @@ def open_folder(run: Run, parts: Parts) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     run.lock = files.claim(run.folder)
     configuration.save(run.config, run.folder / "config.yaml")
+    files.remove_leftovers(run.folder)
     for name in RECORDS:
-        for leftover in run.folder.glob(f"{name}.*.tmp"):  # of kills; the lock says that nobody writes them
-            leftover.unlink()
         if start == 0:
             (run.folder / name).unlink(missing_ok=True)
         files.drop_rows_after(run.folder / name, start)

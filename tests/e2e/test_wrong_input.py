@@ -141,3 +141,13 @@ def test_unknown_command_in_a_process_of_its_own() -> None:
     assert done.returncode == 2
     commands = "check, cache, train, report, eval, export, predict, bench, demo"
     assert done.stderr == f"clipkd: error: no command 'frobnicate'; choose from {commands}\n"
+
+
+def test_without_posix_only_training_is_refused() -> None:
+    """As on Windows: eval, export and predict import, training says why not."""
+    code = "import os, sys; sys.modules['fcntl'] = None; del os.pread\n"
+    code += "import clipkd.evaluation.command, clipkd.export.command, clipkd.inference.predict\n"
+    code += "from clipkd.cli import main; sys.argv = ['clipkd', 'train']; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    line = "clipkd train: error: clipkd train needs Linux or macOS; on Windows use WSL\n"
+    assert (done.returncode, done.stderr) == (2, line)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -174,6 +175,35 @@ def test_a_newer_row_takes_the_place_of_the_older_with_all_its_files(tmp_path: P
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {Path(row["samples"]).name for row in rows}
     benchmark = {path.stem for path in (tmp_path / "clip_benchmark").iterdir()}
     assert benchmark == {Path(row["samples"]).stem for row in rows}
+
+
+def test_a_name_is_no_more_than_a_label(tmp_path: Path) -> None:
+    """The same typed name for other weights or data: nothing is lost, and the weights tell the models apart."""
+    results = Results(tmp_path)
+    things = [(w, d) for w in ("aaaaaaaaa", "bbbbbbbbb") for d in ("1", "2")]
+    for number, (weights, data) in enumerate(things):
+        results.add({**ROW, "model": "run", "id": str(number), "weights_sha256": weights, "data_sha256": data}, SAMPLES)
+    rows = results.rows()
+    assert [(row["weights_sha256"], row["data_sha256"]) for row in rows] == things
+    assert [label(row) for row in rows] == ["run@openai #aaaaaaaa"] * 2 + ["run@openai #bbbbbbbb"] * 2
+    assert all((tmp_path / row["samples"]).is_file() for row in rows)
+
+
+def add_rows(folder: Path, name: str) -> None:
+    for number in range(15):
+        Results(folder).add({**ROW, "model": name, "key": str(number), "id": f"{name}{number}"}, SAMPLES)
+
+
+def test_two_processes_write_into_one_folder(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    processes = [context.Process(target=add_rows, args=(tmp_path, name)) for name in "ab"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    rows = Results(tmp_path).rows()
+    assert sorted((row["model"], int(row["key"])) for row in rows) == [(name, n) for name in "ab" for n in range(15)]
+    assert len(list((tmp_path / "samples").iterdir())) == 30
 
 
 def test_rows_of_other_programs_are_kept(tmp_path: Path) -> None:

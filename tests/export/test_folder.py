@@ -51,14 +51,14 @@ def test_an_error_leaves_the_earlier_export_and_nothing_else(tmp_path: Path) -> 
 
 def test_leftovers_of_a_kill_are_removed_and_only_one_process_exports(tmp_path: Path) -> None:
     (tmp_path / ".out.tmp" / "student").mkdir(parents=True)
-    (tmp_path / ".other.tmp").mkdir()
+    (tmp_path / ".out.v2.12.tmp").mkdir()
     code = "import sys\nfrom pathlib import Path\nfrom clipkd.export.folder import unfinished\n"
     code += "with unfinished(Path(sys.argv[1])): pass"
     with unfinished(tmp_path / "out") as place:
         assert [path.name for path in place.iterdir()] == [".lock"]
         other = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
         assert f"is being written by process {os.getpid()} on " in other.stderr
-    assert list(tmp_path.iterdir()) == [tmp_path / ".other.tmp"]
+    assert list(tmp_path.iterdir()) == [tmp_path / ".out.v2.12.tmp"]
 
 
 def test_only_an_unchanged_export_may_be_replaced(tmp_path: Path) -> None:

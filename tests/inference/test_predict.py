@@ -10,6 +10,7 @@ from PIL import Image
 from clipkd.config.parse import parse_into
 from clipkd.images import FORMATS
 from clipkd.inference import images
+from clipkd.inference.index import Entry, Index, read_stamp
 from clipkd.inference.predict import PredictConfig, probabilities
 
 
@@ -38,6 +39,23 @@ def test_endings_and_formats_belong_together() -> None:
     known = {ending for ending, format in Image.registered_extensions().items() if format in FORMATS}
     assert set(images.ENDINGS) <= known
     assert {Image.registered_extensions()[ending] for ending in images.ENDINGS} == set(FORMATS)
+
+
+def test_two_processes_add_to_one_index(tmp_path: Path) -> None:
+    paths = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    for path in paths:
+        Path(path).touch()
+    indices = [Index.read(tmp_path / "index.npz", "model") for _ in paths]  # both before either has written
+    for index, path in zip(indices, paths, strict=True):
+        index.write({path: Entry(read_stamp(path), np.ones(2, np.float32))})
+    assert list(Index.read(tmp_path / "index.npz", "model").entries) == paths
+
+
+def test_features_that_are_not_finite_are_named() -> None:
+    features = np.array([[1, 2], [3, np.inf]], np.float32)
+    with pytest.raises(ValueError, match=r"the features of b\.png are not finite"):
+        images.require_finite(features, ["a.png", "b.png"])
+    images.require_finite(features[:1], ["a.png"])
 
 
 def read(*arguments: str) -> PredictConfig:

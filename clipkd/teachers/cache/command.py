@@ -94,8 +94,7 @@ class Job:
         stack.enter_context(files.claim(folder))
         if before is not None:
             require_same(folder, before, plan)
-        for path in folder.rglob("*.tmp"):  # a kill left them
-            path.unlink()
+        files.remove_leftovers(folder)
         if (folder / MANIFEST).is_file():
             return True
         files.write_json(folder / PLAN, plan, durable=True)  # first: the next start recognises the folder by it
