@@ -10,8 +10,9 @@ import torch
 
 from clipkd.config.train import StudentConfig
 from clipkd.demo import pairs
-from clipkd.export.artefacts import write_formats
+from clipkd.export.artefacts import write_formats, write_open_clip
 from clipkd.models.create import create_student
+from clipkd.models.load import load_model
 from tests.e2e.forked import start
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -29,6 +30,13 @@ def refused(clipkd: Run, command: str, arguments: Sequence[str], **places: objec
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"clipkd {command}: error: ")
     return line
+
+
+def write_model(folder: Path) -> Path:
+    """model/ of the run in run/, as open_clip reads it; without the checks of an export, which take longer than the run."""
+    (folder / "model").mkdir()
+    write_open_clip(load_model(str(folder / "run")), folder / "model")
+    return folder / "model"
 
 
 @pytest.fixture(scope="session")
@@ -61,12 +69,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def teacher(clipkd: Run, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported model of another width and scale than the student's: trained for two steps."""
+    """An open_clip folder of another width and scale than the student's: trained for two steps."""
     folder = tmp_path_factory.mktemp("teacher")
     arguments = (*SMALL, "--student.model", "demo-teacher", "--data.path", data / "pairs", "--steps", 2)
     clipkd("train", *arguments, "--output", folder / "run")
-    clipkd("export", folder / "run", "--output", folder / "model")
-    return folder / "model"
+    return write_model(folder)
 
 
 @pytest.fixture(scope="session")

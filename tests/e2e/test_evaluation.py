@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from clipkd.evaluation.results import read_samples
 from tests.data.samples import encode, write_tar
-from tests.e2e.conftest import SMALL, Run
+from tests.e2e.conftest import SMALL, Run, write_model
 
 Sample = dict[str, bytes]
 SETTINGS = [(16, 0, 1), (5, 2, 2)]
@@ -137,8 +137,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def student(clipkd: Run, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("student")
     clipkd("train", *SMALL, "--data.path", data / "pairs", "--steps", 60, "--output", folder / "run")
-    clipkd("export", folder / "run", "--output", folder / "model")
-    return folder / "model"
+    return write_model(folder)
 
 
 @pytest.fixture(scope="module")

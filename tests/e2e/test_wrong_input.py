@@ -96,8 +96,7 @@ def test_compiling_without_a_compiler(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_sigmoid_teacher_is_for_sigmoid_and_feature_terms(here: Run, data: Path, tmp_path: Path) -> None:
     arguments = ("train", *SMALL, "--data.path", data / "pairs", "--steps", 1)
     sigmoid = ("--objective.info_nce.weight", 0, "--objective.sigmoid.weight", 1, "--objective.logit_scale.init", 10)
-    here(*arguments, *sigmoid, "--output", tmp_path / "siglip")
-    here("export", tmp_path / "siglip", "--output", tmp_path / "teacher")
+    here(*arguments, *sigmoid, "--output", tmp_path / "teacher")
     teacher = ("--teacher.models", tmp_path / "teacher", "--output", tmp_path / "run")
     for name in ("gkl", "affinity"):
         refused = here(*arguments, *teacher, f"--objective.{name}.weight", 1, check=False)
