@@ -267,16 +267,14 @@ def test_under_autocast_logits_and_loss_stay_in_float32() -> None:
     assert loss.item() != take_loss(distiller, view, targets)[0].item()  # the towers did run in bfloat16
 
 
-@pytest.mark.parametrize(("dtype", "tile_size", "tolerance"), [(DOUBLE, 7, 1e-12), (torch.float32, 5, 2e-5)], ids=str)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_any_panel_of_queries_gives_the_same_series_gradients_and_memory(
-    name: str, dtype: torch.dtype, tile_size: int, tolerance: float
-) -> None:
-    whole, panels = steps(name, dtype), steps(name, dtype, tile_size=tile_size)
+def test_any_panel_of_queries_gives_the_same_series_gradients_and_memory(name: str) -> None:
+    """In float32; test_distributed.py has panels in float64."""
+    whole, panels = steps(name, torch.float32), steps(name, torch.float32, tile_size=5)
     assert panels.keys() == whole.keys()
     for key, expected in whole.items():
         error = (panels[key] - expected).double().norm().item()
-        assert error <= tolerance * max(expected.double().norm().item(), 1e-3), f"{key}: {error}"
+        assert error <= 2e-5 * max(expected.double().norm().item(), 1e-3), f"{key}: {error}"
 
 
 # Logit scales, warm-up, and what a step leaves behind

@@ -44,69 +44,43 @@ def test_several_processes_wait_an_hour_and_objects_stay_off_the_gpu(
     assert distributed.TIMEOUT.total_seconds() == 3600
 
 
-def test_there_really_were_two_processes(processes: list[Seen]) -> None:
-    assert [(facts["world_size"], facts["rank"]) for _, facts in processes] == [(2, 0), (2, 1)]
+OWN = [[[3.0], [30.0]], [[300.0], [3000.0]]]
+"""What both processes say of the rows of each: weights 1, 10, 100, 1000 on process 0 and twice that on process 1."""
+
+BY_HAND = {
+    "gathered": [[[1.0], [2.0], [3.0], [4.0]]] * 2,
+    "gathered integers": [[0, 5, 1, 5]] * 2,
+    "gathered transposed": [[[0.0, 1.0], [2.0, 3.0], [10.0, 11.0], [12.0, 13.0]]] * 2,
+    "gathered cube": [[[[0.0] * 3] * 2, [[1.0] * 3] * 2]] * 2,
+    **dict.fromkeys(("gradient", "gradient of a second backward", "gradient in a sum", "sum of own rows"), OWN),
+    "gradient of the other summand": [[[each * factor] for each in (1.0, 10.0, 100.0, 1000.0)] for factor in (1, 2)],
+    "mean": [[2.0, 20.0]] * 2,
+    "buffer 0": [[1.5]] * 2,
+    "buffer 1": [7] * 2,
+    "buffer 2": [[True]] * 2,
+    "buffer 3": [[[4.0] * 2] * 3] * 2,
+}
+FACTS = {
+    "world_size": [2, 2],
+    "rank": [0, 1],
+    "objects": [[{"rank": 0}, {"rank": 1}]] * 2,
+    "agreed": [[0, 0, 15, 0]] * 2,  # one call later
+    "together": [0, 1],
+    "problem": ["invalid literal for int() with base 10: 'no number'"] * 2,
+    "uneven": ["the processes bring [4, 5] pairs; every batch needs the same number on every process"] * 2,
+    "exchanges": [[1, 1, 1]] * 2,  # of gradients, with 1, 2 and 4 micro-batches
+    "constant_requires_grad": [False, False],
+}
 
 
-def test_gather_brings_all_rows_in_rank_order(processes: list[Seen]) -> None:
-    for tensors, facts in processes:
-        assert tensors["gathered"].tolist() == [[1.0], [2.0], [3.0], [4.0]]
-        assert tensors["gathered integers"].tolist() == [0, 5, 1, 5]
-        assert tensors["gathered transposed"].tolist() == [[0.0, 1.0], [2.0, 3.0], [10.0, 11.0], [12.0, 13.0]]
-        assert tensors["gathered cube"].tolist() == [[[0.0] * 3] * 2, [[1.0] * 3] * 2]
-        assert facts["objects"] == [{"rank": 0}, {"rank": 1}]
-        assert not facts["constant_requires_grad"]
+@pytest.mark.parametrize("name", BY_HAND)
+def test_collectives_by_hand(processes: list[Seen], name: str) -> None:
+    assert [tensors[name].tolist() for tensors, _ in processes] == BY_HAND[name]
 
 
-def test_rows_are_summed_where_they_belong(processes: list[Seen]) -> None:
-    first, second = (tensors for tensors, _ in processes)
-    assert first["sum of own rows"].tolist() == [[3.0], [30.0]]
-    assert second["sum of own rows"].tolist() == [[300.0], [3000.0]]
-
-
-def test_the_largest_number_of_any_process_is_known_to_all_one_call_later(processes: list[Seen]) -> None:
-    assert [facts["agreed"] for _, facts in processes] == [[0, 0, 15, 0]] * 2
-
-
-def test_an_error_of_one_process_is_raised_on_all(processes: list[Seen]) -> None:
-    assert [facts["together"] for _, facts in processes] == [0, 1]
-    problem = "invalid literal for int() with base 10: 'no number'"
-    assert [facts["problem"] for _, facts in processes] == [problem] * 2
-
-
-def test_gather_hands_back_what_every_process_says_of_a_row(processes: list[Seen]) -> None:
-    # Weights 1, 10, 100, 1000 on process 0 and twice that on process 1.
-    for (tensors, _), expected in zip(processes, ([[3.0], [30.0]], [[300.0], [3000.0]]), strict=True):
-        assert tensors["gradient"].tolist() == expected
-        assert tensors["gradient of a second backward"].tolist() == expected
-        assert tensors["gradient in a sum"].tolist() == expected
-
-
-def test_gather_leaves_the_gradient_of_its_neighbours_in_the_graph_alone(processes: list[Seen]) -> None:
-    for (tensors, _), factor in zip(processes, (1.0, 2.0), strict=True):
-        expected = [[factor * weight] for weight in (1.0, 10.0, 100.0, 1000.0)]
-        assert tensors["gradient of the other summand"].tolist() == expected
-
-
-def test_copied_tensors_are_those_of_the_main_process(processes: list[Seen]) -> None:
-    for tensors, _ in processes:
-        assert [tensors[f"buffer {number}"].unique().tolist() for number in range(4)] == [[1.5], [7], [True], [4.0]]
-        assert tensors["buffer 3"].shape == (3, 2)
-
-
-def test_mean_is_the_mean_over_processes(processes: list[Seen]) -> None:
-    for tensors, _ in processes:
-        assert tensors["mean"].tolist() == [2.0, 20.0]
-
-
-def test_batches_of_different_sizes_are_refused_on_every_process(processes: list[Seen]) -> None:
-    for _, facts in processes:
-        assert facts["uneven"] == "the processes bring [4, 5] pairs; every batch needs the same number on every process"
-
-
-def test_micro_batches_exchange_their_gradients_once(processes: list[Seen]) -> None:
-    for _, facts in processes:
-        assert facts["exchanges"] == [1, 1, 1]
+@pytest.mark.parametrize("name", FACTS)
+def test_both_processes_agree_on_what_one_of_them_knows(processes: list[Seen], name: str) -> None:
+    assert [facts[name] for _, facts in processes] == FACTS[name]
 
 
 @pytest.mark.parametrize(
