@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from clipkd import __version__
 from clipkd.config.parse import parse, parse_into
+from clipkd.config.paths import require_paths
 from clipkd.errors import END_SIGNALS, Interrupted, RunStopped, one_line, raise_at_signals
 
 HELP = """usage: clipkd COMMAND [--help] …
@@ -31,7 +32,7 @@ commands:
   predict  use what was exported: clipkd predict DIR photo.jpg --labels 'a cat' 'a dog'
            clipkd predict DIR FOLDER --query 'a red car'
   bench    latency, throughput, memory and size of what was exported, in each of its formats: clipkd bench DIR
-  demo     run every step on a small real data set, in minutes on a CPU
+  demo     run every step on drawings of 1,337 things, in minutes on a CPU
 
 clipkd COMMAND --help lists the options of a command with units and defaults. An error is one line; with
 CLIPKD_TRACEBACK=1 in the environment it comes with its traceback.
@@ -160,6 +161,7 @@ def is_main_process() -> bool:
 
 def train_command(arguments: list[str]) -> None:
     config = parse(with_config(arguments))
+    require_paths(config)
     from clipkd.training.loop import train
 
     folder = train(config)
@@ -180,6 +182,7 @@ def cache_command(arguments: list[str]) -> None:
     if "--output" not in {argument.split("=")[0] for argument in arguments} and "--help" not in arguments:
         arguments = [*arguments, "--output", ""]  # a training config's output is the folder of a run
     config = parse_into(CacheConfig, with_config(arguments), "cache", "Compute the teachers' features once.")
+    require_paths(config)
     raise_at_signals()
     folder = run(config)
     if is_main_process():

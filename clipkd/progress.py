@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
@@ -131,3 +132,22 @@ class Stopwatch:
 
 def mib(num_bytes: float) -> str:
     return f"{num_bytes / (1 << 20):,.1f} MiB"
+
+
+MAX_LOAD = 0.25
+"""Load per core above which other work slows down torch's threads, which wait for each other."""
+
+
+def read_load() -> tuple[float, bool]:
+    """Processes that want a core, and whether they are many."""
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0  # not on Windows
+    return load, load > MAX_LOAD * count_cores()
+
+
+def count_cores() -> int:
+    """Physical cores that this process may use: the default number of threads of ONNX Runtime and torch."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    numbers = os.sched_getaffinity(0)
+    siblings = [Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list") for number in numbers]
+    return len({path.read_text() if path.is_file() else path for path in siblings})

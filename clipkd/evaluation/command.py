@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from clipkd import distributed
+from clipkd.config.paths import require_writable
 from clipkd.errors import require
 from clipkd.evaluation.compare import beside_teacher
 from clipkd.evaluation.embed import Embedder, Precision
@@ -62,6 +63,7 @@ def run(config: EvalConfig) -> list[dict[str, Any]]:
     Raises: FileNotFoundError or ValueError before the first evaluation if a model or a data folder cannot be used; later
         if an image cannot be decoded. Finished rows stay.
     """
+    require_writable("output", Path(config.output))
     distributed.join_processes()
     subjects = distributed.together(
         lambda: open_subjects(as_tuple(config.task), as_tuple(config.data), skip_missing=config.skip_missing)

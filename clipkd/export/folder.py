@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clipkd import files
+from clipkd.config.paths import require_writable
 
 ALSO_OURS = {"bench.json", ".gitattributes"}
 """Files that `clipkd bench` and the hub add to an export."""
@@ -25,7 +26,7 @@ def check_output(output: Path, source: Path, *, force: bool) -> None:
     if there in here.parents and ((there / "state.json").is_file() or here.relative_to(there).parts[0] in RUN_FOLDERS):
         raise ValueError(f"{output} is among a run's checkpoints, which training deletes; choose another --output")
     if not output.exists():
-        return
+        return require_writable("output", output)
     if not force:
         raise ValueError(f"{output} exists already; remove it, choose another --output, or replace it with --force")
     if not output.is_dir():

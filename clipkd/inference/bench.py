@@ -16,9 +16,7 @@ from clipkd.errors import require
 from clipkd.inference.isolated import describe_exit, run_module
 from clipkd.inference.runtime import has_weights
 from clipkd.models.onnx_student import find_formats
-
-MAX_LOAD = 0.25
-"""Load per core before the measurement above which its times are doubtful."""
+from clipkd.progress import count_cores, read_load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +56,8 @@ def run(config: BenchConfig) -> tuple[Path, dict[str, Any]]:
         raise ValueError(f"{folder} has no {' and no '.join(missing)}; format may be {', '.join(available)}")
     order = list(config.format or available)
     task = {"batch": config.batch, "seconds": config.seconds, "threads": config.threads or count_cores()}
-    load = round(os.getloadavg()[0], 2)
-    if load > MAX_LOAD * count_cores():
+    load, busy = read_load()
+    if busy:
         message = f"other work is running (load {load}), so times are too long; --threads 1 suffers least"
         warnings.warn(message, stacklevel=2)
     record: dict[str, Any] = {"model": str(folder), "cpu": cpu_name(), "load": load, **task, "order": order}
@@ -97,15 +95,6 @@ def measure_isolated(task: dict[str, Any]) -> dict[str, Any] | str:
         lines = done.stderr.strip().splitlines() if done.returncode > 0 else []
         return lines[-1] if lines else describe_exit(done.returncode)
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def count_cores() -> int:
-    """Physical cores that this process may use: the default number of threads of ONNX Runtime and torch."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    numbers = os.sched_getaffinity(0)
-    siblings = [Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list") for number in numbers]
-    return len({path.read_text() if path.is_file() else path for path in siblings})
 
 
 def cpu_name() -> str:

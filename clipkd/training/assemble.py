@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from clipkd import data, distributed
+from clipkd import data, distributed, progress
 from clipkd.config.train import TrainConfig
+from clipkd.data.order import BatchOrder
 from clipkd.evaluation.subjects import Subject, open_subjects
 from clipkd.evaluation.tasks import METRICS, as_tuple
 from clipkd.models.create import initial_student
@@ -46,13 +47,32 @@ def open_parts(config: TrainConfig, attempt: Callable[[Callable[[], Any]], Any])
         "accelerator": attempt(lambda: make_accelerator(config)),
         "student": (student := attempt(lambda: initial_student(config))),
     }
-    if config.teacher.cache is None:  # before the data, whose indexing may take long
+    cached = config.teacher.cache is not None
+    late = cached or all(source.format == "csv" for source in (config.data, *config.data.mix))
+    if not late:  # before the data, whose indexing may take long
         parts["teachers"] = attempt(lambda: open_teachers(config, student, None))
     parts["pairs"] = pairs = attempt(lambda: data.open_pairs(config.data))
-    if config.teacher.cache is not None and student is not None and pairs is not None:
+    if isinstance(pairs, data.PairSet):  # too few pairs for a batch
+        attempt(
+            lambda: BatchOrder(pairs.mixture(config.seed), config.batch_size, range(0), 0, distributed.world_size())
+        )
+    if late and not (cached and (student is None or pairs is None)):
         parts["teachers"] = attempt(lambda: open_teachers(config, student, pairs))
     parts["subjects"] = attempt(lambda: open_tasks(config))
     return {name: part for name, part in parts.items() if part is not None}
+
+
+def list_notes(config: TrainConfig, device: torch.device) -> list[str]:
+    """What is allowed and yet hardly meant."""
+    notes, (load, busy), threads = [], progress.read_load(), torch.get_num_threads()
+    if busy and threads > 1 and device.type == "cpu":
+        notes.append(
+            f"other work is running (load {load}), which slows {threads} threads down many times; try --threads 1"
+        )
+    objective = config.objective
+    if objective.keys != "teacher" and all(term.asks.keys for term in objective.active().values()):
+        notes.append(f"objective.keys is {objective.keys}, but no term that is on has a choice of keys")
+    return notes
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

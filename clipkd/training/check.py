@@ -16,7 +16,7 @@ from clipkd.models import students
 from clipkd.models.cost import count_saved
 from clipkd.models.encoder import Encoder
 from clipkd.progress import mib
-from clipkd.training.assemble import Parts, open_parts
+from clipkd.training.assemble import Parts, list_notes, open_parts
 from clipkd.training.resume import find_checkpoint
 from clipkd.training.run import Run, build_run
 from clipkd.views import Batch, ViewSpec
@@ -65,6 +65,8 @@ def check(arguments: list[str]) -> list[str]:
     parts = open_parts(config, findings.attempt)
     if not wrong_options:
         describe_parts(config, parts, findings)
+    if "accelerator" in parts:
+        findings.notes += list_notes(config, parts["accelerator"].device)
     findings.attempt(lambda: find_checkpoint(config))
     everywhere = distributed.gather_objects(findings.problems)
     findings.problems = list(dict.fromkeys(problem for problems in everywhere for problem in problems))

@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from clipkd.models import run_folder
 from clipkd.objective.memory import MovingAverage
 from clipkd.progress import Stopwatch
 from clipkd.training import checkpoint
-from clipkd.training.assemble import Parts, assemble, identify, make_distiller, make_optimizer
+from clipkd.training.assemble import Parts, assemble, identify, list_notes, make_distiller, make_optimizer
 from clipkd.training.evaluator import Evaluator
 from clipkd.training.learner import Learner
 from clipkd.training.ledger import Ledger
@@ -140,6 +141,8 @@ def open_run(config: TrainConfig) -> Run:
     parts = assemble(config)
     run = build_run(config, parts)
     accelerator = run.learner.accelerator
+    for note in list_notes(config, accelerator.device):
+        warnings.warn(note, stacklevel=2)
     with run.watch.paused():
         distributed.together(lambda: open_folder(run, parts) if accelerator.is_main_process else None)
         if config.log.trackers:

@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from clipkd import files
 from clipkd.cli import main, read_launcher
 from clipkd.config.objective import ObjectiveConfig
+from clipkd.config.paths import require_writable
 from clipkd.config.train import TrainConfig
-from clipkd.training.assemble import require_installed
+from clipkd.training.assemble import list_notes, require_installed
 from tests.e2e.conftest import SMALL, Run
 
 
@@ -84,6 +86,42 @@ def test_the_processes_of_srun_find_each_other_by_its_variables(monkeypatch: pyt
     assert read_launcher() == 4
     expected = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu07", "MASTER_PORT": "24711"}
     assert environment.items() >= (expected | {"OMP_NUM_THREADS": "8"}).items()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--data.path", "/no/such"), ("data.path is /no/such",)),
+        (("--teacher.models", "local-dir:/no/such"), ("teacher.models is /no/such",)),
+        (("--teacher.cache", "no-such"), ("teacher.cache is no-such",)),
+        (("--output", __file__), ("is a file; name a folder",)),
+        (("--output", f"{__file__}/run"), (f"cannot be written: {__file__}",)),
+    ],
+)
+def test_paths_are_looked_at_before_torch_is_loaded(arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    code = "import sys; sys.modules['torch'] = None; from clipkd.cli import main; main()"
+    command = [sys.executable, "-c", code, "train", "--objective.kl.weight", "1", "--teacher.models", "x", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_an_output_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(ValueError, match=f"output {tmp_path}/a/b cannot be written: {tmp_path} is no folder that this"):
+        require_writable("output", tmp_path / "a" / "b")
+
+
+def test_what_is_hardly_meant_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(objective=ObjectiveConfig(keys="student"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    for load, number in ((0.0, 1), (99.0, 2)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        notes = list_notes(config, torch.device("cpu"))
+        assert len(notes) == number
+    assert "load 99.0" in notes[0]
+    assert "--threads 1" in notes[0]
+    assert notes[1] == "objective.keys is student, but no term that is on has a choice of keys"
 
 
 def test_compiling_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
