@@ -4,8 +4,14 @@ The global batches are the same for any number of processes and loader processes
 """
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping
+import multiprocessing.queues
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -19,9 +25,10 @@ from clipkd.data.crops import Box, decoding_scale, random_crop_box, reduce_scale
 from clipkd.data.order import Position, Purpose, generator
 from clipkd.data.skips import BadSample, Skip
 from clipkd.data.sources import Pair, PairSet
-from clipkd.errors import RunStopped, leave_signals_to_parent, short
+from clipkd.errors import RunStopped, leave_signals_to_parent, one_line, short
 from clipkd.images import WHITE, BadImage, open_image, to_rgb
-from clipkd.views import Batch, Views
+from clipkd.progress import mib
+from clipkd.views import Batch, Views, ViewSpec
 
 AUGMENTATION_VERSION = 2
 """Raised whenever equal seeds give other crops, pixels or captions than before: older teacher caches then no longer fit."""
@@ -31,6 +38,15 @@ MAX_TRIES = 100
 
 BATCH_TIMEOUT = 900
 """Seconds after which a loader process without a batch counts as hanging."""
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where loader processes hand over their batches."""
+
+MOST_AHEAD = 4
+"""Batches that a loader process may be ahead."""
+
+BYTES_AHEAD = 1 << 30
+"""What the loader processes of one training process may hold together, if every one is to be a batch ahead at least."""
 
 
 class Sample(NamedTuple):
@@ -146,11 +162,12 @@ class Collate:
 
 def death(error: BaseException | None) -> RunStopped | None:
     """What to raise if torch reports that a loader process died; errors raised inside one have other messages."""
-    if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader"):
+    signs = ("DataLoader", "unable to allocate shared memory", "unable to open shared memory")
+    if not isinstance(error, RuntimeError) or not (one_line(error).startswith(signs)):
         return None
     return RunStopped(
-        f"a loader process died or hangs ({short(error)}); memory may have run out: lower "
-        "data.num_workers and continue from the last checkpoint with --resume latest"
+        f"a loader process died or hangs ({short(error)}); memory or {SHARED_MEMORY} may have run out: lower "
+        "num_workers and run the same command again (train: from the last checkpoint, with --resume latest)"
     )
 
 
@@ -164,7 +181,7 @@ class Feed(Generic[B]):
         self,
         loader: DataLoader,
         *,
-        epoch: Callable[[int, Mapping[int, int]], float],
+        epoch: Callable[[int, Mapping[int, int]], float] = lambda *_: 0.0,
         places: Mapping[int, int] | None = None,
     ) -> None:
         """epoch: (steps done, `places`) → passes through the data so far."""
@@ -217,12 +234,41 @@ class Feed(Generic[B]):
             process.join()
 
 
-def loader_options(config: DataConfig, pin_memory: bool) -> dict[str, Any]:
-    """Options of every DataLoader of this package."""
-    options = {"num_workers": config.num_workers, "pin_memory": pin_memory, "worker_init_fn": start_worker}
-    return options | ({"prefetch_factor": 4, "timeout": BATCH_TIMEOUT} if config.num_workers else {})
+def pixel_bytes(specs: Sequence[ViewSpec]) -> int:
+    """Of one image in the views of these specs, 8 bits per value."""
+    return sum(3 * spec.size[0] * spec.size[1] for spec in specs)
+
+
+def loader_options(num_workers: int, batch_bytes: int, *, pin_memory: bool) -> dict[str, Any]:
+    """Options of every DataLoader of this package: as many batches ahead as BYTES_AHEAD and the shared memory allow.
+
+    Raises: ValueError if the shared memory is too small for one batch per loader process.
+    """
+    options = {"num_workers": num_workers, "pin_memory": pin_memory, "worker_init_fn": start_worker}
+    if not num_workers:
+        return options
+    allowed, round_bytes = BYTES_AHEAD, num_workers * batch_bytes
+    if SHARED_MEMORY.is_dir():
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free = shutil.disk_usage(SHARED_MEMORY).free // processes
+        # Two more: the batch of the current step, and the one that is on its way into pinned memory.
+        if (needed := round_bytes + 2 * batch_bytes) > free:
+            raise ValueError(
+                f"{SHARED_MEMORY} has {mib(free)} free per process, {num_workers} loader processes hold {mib(needed)} of "
+                "batches there; give the container more (docker run --shm-size=8g), or lower num_workers (0 needs none)"
+            )
+        allowed = min(allowed, free - 2 * batch_bytes)
+    ahead = max(1, min(MOST_AHEAD, allowed // round_bytes))
+    return options | {"prefetch_factor": ahead, "timeout": BATCH_TIMEOUT}
 
 
 def start_worker(_: int) -> None:
     torch.set_num_threads(1)  # more threads would take cores from the training step
     leave_signals_to_parent()
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[attr-defined]
+
+
+def end_worker(error: Exception, _: object) -> None:
+    """End a loader process that cannot hand over a batch: Python would drop the batch, and training wait for it."""
+    print(f"a loader process cannot hand over a batch: {short(error)}", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader
 from clipkd import distributed
 from clipkd.config.data import DataConfig, SourceConfig
 from clipkd.config.train import TrainConfig
-from clipkd.data.loader import Augment, AugmentedPairs, Collate, FeatureRows, Feed, loader_options
-from clipkd.data.order import BatchOrder
+from clipkd.data.loader import Augment, AugmentedPairs, Collate, FeatureRows, Feed, loader_options, pixel_bytes
+from clipkd.data.order import BatchOrder, share_of
 from clipkd.data.shards import WebdatasetPairs
 from clipkd.data.sources import PairSet, PairSource
 from clipkd.data.stream import StreamedPairs, StreamedShards
@@ -67,14 +67,16 @@ def open_feed(
     places: positions of a checkpoint's readers in streamed shards. stored: features to add to each indexed sample.
     Raises: ValueError if the processes cannot share a batch or the data does not fill one.
     """
-    options = loader_options(config.data, pin_memory)
+    process = (distributed.rank(), distributed.world_size())
+    batch_bytes = share_of(config.batch_size, process[1]) * pixel_bytes(views.pixel_specs)
+    options = loader_options(config.data.num_workers, batch_bytes, pin_memory=pin_memory)
     if isinstance(pairs, StreamedShards):
         assert stored is None
         streamed = StreamedPairs(pairs, config, views, places or {})
         starts, num_shards = streamed.starts(max(1, config.data.num_workers)), streamed.mixture.epoch_size
         loader = DataLoader(streamed, batch_size=None, **options)
         return Feed(loader, places=starts, epoch=lambda _, places: min(places.values()) / num_shards)
-    mixture, process = pairs.mixture(config.seed), (distributed.rank(), distributed.world_size())
+    mixture = pairs.mixture(config.seed)
     loader = DataLoader(
         AugmentedPairs(pairs, Augment(config.data, views, config.seed), stored),
         batch_sampler=BatchOrder(mixture, config.batch_size, range(start, config.steps), *process),

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from clipkd import distributed, files, progress
-from clipkd.errors import leave_signals_to_parent
+from clipkd.data import Feed, loader_options, pixel_bytes
 from clipkd.evaluation import zeroshot
 from clipkd.evaluation.sets import EvaluationSet, Images
 from clipkd.models.encoder import PROBES, Encoder
@@ -67,19 +67,17 @@ class Embedder:
         """Positions and features of this process's share, every n-th image."""
         share = range(distributed.rank(), len(data), distributed.world_size())
         images = Subset(Images(data.pictures, self.encoder.preprocess), share)
-        loader = DataLoader(
-            images,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=leave_signals_to_parent,
-        )
+        batch_bytes = min(self.batch_size, len(share)) * 4 * pixel_bytes([self.encoder.spec])  # of float32
+        options = loader_options(self.num_workers, batch_bytes, pin_memory=self.device.type == "cuda")
+        loader = DataLoader(images, batch_size=self.batch_size, **options)
         features = [torch.empty(0, self.encoder.dim)]
         positions: list[int] = []
-        for pixels, where in progress.track(loader, title, len(loader), visible=distributed.rank() == 0):
-            with self.autocast():
-                features.append(self.encoder.encode_image(pixels.to(self.device)).cpu())
-            positions += where.tolist()
+        with Feed(loader) as feed:
+            for _ in progress.track(range(len(loader)), title, len(loader), visible=distributed.rank() == 0):
+                pixels, where = next(feed)
+                with self.autocast():
+                    features.append(self.encoder.encode_image(pixels.to(self.device)).cpu())
+                positions += where.tolist()
         return positions, torch.cat(features)
 
     @torch.inference_mode()

@@ -1,6 +1,9 @@
 """Augmentation, substitutes and batches as functions of the seed and the position alone."""
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 import torch
 
 from clipkd.config.data import DataConfig
+from clipkd.data import loader
 from clipkd.data.loader import Augment, AugmentedPairs
 from clipkd.data.open import open_feed
 from clipkd.data.skips import BadSample, Skip, Skips
@@ -231,3 +235,27 @@ def test_substitutes_are_the_same_for_any_number_of_processes_and_from_any_step(
         assert torch.equal(together.student.texts, torch.cat([part.student.texts for part in parts]))
         assert together.batch.keys == sum((part.batch.keys for part in parts), ())
         assert together.batch.skipped == sum((part.batch.skipped for part in parts), ())
+
+
+@pytest.mark.parametrize(
+    ("workers", "free", "processes", "ahead"),
+    [
+        *((1, 1000, 1, 4), (2, 1000, 1, 4), (2, 1000, 2, 4), (2, 61, 1, 2), (2, 1000, 20, 1), (8, 100, 1, 1)),
+        *((2, 40, 1, 1), (2, 39, 1, None), (0, 0, 1, 0), (2, 79, 2, None)),
+        (60, 10_000, 1, 1),  # 60 × 10 MiB of at most 1 GiB
+    ],
+)
+def test_loader_processes_are_as_far_ahead_as_bytes_and_shared_memory_allow(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workers: int, free: int, processes: int, ahead: int | None
+) -> None:
+    """Batches of 10 MiB; free: MiB in the shared memory."""
+    monkeypatch.setattr(loader, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free << 20))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    if ahead is None:
+        with pytest.raises(
+            ValueError, match=rf"{tmp_path} has [\d.]+ MiB free per process, 2 .* 40\.0 MiB .*--shm-size"
+        ):
+            loader.loader_options(workers, 10 << 20, pin_memory=False)
+    else:
+        assert loader.loader_options(workers, 10 << 20, pin_memory=False).get("prefetch_factor", 0) == ahead

@@ -127,18 +127,27 @@ def killed_in_a_step() -> None:
             next(feed)
 
 
+class Unsendable:
+    """Fails on its way to the training process, as a tensor does when the shared memory is full."""
+
+    def __reduce__(self) -> Any:
+        raise RuntimeError("No space left on device")
+
+
 @pytest.mark.parametrize(
     "case",
-    [lambda: train(feed_of(die, 1)), lambda: train(feed_of(die, 2)), killed_in_a_step],
-    ids=["one", "one of two", "during a step"],
+    [
+        *(lambda: train(feed_of(die, 1)), lambda: train(feed_of(die, 2)), killed_in_a_step),
+        lambda: train(feed_of(nothing, 2, spec=spec_with(lambda _: Unsendable()))),  # type: ignore[arg-type, return-value]
+    ],
+    ids=["one", "one of two", "during a step", "with a batch that cannot be sent"],
 )
 def test_a_loader_process_that_is_killed_ends_the_run_with_advice(case: Callable[[], Any]) -> None:
     # Of two, the other one works on, and ending it must not hide what happened.
     raised, message = isolated(case)
     assert raised == "RunStopped", message
     assert message.startswith("a loader process died or hangs (DataLoader worker (pid")
-    assert "lower data.num_workers" in message
-    assert message.endswith("--resume latest")
+    assert "lower num_workers and run the same command again" in message
     assert "\n" not in message
 
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clipkd.data import Augment, BadSample, Feed, PairSet, Skip, loader_options
+from clipkd.data import Augment, BadSample, Feed, PairSet, Skip, loader_options, pixel_bytes
 from clipkd.models.encoder import Encoder
 from clipkd.teachers.cache.captions import require_readable
 from clipkd.teachers.cache.plan import CacheConfig
@@ -78,13 +78,18 @@ class FeatureEncoder:
         return [ids[start : start + size] for start in range(0, len(ids), size)]
 
     def feed(self, shards: list[Shard]) -> Feed[ViewBatch]:
+        dataset = self.dataset()
         loader = DataLoader(
-            self.dataset(),
+            dataset,
             batch_sampler=[batch for shard in shards for batch in self.batches(shard)],
             collate_fn=collate,
-            **loader_options(self.config.data, self.accelerator.device.type == "cuda"),
+            **loader_options(
+                self.config.data.num_workers,
+                max(IMAGES_AT_A_TIME, self.config.views) * pixel_bytes(dataset.augment.specs),
+                pin_memory=self.accelerator.device.type == "cuda",
+            ),
         )
-        return Feed(loader, epoch=lambda _, __: 0.0)
+        return Feed(loader)
 
     @torch.inference_mode()
     def encode_images(self, batch: ViewBatch) -> dict[str, np.ndarray]:
