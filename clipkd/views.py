@@ -67,6 +67,8 @@ class Batch(NamedTuple):
     """Origin of each sample: shard and key, file or row."""
     skipped: tuple[tuple[str, str, str], ...] = ()
     """Key, cause and message of every sample that was replaced because it could not be used."""
+    num_read: int = 0
+    """Samples read for this batch, with the skipped ones; streamed shards are read ahead."""
     shards_opened: int = 0
     """Streamed shards opened for this batch."""
     place: tuple[int, int] | None = None

@@ -147,6 +147,7 @@ class Collate:
 
     def __call__(self, samples: list[Sample]) -> Batch:
         pixels, captions, _, ids, labels, keys, skipped, features = zip(*samples, strict=True)
+        skips = tuple(skip for part in skipped for skip in part)
         return Batch(
             pixels=tuple(
                 torch.from_numpy(np.stack(kind)).permute(0, 3, 1, 2).contiguous() for kind in zip(*pixels, strict=True)
@@ -155,7 +156,8 @@ class Collate:
             ids=torch.tensor(ids),
             labels=torch.tensor(labels),
             keys=keys,
-            skipped=tuple(skip for part in skipped for skip in part),
+            skipped=skips,
+            num_read=len(samples) + len(skips),
             features=tuple(torch.from_numpy(np.stack(kind)) for kind in zip(*features, strict=True)),
         )
 

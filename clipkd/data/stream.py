@@ -13,6 +13,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -67,6 +68,22 @@ class StreamedShards:
         return Mixture(self.sizes, weights=[config.weight for config in self.configs], seed=seed)
 
 
+@dataclass
+class Taken:
+    """What a reader took from its shards since its last batch; it reads ahead of its batches."""
+
+    samples: int = 0
+    """Read, usable or not."""
+    shards: int = 0
+    skipped: list[Skip] = field(default_factory=list)
+
+    def give(self) -> dict[str, Any]:
+        """The fields of a batch; the counts start again."""
+        given = {"num_read": self.samples, "shards_opened": self.shards, "skipped": tuple(self.skipped)}
+        self.samples, self.shards, self.skipped = 0, 0, []
+        return given
+
+
 class StreamedPairs(IterableDataset):
     """Endless batches of one process; each loader process is a reader that takes every n-th shard of the order."""
 
@@ -82,24 +99,19 @@ class StreamedPairs(IterableDataset):
         num_workers, worker = (info.num_workers, info.id) if info else (1, 0)
         reader = self.rank * num_workers + worker
         start, stride = self.starts(num_workers)[reader], self.world_size * num_workers
-        skipped: list[Skip] = []
-        samples: list[Sample] = []
-        opened: list[int] = []
-        unusable = 0
-        for place, view, pair in self.shuffled(start, stride, skipped, opened):
+        taken, samples, unusable = Taken(), list[Sample](), 0
+        for place, view, pair in self.shuffled(start, stride, taken):
             try:
                 samples.append(self.augment(pair, view, key_id(pair.key)))
                 unusable = 0
             except BadSample as bad:
-                skipped.append(bad.skip)
+                taken.skipped.append(bad.skip)
                 unusable += 1
                 if unusable == MAX_TRIES:
                     raise no_sample(bad.skip) from bad
             if len(samples) == self.share:
-                batch = self.collate(samples)
-                yield batch._replace(skipped=tuple(skipped), shards_opened=len(opened), place=(reader, place))
-                for part in (skipped, samples, opened):
-                    part.clear()
+                yield self.collate(samples)._replace(**taken.give(), place=(reader, place))
+                samples.clear()
 
     def starts(self, num_workers: int) -> dict[int, int]:
         """This process's readers → the position in the order of shards at which each begins."""
@@ -110,9 +122,7 @@ class StreamedPairs(IterableDataset):
         first = min(self.places.values(), default=0)  # another number of readers: all return to the earliest position
         return {reader: first + reader for reader in readers}
 
-    def shuffled(
-        self, start: int, stride: int, skipped: list[Skip], opened: list[int]
-    ) -> Iterator[tuple[int, int, Pair]]:
+    def shuffled(self, start: int, stride: int, taken: "Taken") -> Iterator[tuple[int, int, Pair]]:
         """Shuffled pairs: position of the first shard of which pairs are still held, view index, pair."""
         rng = generator(Purpose.STREAM, self.augment.seed, start)
         buffer: list[tuple[int, int, Pair]] = []
@@ -120,11 +130,16 @@ class StreamedPairs(IterableDataset):
         empty = 0
         for place in itertools.count(start, stride):
             ((view, number),) = self.mixture.between(place, place + 1)
-            opened.append(place)
+            taken.shards += 1
             empty += 1
-            for pair in read_shard(*self.shards.shards[number], skipped):
+            for found in read_shard(*self.shards.shards[number]):
+                if isinstance(found, Skip):
+                    taken.skipped.append(found)
+                    taken.samples += found.cause != DAMAGED_SHARD
+                    continue
                 empty = 0
-                buffer.append((place, view, pair))
+                taken.samples += 1
+                buffer.append((place, view, found))
                 held[place] += 1
                 if len(buffer) > SHUFFLE_BUFFER:
                     chosen = int(rng.integers(len(buffer)))
@@ -133,12 +148,12 @@ class StreamedPairs(IterableDataset):
                     held -= Counter([came_from])  # keeps positive counts only
                     yield min(held, default=place), its_view, drawn
             if empty == MAX_EMPTY_SHARDS:
-                reason = f": {skipped[-1].key} {skipped[-1].message}" if skipped else ""
+                reason = f": {taken.skipped[-1].key} {taken.skipped[-1].message}" if taken.skipped else ""
                 raise RunStopped(f"{MAX_EMPTY_SHARDS} streamed shards in a row gave no sample{reason}")
 
 
-def read_shard(url: str, config: SourceConfig, skipped: list[Skip]) -> Iterator[Pair]:
-    """The complete pairs of a shard; other samples and damage are added to `skipped`."""
+def read_shard(url: str, config: SourceConfig) -> Iterator[Pair | Skip]:
+    """The samples of a shard, and skips for what cannot be used."""
     try:
         for name, parts, repeated in read_samples(lambda: open_stream(url), read_content):
             key = f"{url}/{as_text(os.fsencode(name))}"
@@ -149,9 +164,9 @@ def read_shard(url: str, config: SourceConfig, skipped: list[Skip]) -> Iterator[
                 found = ([parts[name] for name in parts if name in names] for names in member_extensions(config))
                 yield make_pair(key, [contents[-1] if contents else None for contents in found], config)
             except BadSample as bad:
-                skipped.append(bad.skip)
+                yield bad.skip
     except DamagedTar as error:
-        skipped.append(Skip(url, DAMAGED_SHARD, str(error)))
+        yield Skip(url, DAMAGED_SHARD, str(error))
 
 
 @contextlib.contextmanager

@@ -191,7 +191,7 @@ def try_steps(run: Run, findings: Findings) -> None:
         run.step(next(batches))
         run.learner.finish_step()
     findings.note_skips(run.ledger.share(run.done).examples)
-    if damage := run.ledger.describe_damage(run.done * run.config.batch_size, run.config.data.max_skipped):
+    if damage := run.ledger.describe_damage(run.config.data.max_skipped):
         findings.add(f"{damage}, more than data.max_skipped allows; repair the data, or raise data.max_skipped")
     rate = run.watch.take_window()["images_per_second"]
     seconds = run.config.batch_size / rate

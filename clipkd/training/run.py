@@ -86,7 +86,7 @@ class Run:
             name = "the end of the terminal or launcher" if number == signal.SIGHUP else signal.Signals(number).name
             return Interrupted(number, f"{name} after step {self.done}; {saved}, continue with --resume latest")
         allowed = self.config.data.max_skipped
-        if damage := self.ledger.describe_damage(self.done * self.config.batch_size, allowed):
+        if damage := self.ledger.describe_damage(allowed):
             return RunStopped(
                 f"{damage}, more than data.max_skipped allows ({allowed:.1%}); {self.folder / 'skipped.jsonl'} names "
                 f"some. Repair the data, or raise data.max_skipped and continue with --resume latest ({saved})"

@@ -24,7 +24,7 @@ from clipkd.data import stream
 from clipkd.data.loader import Feed
 from clipkd.data.open import open_feed, open_pairs
 from clipkd.data.skips import Skip
-from clipkd.data.sources import PairSet
+from clipkd.data.sources import Pair, PairSet
 from clipkd.data.stream import StreamedShards, key_id, read_shard
 from clipkd.errors import RunStopped
 from clipkd.views import Batch, Views
@@ -80,8 +80,8 @@ def names(numbers: range) -> list[str]:
 
 
 def read(url: str, **options: Any) -> tuple[list[Any], list[Skip]]:
-    skipped: list[Skip] = []
-    return list(read_shard(url, SourceConfig(path=url, **options), skipped)), skipped
+    found = list(read_shard(url, SourceConfig(path=url, **options)))
+    return [pair for pair in found if isinstance(pair, Pair)], [skip for skip in found if isinstance(skip, Skip)]
 
 
 @pytest.fixture
@@ -183,6 +183,18 @@ def test_a_sample_keeps_its_id_and_gets_another_crop_in_every_pass(tmp_path: Pat
     assert {tuple(batch.ids.tolist()) for batch in batches} == {tuple(map(key_id, batches[0].keys))}
     crops = [batch.pixels[0][0] for batch in batches]
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(crops, 2))
+
+
+def test_a_batch_counts_every_sample_that_was_read_ahead_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "SHUFFLE_BUFFER", 20)
+    members = [(f"bad{number}.png", plain_png(0)) for number in range(3)] + pair_members(range(40))
+    batches = take(open_stream(f"pipe:cat {write_tar(tmp_path / '0.tar', members)}"), 3)
+    # Three without a caption, twenty into the buffer and two to draw; then two for each batch.
+    assert [(batch.num_read, len(batch.skipped), batch.shards_opened) for batch in batches] == [
+        *((25, 3, 1), (2, 0, 0), (2, 0, 0))
+    ]
 
 
 # The order.
