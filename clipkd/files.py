@@ -114,6 +114,15 @@ def drop_rows_after(path: Path, step: int) -> None:
         write_rows(path, kept)
 
 
+LITTER = {"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"}
+"""Names under which systems keep their own files beside the user's."""
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a path has a hidden part: one that begins with a dot, as in `._1.jpg`, or is in LITTER."""
+    return any((part.startswith(".") and part not in (".", "..")) or part in LITTER for part in path.split("/"))
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:

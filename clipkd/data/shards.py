@@ -11,9 +11,19 @@ from webdataset.shardlists import expand_urls
 
 from clipkd import distributed, progress
 from clipkd.config.data import SourceConfig
-from clipkd.data.skips import DAMAGED_SHARD, UNREADABLE_SHARD, BadSample, Skip, Skips
-from clipkd.data.sources import MAX_SAMPLE_BYTES, Pair, locate, make_pair, member_extensions, missing_member
+from clipkd.data.skips import DAMAGED_SHARD, HIDDEN_FILE, UNREADABLE_SHARD, BadSample, Skip, Skips
+from clipkd.data.sources import (
+    MAX_SAMPLE_BYTES,
+    Pair,
+    dotted_pairs,
+    locate,
+    make_pair,
+    member_extensions,
+    missing_member,
+    several_dots,
+)
 from clipkd.data.tar_index import DUPLICATE, TarIndex, as_text, index_tar
+from clipkd.files import is_hidden
 
 MANY_SHARDS = 20
 """Shards of a process from which on a progress bar is shown."""
@@ -30,11 +40,11 @@ def find_shards(paths: tuple[str, ...]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if Path(path).is_dir():
-            shards = sorted(Path(path).glob("*.tar"))
+            shards = sorted(shard for shard in Path(path).glob("*.tar") if not is_hidden(shard.name))
             if not shards:
                 raise FileNotFoundError(f"no .tar in the folder {path} (data.path)")
         else:
-            shards = sorted(Path(shard) for shard in expand_urls(path))
+            shards = [Path(path)] if Path(path).is_file() else sorted(Path(shard) for shard in expand_urls(path))
         found += shards
     missing = [shard for shard in found if not shard.is_file()]
     if missing:
@@ -125,7 +135,7 @@ class WebdatasetPairs:
             image, caption, *_ = (", ".join(f".{name}" for name in names) for names in self.extensions)
             hint = f"; {DUPLICATE}" if self.left_out.counts["duplicate key"] else ""
             raise ValueError(
-                f"{where}: none of {self.left_out.counts.total()} samples has both an image "
+                f"{where}: none of {self.left_out.num_samples} samples has both an image "
                 f"({image}) and a {caption}; see data.caption_key{hint}"
             )
         if self.config.label_key and not any(survey.labelled for survey in self.surveys):
@@ -139,6 +149,13 @@ class WebdatasetPairs:
         for missing, names in zip((~has_image, has_image & ~has_caption), self.extensions, strict=False):
             left_out.add(missing_member(f"{shard}/{as_text(key)}", names) for key in index.keys[missing])
         left_out.add(Skip(f"{shard}/{as_text(key)}", "duplicate key", DUPLICATE) for key in index.duplicates)
+        left_out.add(Skip(f"{shard}/{as_text(name)}", HIDDEN_FILE, "is hidden") for name in index.hidden)
+        dotted: dict[int, list[str]] = {}
+        for place in np.flatnonzero(np.char.find(index.extension, b".") >= 0):
+            dotted.setdefault(index.sample[place], []).append(as_text(index.extension[place]))
+        for sample, extensions in dotted.items():
+            key = f"{shard}/{as_text(index.keys[sample])}"
+            left_out.add(several_dots(key, stem) for stem in dotted_pairs(extensions, self.extensions))
         complete = has_image & has_caption
         return Rows(index.keys[complete], spans[complete], stamp), left_out
 

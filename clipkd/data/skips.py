@@ -16,6 +16,11 @@ UNREADABLE_SHARD = "unreadable shard"
 """Possibly for the moment: a disk or network fails, or the shard is being written."""
 
 
+HIDDEN_FILE = "hidden file"
+NO_SAMPLES = (DAMAGED_SHARD, HIDDEN_FILE)
+"""Causes that are no loss of a sample: they do not count in the share of skipped samples."""
+
+
 class Skip(NamedTuple):
     key: str
     """Shard and key, file or row."""
@@ -36,7 +41,7 @@ class BadSample(ValueError):
 
 
 class Skips:
-    """Counts by cause, and the first few skips as examples."""
+    """Counts by cause, and examples: the first few skips, and the first of each cause."""
 
     def __init__(self, skips: Iterable[Skip] = ()) -> None:
         self.counts: Counter[str] = Counter()
@@ -45,13 +50,21 @@ class Skips:
 
     def add(self, skips: Iterable[Skip]) -> None:
         for skip in skips:
+            self.keep(skip)
             self.counts[skip.cause] += 1
-            if len(self.examples) < MAX_EXAMPLES:
-                self.examples.append(skip)
 
     def merge(self, other: "Skips") -> None:
+        for skip in other.examples:
+            self.keep(skip)
         self.counts += other.counts
-        self.examples = [*self.examples, *other.examples][:MAX_EXAMPLES]
+
+    def keep(self, skip: Skip) -> None:
+        if len(self.examples) < MAX_EXAMPLES or skip.cause not in {example.cause for example in self.examples}:
+            self.examples.append(skip)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(count for cause, count in self.counts.items() if cause not in NO_SAMPLES)
 
     def __bool__(self) -> bool:
         return bool(self.counts)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from clipkd.config.data import SourceConfig
 from clipkd.data.order import Mixture
-from clipkd.data.skips import BadSample, Skip, Skips, exceeds
+from clipkd.data.skips import NO_SAMPLES, BadSample, Skip, Skips, exceeds
 
 UNLABELLED = -1
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -104,9 +104,9 @@ class PairSet:
                 f"{first.key} {first.message}; {len(self.damaged)} of {num_shards} shards are damaged: copy or write "
                 "them again, or raise data.max_skipped to train on the others"
             )
-        num_left_out = self.left_out.counts.total()
+        num_left_out = self.left_out.num_samples
         if exceeds(num_left_out, len(self) + num_left_out, max_share):
-            first = self.left_out.examples[0]
+            first = next(skip for skip in self.left_out.examples if skip.cause not in NO_SAMPLES)
             raise ValueError(
                 f"{num_left_out} of {len(self) + num_left_out} samples cannot be used ({self.left_out}), such as "
                 f"{first.key}: {first.message}; raise data.max_skipped to train on the others"
@@ -150,6 +150,24 @@ def missing_member(key: str, extensions: tuple[str, ...]) -> Skip:
     if extensions == IMAGE_EXTENSIONS:
         return Skip(key, "no image", f"has no {', '.join(f'.{name}' for name in extensions)}")
     return Skip(key, "no caption", f"has no .{extensions[0]}; see data.caption_key")
+
+
+def dotted_pairs(extensions: Iterable[str], wanted: Sequence[tuple[str, ...]]) -> list[str]:
+    """Pairs that a sample hides because their names continue its own behind a dot: `v2` for a.jpg, a.v2.jpg, a.v2.txt.
+
+    wanted: extensions of an image and of its caption, as `member_extensions` gives them.
+    """
+    stems: list[dict[str, None]] = [
+        {ext.rpartition(".")[0]: None for ext in extensions if "." in ext and ext.rpartition(".")[2] in names}
+        for names in wanted[:2]
+    ]
+    return [stem for stem in stems[0] if stem in stems[1]]
+
+
+def several_dots(key: str, stem: str) -> Skip:
+    return Skip(
+        f"{key}.{stem}", "several dots", f"it belongs to {key} by webdataset's rule of the first dot; rename it"
+    )
 
 
 def make_pair(key: str, members: Sequence[bytes | None], config: SourceConfig) -> Pair:

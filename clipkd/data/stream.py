@@ -26,8 +26,8 @@ from clipkd.config.data import SourceConfig
 from clipkd.config.train import TrainConfig
 from clipkd.data.loader import MAX_TRIES, Augment, Collate, Sample, no_sample
 from clipkd.data.order import Mixture, Purpose, generator, share_of
-from clipkd.data.skips import DAMAGED_SHARD, BadSample, Skip
-from clipkd.data.sources import Pair, identity_of, make_pair, member_extensions
+from clipkd.data.skips import DAMAGED_SHARD, HIDDEN_FILE, NO_SAMPLES, BadSample, Skip
+from clipkd.data.sources import Pair, dotted_pairs, identity_of, make_pair, member_extensions, several_dots
 from clipkd.data.tar import DamagedTar, StrictMember, read_samples
 from clipkd.data.tar_index import DUPLICATE, as_text
 from clipkd.errors import RunStopped
@@ -135,7 +135,7 @@ class StreamedPairs(IterableDataset):
             for found in read_shard(*self.shards.shards[number]):
                 if isinstance(found, Skip):
                     taken.skipped.append(found)
-                    taken.samples += found.cause != DAMAGED_SHARD
+                    taken.samples += found.cause not in NO_SAMPLES
                     continue
                 empty = 0
                 taken.samples += 1
@@ -157,6 +157,10 @@ def read_shard(url: str, config: SourceConfig) -> Iterator[Pair | Skip]:
     try:
         for name, parts, repeated in read_samples(lambda: open_stream(url), read_content):
             key = f"{url}/{as_text(os.fsencode(name))}"
+            if not parts:
+                yield Skip(key, HIDDEN_FILE, "is hidden")
+                continue
+            yield from (several_dots(key, stem) for stem in dotted_pairs(parts, member_extensions(config)))
             try:
                 if repeated:
                     raise BadSample(key, "duplicate key", DUPLICATE)
@@ -183,7 +187,9 @@ def open_stream(url: str) -> Iterator[tarfile.TarFile]:
         raise
 
 
-def read_content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def read_content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
+    if member.islnk():
+        return None  # the bytes it stands for have passed
     file = tar.extractfile(member)
     assert file is not None
     content = file.read()

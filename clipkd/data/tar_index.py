@@ -17,7 +17,7 @@ import numpy as np
 from clipkd import files
 from clipkd.data.tar import DamagedTar, StrictMember, read_samples
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 DUPLICATE = "another sample of the shard has the same key; write a tar sorted by file name, each key once"
 
 
@@ -37,6 +37,8 @@ class TarIndex:
     """[members] int64: bytes."""
     duplicates: np.ndarray
     """[any] bytes: keys of repeated samples; only the first sample of a key is indexed."""
+    hidden: np.ndarray
+    """[any] bytes: names of hidden files, which are no samples."""
     damage: np.ndarray
     """Text: why the shard could not be read to its end; empty if it could."""
 
@@ -100,20 +102,25 @@ def scan_tar(path: Path) -> TarIndex:
     length, damage = path.stat().st_size, ""
     keys: list[str] = []
     duplicates: list[str] = []
+    hidden: list[str] = []
+    places: dict[str, tuple[int, int]] = {}
     members: list[tuple[int, str, int, int]] = []
 
-    def byte_range(_: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[int, int]:
+    def byte_range(_: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[int, int] | None:
+        if member.islnk():
+            return places.get(member.linkname)
         if member.offset_data + member.size > length:
             raise tarfile.ReadError(f"{member.name} is cut short at byte {length}")
-        return member.offset_data, member.size
+        places[member.name] = member.offset_data, member.size
+        return places[member.name]
 
     def open_tar() -> tarfile.TarFile:
         return tarfile.open(path, "r:", tarinfo=StrictMember)
 
     try:
         for key, parts, repeated in read_samples(open_tar, byte_range):
-            if repeated:
-                duplicates.append(key)
+            if repeated or not parts:
+                (duplicates if parts else hidden).append(key)
                 continue
             members += [(len(keys), extension, offset, size) for extension, (offset, size) in parts.items()]
             keys.append(key)
@@ -127,5 +134,6 @@ def scan_tar(path: Path) -> TarIndex:
         offset=np.array(offset, np.int64),
         size=np.array(size, np.int64),
         duplicates=np.array([os.fsencode(key) for key in duplicates], "S"),
+        hidden=np.array([os.fsencode(name) for name in hidden], "S"),
         damage=np.array(damage),
     )

@@ -41,9 +41,8 @@ class Ledger:
             self.num_read += read
             self.num_opened += opened
         self.skips, self.read, self.opened = data.Skips(), 0, 0
-        damaged = together.counts[data.DAMAGED_SHARD]
-        self.num_damaged += damaged
-        self.num_skipped += together.counts.total() - damaged
+        self.num_damaged += together.counts[data.DAMAGED_SHARD]
+        self.num_skipped += together.num_samples
         if together and self.path is not None and distributed.rank() == 0:
             files.append_row(self.path, together.row(step))
         return together

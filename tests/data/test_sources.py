@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 
 from clipkd.config.data import DataConfig, SourceConfig
+from clipkd.data import stream
 from clipkd.data.open import open_pairs
 from clipkd.data.shards import WebdatasetPairs
-from clipkd.data.skips import BadSample
-from clipkd.data.sources import PairSet
+from clipkd.data.skips import BadSample, Skip, Skips
+from clipkd.data.sources import Pair, PairSet
 from tests.data.samples import assert_things, labels, pair_members, plain_png, write_tar
 
 
@@ -76,6 +78,64 @@ def test_incomplete_and_repeated_samples_are_left_out_and_counted(tmp_path: Path
     assert {skip.key for skip in source.left_out.examples} == {f"{tmp_path / 'a.tar'}/{key}" for key in "xyz0"}
     assert source.describe() == "2 pairs; left out: 2 × no image, 2 × duplicate key, 1 × no caption"
     assert_things(source)
+
+
+def both(path: Path, **options: Any) -> tuple[list[tuple[str, bytes, tuple[str, ...]]], dict[str, int], dict[str, int]]:
+    """Key, image and captions of every pair of a shard, and what was left out by the index and by the stream."""
+    source = webdataset(path, **options)
+    found = list(stream.read_shard(f"file://{path}", SourceConfig(path=str(path))))
+    pairs = [pair for pair in found if isinstance(pair, Pair)]
+    streamed = [(pair.key.removeprefix(f"file://{path}/"), pair.image, pair.captions) for pair in pairs]
+    indexed = [source.read(number) for number in range(len(source))]
+    assert [(pair.key.removeprefix(f"{path}/"), pair.image, pair.captions) for pair in indexed] == streamed
+    return streamed, source.left_out.counts, Skips(skip for skip in found if isinstance(skip, Skip)).counts
+
+
+def test_a_name_with_several_dots_ends_at_its_last_one_where_the_first_one_would_lose_its_image(tmp_path: Path) -> None:
+    dotted = pair_members(range(60), "www.host.com_{}.1")
+    plain = [*pair_members([60], "b"), ("b.mask.png", b"mask"), ("c.json", b"{}"), *pair_members([61], "c")]
+    pairs, *left_out = both(write_tar(tmp_path / "a.tar", [*dotted, *plain]))
+    assert [key for key, *_ in pairs] == [*(f"www.host.com_{number}.1" for number in range(60)), "b", "c"]
+    assert [pair[1:] for pair in pairs] == [(plain_png(n), (f"thing {n}",)) for n in range(62)]
+    assert left_out == [{}, {}]
+
+
+def test_a_pair_that_stands_in_another_pairs_sample_is_counted_by_name(tmp_path: Path) -> None:
+    members = [member for n in range(20) for name in ("a{}", "a{}.v2") for member in pair_members([n], name)]
+    path = write_tar(tmp_path / "a.tar", members)
+    pairs, *left_out = both(path, max_skipped=1.0)
+    assert [key for key, *_ in pairs] == [f"a{number}" for number in range(20)]
+    assert left_out == [{"several dots": 20}] * 2
+    with pytest.raises(ValueError, match=r"20 of 40 .*20 × several dots.*a\.tar/a0\.v2: it belongs to .*; rename it"):
+        webdataset(path)
+
+
+def test_hidden_files_are_counted_and_are_neither_samples_nor_shards(tmp_path: Path) -> None:
+    names = ["d/._{}", "__MACOSX/d/{}", "d/@eaDir/{}", ".cache/{}", "./d/{}"]
+    members = [member for n in range(30) for name in names for member in pair_members([n], name)]
+    path = write_tar(tmp_path / "a.tar", [("d/.DS_Store", b"x"), *members])
+    write_tar(tmp_path / "._a.tar", [("a.png", b"no shard")])
+    pairs, *left_out = both(path)
+    assert [pair[1:] for pair in pairs] == [(plain_png(n), (f"thing {n}",)) for n in range(30)]
+    assert left_out == [{"hidden file": 30 * 4 * 2 + 1}] * 2
+    assert webdataset(tmp_path).describe() == "30 pairs; left out: 241 × hidden file"
+
+
+def test_a_hard_link_is_the_file_that_it_names(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text(f"thing {number}")
+    (tmp_path / "0.png").write_bytes(plain_png(0))
+    os.link(tmp_path / "0.png", tmp_path / "1.png")
+    with tarfile.open(path, "w") as tar:
+        for name in ("0.png", "0.txt", "1.png", "1.txt"):
+            tar.add(tmp_path / name, name)
+    with tarfile.open(path) as tar:
+        assert tar.getmember("1.png").islnk()
+    source = webdataset(path)
+    assert [source.read(number).image for number in range(len(source))] == [plain_png(0)] * 2
+    found = list(stream.read_shard(f"file://{path}", SourceConfig(path=str(path))))
+    assert [getattr(each, "cause", "pair") for each in found] == ["pair", "no image"]  # its bytes have passed
 
 
 def test_missing_and_repeated_paths_are_named(tmp_path: Path) -> None:
