@@ -10,7 +10,7 @@ from clipkd.config.data import DataConfig
 from clipkd.data import PairSet, open_pairs
 from clipkd.evaluation.layouts import open_evaluation_set
 from clipkd.evaluation.sets import EvaluationSet
-from clipkd.images import open_image, to_rgb
+from clipkd.images import WHITE, open_image, to_rgb
 from clipkd.inference.runtime import load_student
 from clipkd.report.evaluation import in_proportion
 
@@ -75,7 +75,7 @@ def draw_pairs(sheet: Sheet, pairs: Path) -> None:
     for column in range(COLUMNS):
         pair = source.read(column * (len(source) // COLUMNS))
         left = column * (TILE + TEXT_WIDTH) + MARGIN
-        sheet.paste(to_rgb(open_image(pair.image)), (left, top))
+        sheet.paste(to_rgb(open_image(pair.image), background=WHITE), (left, top))
         for line, caption in enumerate(pair.captions[:4]):
             sheet.text((left + TILE + 8, top + line * LINE), caption)
 
@@ -95,7 +95,7 @@ def draw_answers(sheet: Sheet, data: EvaluationSet, samples: dict[str, list[Any]
         if number % COLUMNS == 0:
             top = sheet.grow(height)
         left = number % COLUMNS * (TILE + TEXT_WIDTH) + MARGIN
-        sheet.paste(to_rgb(open_image(data.pictures[place].read())), (left, top))
+        sheet.paste(to_rgb(open_image(data.pictures[place].read()), background=WHITE), (left, top))
         truth = data.classnames[int(samples["label"][place])]
         left += TILE + 8
         sheet.text((left, top), truth)

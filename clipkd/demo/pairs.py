@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipkd.images import open_image, to_rgb
+from clipkd.images import WHITE, open_image, to_rgb
 
 ASSETS = Path(__file__).parent / "assets"
 TILE = 32  # pixels; side of one drawing on a held-out sheet
@@ -126,7 +126,7 @@ def write_held_out(folder: Path, style: str, *, num_concepts: int | None = None)
     from webdataset.writer import TarWriter
 
     concepts = read_concepts()[:num_concepts]
-    sheet = to_rgb(open_image(str(ASSETS / f"{style}.webp")))
+    sheet = to_rgb(open_image(str(ASSETS / f"{style}.webp")), background=WHITE)
     with whole_folder(folder) as temporary:
         (temporary / "test").mkdir()
         (temporary / "test" / "nshards.txt").write_text("1\n")

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from clipkd import files
 from clipkd.evaluation.tasks import Kind
-from clipkd.images import open_image
+from clipkd.images import open_image, to_rgb
 
 CLASS_KINDS = ("classification", "multilabel")
 
@@ -128,7 +128,7 @@ class Images(Dataset):
     def __getitem__(self, position: int) -> tuple[Any, int]:
         picture = self.pictures[position]
         try:
-            return self.preprocess(open_image(picture.read()).convert("RGB")), position
+            return self.preprocess(to_rgb(open_image(picture.read()))), position
         except Exception as error:  # Pillow raises anything on damaged files
             raise ValueError(f"{picture.where}, sample {picture.key}: cannot be decoded ({error})") from error
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipkd import files
-from clipkd.images import open_image, to_rgb
+from clipkd.images import WHITE, open_image, to_rgb
 from clipkd.models.encoder import Encoder
 
 DRAWINGS = Path(__file__).parents[1] / "demo" / "assets"
@@ -61,7 +61,7 @@ def read_probes(folder: Path) -> Probes:
 
 def read_sheet() -> Image.Image:
     """The sheet of drawings on white, RGB."""
-    return to_rgb(open_image(str(DRAWINGS / "noto.webp")))
+    return to_rgb(open_image(str(DRAWINGS / "noto.webp")), background=WHITE)
 
 
 def cut_drawings(number: int = NUM_IMAGES) -> list[Image.Image]:
