@@ -9,7 +9,8 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
@@ -114,6 +115,11 @@ def drop_rows_after(path: Path, step: int) -> None:
         write_rows(path, kept)
 
 
+def expand_home(path: str) -> str:
+    """A path whose leading `~` stands for the home folder, unless something exists under the name as it is."""
+    return os.path.expanduser(path) if path.startswith("~") and not os.path.lexists(path) else path
+
+
 LITTER = {"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"}
 """Names under which systems keep their own files beside the user's."""
 
@@ -121,6 +127,43 @@ LITTER = {"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"}
 def is_hidden(path: str) -> bool:
     """Whether a path has a hidden part: one that begins with a dot, as in `._1.jpg`, or is in LITTER."""
     return any((part.startswith(".") and part not in (".", "..")) or part in LITTER for part in path.split("/"))
+
+
+def find_files(top: str, wanted: Callable[[str], bool]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The files in and below a folder that are `wanted`, outer ones first, and what was left out, with causes.
+
+    Links are followed, but not back into their parents.
+    """
+    found: list[str] = []
+    left_out: list[tuple[str, str]] = []
+
+    def unreadable(error: OSError) -> None:
+        left_out.append((str(error.filename), error.strerror or str(error)))
+
+    for folder, folders, names in os.walk(top, onerror=unreadable, followlinks=True):
+        here = os.path.realpath(folder)
+        left_out += [(os.path.join(folder, name), "hidden") for name in (*folders, *names) if is_hidden(name)]
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not is_hidden(name)
+            and os.path.commonpath([real := os.path.realpath(os.path.join(folder, name)), here]) != real
+        )
+        for path in (os.path.join(folder, name) for name in sorted(names) if not is_hidden(name)):
+            if os.path.exists(path) and not os.path.isfile(path):  # a pipe, which would block a reader
+                left_out.append((path, "no file"))
+            elif not os.path.exists(path) or wanted(path):
+                found.append(path)  # of a broken link the reader gives the reason
+            else:
+                left_out.append((path, "no image"))
+    return found, left_out
+
+
+def describe_left_out(left_out: Sequence[tuple[str, str]]) -> str:
+    """Counts by cause, each with an example: `2 × no image (a/notes.txt)`."""
+    examples = dict(reversed([(cause, path) for path, cause in left_out]))
+    counts = Counter(cause for _, cause in left_out)
+    return ", ".join(f"{count} × {cause} ({examples[cause]})" for cause, count in counts.most_common())
 
 
 def sha256(path: Path) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import os
 import warnings
 
 import numpy as np
@@ -43,7 +44,19 @@ def formats() -> tuple[str, ...]:
 @functools.cache
 def suffixes() -> frozenset[str]:
     """Endings of file names that stand for an image, such as `.jpg`."""
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats())
+    known = (suffix for suffix, name in Image.registered_extensions().items() if name in formats())
+    return frozenset([*known, ".heic", ".heif"])  # also without the plugin: its lack is then an error that says so
+
+
+def is_image(path: str) -> bool:
+    """Whether Pillow knows the ending of a file's name, or else can open the file."""
+    if os.path.splitext(path)[1].lower() in suffixes():
+        return True
+    try:
+        open_image(path).close()
+    except BadImage:
+        return False
+    return True
 
 
 def open_image(source: bytes | str) -> Image.Image:

@@ -4,12 +4,12 @@ import io
 import re
 import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clipkd.data.sources import IMAGE_EXTENSIONS
 from clipkd.data.tables import load_rows
 from clipkd.data.tar_index import as_text, index_whole_tar
 from clipkd.evaluation.sets import (
@@ -23,9 +23,8 @@ from clipkd.evaluation.sets import (
     with_labels,
 )
 from clipkd.evaluation.tasks import Kind, Layout
-
-SUFFIXES = (*(f".{name}" for name in (*IMAGE_EXTENSIONS, "bmp", "tif", "tiff", "gif", "ppm", "pgm", "pbm")),)
-"""Suffixes of images in class folders, as for torchvision's ImageFolder; a format that clipkd does not open is an error."""
+from clipkd.files import describe_left_out, find_files, is_hidden
+from clipkd.images import is_image
 
 IMAGE_ORDER = ("webp", "png", "jpg", "jpeg")
 
@@ -40,8 +39,8 @@ def open_evaluation_set(
 ) -> EvaluationSet:
     """Open a data folder in one of the layouts.
 
-    layout: None takes webdataset for a folder with tars in its split, else imagefolder. split: None takes test, or val of
-    class folders. kind: None reads the folder's dataset_type.txt. columns: image, label and captions of a Hugging Face set.
+    layout: None takes webdataset for a folder with tars in its split, else imagefolder. split: None takes test, or val, or
+    the folder itself. kind: None reads the folder's dataset_type.txt. columns: image, label and captions of a Hugging Face set.
 
     Raises: FileNotFoundError or ValueError naming the file that is missing or wrong.
     """
@@ -51,13 +50,12 @@ def open_evaluation_set(
     if not root.is_dir():
         raise FileNotFoundError(f"no data folder {root}")
     if layout is None:
-        inside = root / (split or "test")
-        layout = "webdataset" if any(inside.glob("*.tar")) or (inside / "nshards.txt").is_file() else "imagefolder"
+        layout = "webdataset" if find_shard_folder(root, split) else "imagefolder"
     if layout == "imagefolder":
         if kind not in (None, "classification"):
             raise ValueError(f"{root}: class folders hold a classification task, not {kind}")
         return open_imagefolder(root, split)
-    return open_webdataset(root, split or "test", kind or find_kind(root))
+    return open_webdataset(root, split, kind or find_kind(root))
 
 
 def find_kind(root: Path) -> Kind:
@@ -90,15 +88,52 @@ def read_prompts(root: Path) -> dict[str, Any]:
     return {"classnames": classnames, "templates": templates}
 
 
-def open_webdataset(root: Path, split: str, kind: Kind) -> EvaluationSet:
+def find_shard_folder(root: Path, split: str | None) -> Path | None:
+    """The folder of the split that holds tars or nshards.txt: test or val by default, or ROOT if it has no folders."""
+    own = [] if any(path.is_dir() and not is_hidden(path.name) for path in root.iterdir()) else [root]
+    folders = [root / split] if split else [root / "test", root / "val", *own]
+    return next((path for path in folders if find_tars(path) or (path / "nshards.txt").is_file()), None)
+
+
+def find_tars(folder: Path) -> list[Path]:
+    """Tars of a folder; those called by numbers in numeric order."""
+    tars = {path.stem: path for path in folder.glob("*.tar") if not is_hidden(path.name)}
+    return [tars[name] for name in name_order(tars)]
+
+
+def name_order(names: Iterable[str]) -> list[str]:
+    """Sorted as text; as numbers if all of them are."""
+    names = sorted(names)
+    return sorted(names, key=int) if all(map(str.isdecimal, names)) else names
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """0.tar… as nshards.txt counts them, or without it every tar. Raises: FileNotFoundError or ValueError if one is missing."""
+    counts = folder / "nshards.txt"
+    if not counts.is_file():
+        tars = find_tars(folder)
+        numbers = [int(tar.stem) for tar in tars if tar.stem.isdecimal()]
+        if gaps := set(range(max(numbers, default=0))) - {*numbers, 0}:
+            raise FileNotFoundError(f"no {folder / str(min(gaps))}.tar, though there is a {max(numbers)}.tar")
+        return tars
+    counted = read_lines(counts)
+    if len(counted) != 1 or not counted[0].isdecimal() or not int(counted[0]):
+        raise ValueError(f"{counts} must hold one number, the count of shards")
+    shards = [folder / f"{number}.tar" for number in range(int(counted[0]))]
+    if missing := [shard for shard in shards if not shard.is_file()]:
+        raise FileNotFoundError(f"no {missing[0]}, though {counts} counts {len(shards)} shards")
+    return shards
+
+
+def open_webdataset(root: Path, split: str | None, kind: Kind) -> EvaluationSet:
     """SPLIT/nshards.txt, SPLIT/0.tar… with KEY.webp (png, jpg) and KEY.cls, .npy or .txt; class names and templates in ROOT."""
     prompts = read_prompts(root) if kind in CLASS_KINDS else {}
-    counted = read_lines(root / split / "nshards.txt")
-    if len(counted) != 1 or not counted[0].isdecimal() or not int(counted[0]):
-        raise ValueError(f"{root / split / 'nshards.txt'} must hold one number, the count of shards")
-    shards = [root / split / f"{number}.tar" for number in range(int(counted[0]))]
-    if missing := [shard for shard in shards if not shard.is_file()]:
-        raise FileNotFoundError(f"no {missing[0]}, though {root / split / 'nshards.txt'} counts {len(shards)} shards")
+    folder = find_shard_folder(root, split)
+    if folder is None:
+        raise FileNotFoundError(
+            f"no tars in {root / (split or 'test')}; the CLIP_benchmark layout needs them (eval/README.md)"
+        )
+    shards = find_shards(folder)
     extension = {"classification": "cls", "multilabel": "npy"}.get(kind, "txt")
     num_classes = len(prompts.get("classnames", ()))
     samples = [(shard, *sample) for shard in shards for sample in read_shard(shard, extension)]
@@ -155,28 +190,31 @@ def open_imagefolder(root: Path, split: str | None) -> EvaluationSet:
         raise FileNotFoundError(f"no split {splits[0]}")
     if any(root.glob("*.parquet")) or any(root.glob("data/*.parquet")):
         raise ValueError(f"{root} holds parquet files; set layout: huggingface in a task (eval/README.md)")
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = name_order(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+    classes = [folder / name for name in names]
     if not classes:
         raise ValueError(f"{folder} has no class folders; sort the images into one folder per class (synset id)")
-    pictures, labels = [], []
+    pictures, labels, left_out = [], [], list[tuple[str, str]]()
     for label, class_folder in enumerate(classes):
-        for path in sorted(class_folder.rglob("*")):
-            key = path.relative_to(folder)
-            if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in key.parts):
-                pictures.append(Span(str(key), path))
-                labels.append(label)
+        images, others = find_files(str(class_folder), is_image)
+        pictures += [Span(str(path.relative_to(folder)), path) for path in sorted(map(Path, images))]
+        labels += [label] * len(images)
+        left_out += others
+    if unreadable := [path for path, cause in left_out if cause not in ("hidden", "no image")]:
+        raise ValueError(f"{folder}: cannot be read: {describe_left_out(left_out)}; mend or remove {unreadable[0]}")
     if not pictures:
         raise ValueError(
-            f"{folder}: no image ({', '.join(SUFFIXES)}) in its {len(classes)} class folders; a folder of several data sets "
-            "takes --task with their tasks"
+            f"{folder}: no image in its {len(classes)} class folders; a folder of several data sets takes --task with their "
+            "tasks"
         )
+    if left_out:
+        warnings.warn(f"{folder}: left out {describe_left_out(left_out)}", stacklevel=2)
     if empty := [classes[label].name for label in sorted(set(range(len(classes))) - set(labels))]:
         warnings.warn(f"{folder}: {len(empty)} class folders hold no image, such as {empty[0]}", stacklevel=2)
     prompts = read_prompts(root) if (root / "classnames.txt").is_file() else {}
     if prompts and len(prompts["classnames"]) != len(classes):
         count = len(prompts["classnames"])
         raise ValueError(f"{root / 'classnames.txt'} has {count} lines, {folder} {len(classes)} class folders")
-    names = [path.name for path in classes]
     return EvaluationSet(str(root), "classification", pictures, labels, folders=names, **prompts)
 
 
@@ -195,6 +233,9 @@ def open_hugging_face(path: str, split: str, kind: Kind, columns: tuple[str, str
     rows = rows.rename_columns({image: "image", wanted: "found"}) if (image, wanted) != ("image", "found") else rows
     pictures = [Row(f"row {number}", path, rows, number) for number in range(len(rows))]
     found = list(rows["found"])
+    if names and (ordered := name_order(names)) != names == sorted(names):  # made from the names of class folders
+        places = {number: ordered.index(name) for number, name in enumerate(names)}
+        found, names = [places.get(number, number) for number in found], ordered
     if kind == "multilabel":
         width = np.size(found[0]) if found else 0
         found = [check_vector(value, width, f"{path}, row {number}") for number, value in enumerate(found)]

@@ -77,6 +77,8 @@ def with_prompts(task: Task, data: EvaluationSet) -> EvaluationSet:
     """Raises: ValueError if class names or templates are missing, or do not fit the labels."""
     if task.prompts == "imagenet":
         data = with_imagenet_prompts(data)
+    else:
+        require_plain_order(data)
     classnames = task.classnames or data.classnames
     templates = task.templates or data.templates
     if classnames is None:
@@ -90,6 +92,16 @@ def with_prompts(task: Task, data: EvaluationSet) -> EvaluationSet:
     for label, picture in zip(data.labels, data.pictures, strict=False):
         check_label(label, len(classnames), f"{picture.where}: sample {picture.key}")
     return replace(data, classnames=list(classnames), templates=list(templates))
+
+
+def require_plain_order(data: EvaluationSet) -> None:
+    """Raises: ValueError if the class folders' order is open: their names sort as numbers in another way than as text."""
+    names, counts = list(data.folders), len(data.folders)
+    if names != sorted(names) and [int(name) for name in names] not in ([*range(counts)], [*range(1, counts + 1)]):
+        raise ValueError(
+            f"{data.root}: the class folders {names[0]} … {names[-1]} sort differently as numbers and as text, and have gaps; "
+            "write all names with equally many digits"
+        )
 
 
 def with_imagenet_prompts(data: EvaluationSet) -> EvaluationSet:

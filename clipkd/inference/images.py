@@ -11,43 +11,36 @@ from typing import TypeVar
 import numpy as np
 
 from clipkd import progress
-from clipkd.images import open_image, to_rgb
+from clipkd.files import describe_left_out, expand_home, find_files
+from clipkd.images import is_image, open_image, to_rgb
 from clipkd.inference.index import Entry, Index, read_stamp
 from clipkd.inference.runtime import Student
 
 T = TypeVar("T")
-
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-"""File name endings that count as images in a folder, in lower or upper case."""
 
 MAX_THREADS = 4
 """Images decoded at the same time."""
 
 
 def find_images(names: Iterable[str]) -> dict[str, bool]:
-    """List image files once each, without hidden ones: path → whether it was named itself, not found in a folder.
+    """List image files once each: path → whether it was named itself, not found in a folder.
 
     Raises: ValueError if a name is neither file nor folder, or a folder holds no images.
     """
     first: dict[str, str] = {}  # real path → the name it was first found by
+    names = [expand_home(name) for name in names]
     named = {os.path.realpath(name) for name in names if os.path.isfile(name)}
     for name in names:
         if not (os.path.isfile(name) or os.path.isdir(name)):
             raise ValueError(f"no image or folder {name}")
-        paths = [path for path in walk(name) if path.lower().endswith(ENDINGS)] if os.path.isdir(name) else [name]
+        paths, left_out = find_files(name, is_image) if os.path.isdir(name) else ([name], [])
+        if left_out:
+            report(f"left out: {describe_left_out(left_out)}")
         if not paths:
-            raise ValueError(f"{name} holds no images ({', '.join(ENDINGS)}); name another folder, or files")
+            raise ValueError(f"{name} holds no images that Pillow knows; name another folder, or files")
         for path in paths:
             first.setdefault(os.path.realpath(path), path)
     return {path: real in named for real, path in first.items()}
-
-
-def walk(top: str) -> Iterator[str]:
-    """List the files in and below a folder by name; no pipes, which would block a reader."""
-    for folder, folders, files in os.walk(top, onerror=lambda error: report(f"left out: {error}")):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = (os.path.join(folder, name) for name in sorted(files) if not name.startswith("."))
-        yield from (path for path in paths if os.path.isfile(path) or os.path.islink(path))  # broken links: read later
 
 
 def encode_images(

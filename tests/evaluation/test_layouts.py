@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from clipkd.evaluation.layouts import open_evaluation_set
 from clipkd.evaluation.sets import EvaluationSet, Images
-from clipkd.evaluation.tasks import Kind
+from clipkd.evaluation.subjects import open_subject
+from clipkd.evaluation.tasks import Kind, Task
 from tests.data.samples import plain_png, write_tar
 
 # datasets leaves the tables beside images open.
@@ -154,7 +157,8 @@ LISTS = ["classnames.txt", "zeroshot_classification_templates.txt", "test/nshard
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        *((name, content, "") for name in LISTS for content in (None, b"", b"\n \n", b"caf\xe9 {c}\n")),
+        *((name, content, "") for name in LISTS for content in (b"", b"\n \n", b"caf\xe9 {c}\n")),
+        *((name, None, "") for name in LISTS[:2]),
         *((LISTS[2], text, " must hold one number") for text in (b"two\n", b"1\n2\n", b"-1\n")),
         (LISTS[1], b"{c}\na photo of a {}.\n", r": line 2 has no \{c\}"),
         ("dataset_type.txt", b"regression", " says 'regression'; known"),
@@ -186,19 +190,72 @@ def test_a_shard_that_is_cut_or_damaged_or_lacks_a_member_is_refused(tmp_path: P
         reds(open_evaluation_set(root))
 
 
-def test_class_folders_hold_every_kind_of_image_but_nothing_hidden(tmp_path: Path) -> None:
-    names = ["x/a.bmp", "x/b.TIF", "x/c.tiff", "x/d.gif", "y/deep/e.PNG"]
-    class_folders(tmp_path, *names, "x/._a.png", ".cache/f.png", "y/notes.txt")
+def test_class_folders_hold_every_kind_of_image_and_what_is_left_out_is_counted(tmp_path: Path) -> None:
+    names = ["x/a.bmp", "x/b.TIF", "x/c.jfif", "x/d.gif", "x/e.avif", "x/f.ppm", "x/g", "y/deep/e.PNG"]
+    class_folders(tmp_path, *names, "x/._a.png", ".cache/f.png", "@eaDir/f.png")
+    (tmp_path / "y" / "notes.txt").write_text("no image")
     Image.new("P", (1, 1)).save(tmp_path / "x" / "d.gif")
-    data = open_evaluation_set(tmp_path)
-    assert (keys(data), data.labels, data.classnames, data.templates) == (names, [0, 0, 0, 0, 1], None, None)
+    with pytest.warns(UserWarning, match=r"left out 1 × hidden \(.*x/\._a\.png\), 1 × no image \(.*y/notes\.txt\)"):
+        data = open_evaluation_set(tmp_path)
+    assert (keys(data), data.labels, data.classnames, data.templates) == (names, [0] * 7 + [1], None, None)
     assert Images(data.pictures, lambda image: image.mode)[3] == ("RGB", 3)  # which a palette is not
+    for name in ("x/._a.png", "y/notes.txt"):
+        (tmp_path / name).unlink()
+    (tmp_path / "x" / "z.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(ValueError, match=r"x/z\.heic: cannot be decoded \(.*HEIC needs pillow-heif"):
+        reds(open_evaluation_set(tmp_path))
+    (tmp_path / "x" / "z.heic").unlink()
     (tmp_path / "z").mkdir()
     with pytest.warns(UserWarning, match="1 class folders hold no image, such as z"):
         assert open_evaluation_set(tmp_path).folders == ["x", "y", "z"]
     refused(class_folders(tmp_path / "rows", "0.parquet"), "parquet files; set layout: huggingface in a task")
     refused(class_folders(tmp_path / "flat", "ILSVRC2012_val_1.JPEG"), "no class folders; sort the images")
-    refused(class_folders(tmp_path / "none", "n01/notes.txt"), r"no image .* in its 1 class folders")
+    (tmp_path / "none" / "n01").mkdir(parents=True)
+    refused(tmp_path / "none", r"no image in its 1 class folders")
+
+
+@pytest.mark.parametrize("names", [[*map(str, range(12))], [*map(str, range(1, 13))], [*"cab"], ["00", "1", "02"]])
+def test_class_folders_called_by_numbers_are_in_numeric_order_as_imagefolder_where_the_two_agree(
+    tmp_path: Path, names: list[str]
+) -> None:
+    root = class_folders(tmp_path / "data", *(f"{name}/{name}.png" for name in names))
+    numeric = all(name.isdecimal() for name in names)
+    assert open_evaluation_set(root).folders == sorted(names, key=int if numeric else str)  # type: ignore[arg-type]
+    theirs = ImageFolder(str(root))
+    assert theirs.classes == sorted(names)
+    if theirs.classes == sorted(names, key=int if numeric else str):  # type: ignore[arg-type]
+        ours = open_evaluation_set(root)
+        assert [
+            (str(root / picture.key), label) for picture, label in zip(ours.pictures, ours.labels, strict=True)
+        ] == theirs.imgs
+
+
+def test_numbers_with_gaps_that_sort_otherwise_than_text_are_refused(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "data", *(f"{number}/a.png" for number in (2, 10, 33)))
+    task = Task(classnames=("a", "b", "c"), templates=("{c}",))
+    with pytest.raises(
+        ValueError, match="2 … 33 sort differently as numbers and as text, and have gaps; write all names"
+    ):
+        open_subject(task, root)
+    assert open_subject(replace(task, classnames=(), templates=(), prompts="imagenet"), root).data.labels == [0, 1, 2]
+    (root / "2").rename(root / "02")
+    assert open_subject(task, root).data.folders == ["02", "10", "33"]
+
+
+@pytest.mark.parametrize("place", ["val", ""])
+def test_shards_are_found_in_val_or_the_folder_itself_and_need_no_count(tmp_path: Path, place: str) -> None:
+    root = folder(tmp_path, *([(f"s{n}.png", plain_png(n)), (f"s{n}.cls", b"0")] for n in range(11)))
+    (root / "test" / "nshards.txt").unlink()
+    (root / "test" / "._1.tar").write_bytes(b"no shard")
+    if place:
+        (root / "test").rename(root / place)
+    else:
+        for shard in (root / "test").iterdir():
+            shard.rename(root / shard.name)
+        (root / "test").rmdir()
+    assert reds(open_evaluation_set(root)) == [*range(11)]  # 10.tar after 9.tar
+    (root / place / "3.tar").unlink()
+    refused(root, r"no .*3\.tar, though there is a 10\.tar")
 
 
 def test_split_and_layout_follow_from_the_folder_of_the_split(tmp_path: Path) -> None:
@@ -280,3 +337,11 @@ def test_rows_without_an_image_are_named_and_others_change_their_stamp_with_it(t
     assert first.stamps == open_stored(paths).stamps
     os.utime(paths / "test/y/b.png", ns=(0, 1))  # rewritten
     assert first.stamps != open_stored(paths).stamps
+
+
+def test_classes_that_hugging_face_names_by_numbers_are_in_numeric_order(tmp_path: Path) -> None:
+    named = datasets.ClassLabel(names=sorted(map(str, range(12))))
+    data = open_stored(
+        stored(tmp_path / "x", {"label": [named.str2int(name) for name in ("2", "10", "11")]}, {"label": named})
+    )
+    assert (data.labels, data.classnames) == ([2, 10, 11], [*map(str, range(12))])

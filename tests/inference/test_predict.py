@@ -1,17 +1,17 @@
 """Parts of `clipkd predict`: probabilities, images of a folder, the index, options that take several words."""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from clipkd.config.parse import parse_into
-from clipkd.images import FORMATS
 from clipkd.inference import images
 from clipkd.inference.index import Entry, Index, read_stamp
 from clipkd.inference.predict import PredictConfig, probabilities
+from tests.data.samples import plain_png
 
 
 def test_probabilities_by_hand() -> None:
@@ -24,21 +24,22 @@ def test_probabilities_by_hand() -> None:
     assert probabilities(large, logit_scale=5000.0, logit_bias=None).tolist() == [[1.0, 0.0]]
 
 
-def test_images_are_found_once_in_order_without_hidden_ones(tmp_path: Path) -> None:
-    images_here = ("b/2.PNG", "b/1.jpeg", "a/x.tiff", "c.webp")
-    for name in (*images_here, ".hidden/y.png", "b/.z.png", "b/notes.txt", "b/c.jpg.bak"):
+def test_images_are_found_once_in_order_and_the_rest_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images_here = ("b/no ending", "b/2.PNG", "b/1.jpeg", "a/x.tiff", "c.webp")
+    for name in (*images_here, ".hidden/y.png", "b/.z.png", "b/@eaDir/a.jpg", "b/notes.txt", "b/c.jpg.bak"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
+    (tmp_path / "b" / "no ending").write_bytes(plain_png(0))
+    os.mkfifo(tmp_path / "b" / "pipe")
+    (tmp_path / "b" / "up").symlink_to(tmp_path)  # a loop
     named = tmp_path / "b" / "notes.txt"
     found = images.find_images([str(named), str(tmp_path), str(tmp_path / "c.webp")])
     assert list(found) == [str(named), *(str(tmp_path / name) for name in reversed(images_here))]
     assert [path for path, itself in found.items() if itself] == [str(named), str(tmp_path / "c.webp")]
-
-
-def test_endings_and_formats_belong_together() -> None:
-    known = {ending for ending, format in Image.registered_extensions().items() if format in FORMATS}
-    assert set(images.ENDINGS) <= known
-    assert {Image.registered_extensions()[ending] for ending in images.ENDINGS} == set(FORMATS)
+    assert "left out: 3 × hidden (" in (said := capsys.readouterr().err)
+    assert f"2 × no image ({tmp_path}/b/c.jpg.bak)" in said
 
 
 def test_two_processes_add_to_one_index(tmp_path: Path) -> None:
