@@ -4,16 +4,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from clipkd.errors import require
+from clipkd.files import expand_home
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     format: Literal["webdataset", "huggingface", "csv"] = "webdataset"
-    """webdataset: tar shards; huggingface: a hub name, a save_to_disk folder, or a folder of parquet, arrow or image files; csv: a table of image paths and captions."""
+    """webdataset: tar shards; huggingface: a hub name, a save_to_disk folder, a parquet file, or a folder of parquet, arrow or image files; csv: a table of image paths and captions."""
     path: tuple[str, ...] | str = ""
-    """webdataset: folders, tars, brace patterns such as shards/{00000..00331}.tar, URLs or pipes, one or a list; huggingface: name or folder; csv: .csv or .tsv files."""
+    """webdataset: folders, tars, brace patterns such as shards/{00000..00331}.tar, URLs or pipes, one or a list; huggingface: name or folder; csv: .csv or .tsv files, also compressed."""
     split: str = "train"
     """Split of a Hugging Face data set; the others ignore it."""
+    configuration: str | None = None
+    """Configuration of a Hugging Face data set that has several."""
     image_column: str = "image"
     """Image column of a Hugging Face data set, or of a table (paths, relative to the table). webdataset uses the member with an image suffix."""
     caption_key: str = "txt"
@@ -25,7 +28,7 @@ class SourceConfig:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        return tuple(filter(None, (self.path,) if isinstance(self.path, str) else self.path))
+        return tuple(expand_home(path) for path in ((self.path,) if isinstance(self.path, str) else self.path) if path)
 
     def __post_init__(self) -> None:
         self.check("data.mix[…]")

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from clipkd.data.tables import load_rows
+from clipkd.data.rows import load_rows
+from clipkd.data.tables import with_encoded_images
 from clipkd.data.tar_index import as_text, index_whole_tar
 from clipkd.evaluation.sets import (
     CLASS_KINDS,
@@ -23,7 +24,7 @@ from clipkd.evaluation.sets import (
     with_labels,
 )
 from clipkd.evaluation.tasks import Kind, Layout
-from clipkd.files import describe_left_out, find_files, is_hidden
+from clipkd.files import describe_left_out, expand_home, find_files, is_hidden
 from clipkd.images import is_image
 
 IMAGE_ORDER = ("webp", "png", "jpg", "jpeg")
@@ -34,6 +35,7 @@ def open_evaluation_set(
     *,
     layout: Layout | None = None,
     split: str | None = None,
+    configuration: str | None = None,
     kind: Kind | None = None,
     columns: tuple[str, str, str] = ("image", "label", "caption"),
 ) -> EvaluationSet:
@@ -45,8 +47,8 @@ def open_evaluation_set(
     Raises: FileNotFoundError or ValueError naming the file that is missing or wrong.
     """
     if layout == "huggingface":
-        return open_hugging_face(str(root), split or "test", kind or "classification", columns)
-    root = Path(root)
+        return open_hugging_face(str(root), split or "test", configuration, kind or "classification", columns)
+    root = Path(expand_home(str(root)))
     if not root.is_dir():
         raise FileNotFoundError(f"no data folder {root}")
     if layout is None:
@@ -218,21 +220,21 @@ def open_imagefolder(root: Path, split: str | None) -> EvaluationSet:
     return EvaluationSet(str(root), "classification", pictures, labels, folders=names, **prompts)
 
 
-def open_hugging_face(path: str, split: str, kind: Kind, columns: tuple[str, str, str]) -> EvaluationSet:
+def open_hugging_face(
+    path: str, split: str, configuration: str | None, kind: Kind, columns: tuple[str, str, str]
+) -> EvaluationSet:
     """Rows with an image column and one of labels (a ClassLabel, or 0/1 per class) or of captions."""
-    import datasets
-
-    rows = load_rows(path, split)
+    rows, folders = load_rows(path, split, configuration)
     image, label, caption = columns
     wanted, option = (label, "label_column") if kind in CLASS_KINDS else (caption, "caption_column")
     for column, name in ((image, "image_column"), (wanted, option)):
         if column not in rows.column_names:
             raise ValueError(f"{path} has no column {column!r}, only {rows.column_names}; set {name} in the task")
     names = getattr(rows.features[wanted], "names", None)
-    rows = rows.select_columns([image, wanted]).cast_column(image, datasets.Image(decode=False))
+    rows = with_encoded_images(rows.select_columns([image, wanted]), image, path)
     rows = rows.rename_columns({image: "image", wanted: "found"}) if (image, wanted) != ("image", "found") else rows
-    pictures = [Row(f"row {number}", path, rows, number) for number in range(len(rows))]
-    found = list(rows["found"])
+    pictures = [Row(f"row {number}", path, rows, number, folders) for number in range(len(rows))]
+    found: list[Any] = list(rows["found"])
     if names and (ordered := name_order(names)) != names == sorted(names):  # made from the names of class folders
         places = {number: ordered.index(name) for number, name in enumerate(names)}
         found, names = [places.get(number, number) for number in found], ordered

@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from clipkd import files
+from clipkd.data.tables import stored_image
 from clipkd.evaluation.tasks import Kind
 from clipkd.images import open_image, to_rgb
 
@@ -52,12 +53,11 @@ class Row:
     where: str
     rows: Any
     number: int
+    folders: list[tuple[int, Path]]
+    """As `load_rows` gives them."""
 
     def read(self) -> bytes:
-        image = self.rows[self.number]["image"]
-        if image is None or (image["bytes"] is None and not image["path"]):
-            raise ValueError("it has no image")
-        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        return stored_image(self.rows[self.number]["image"], self.folders, self.number, self.key)
 
     def stamp(self, stat: Callable[[Path], os.stat_result]) -> tuple[int, int | str]:
         return -1, str(self.rows._fingerprint)  # lengths would need a pass over the images

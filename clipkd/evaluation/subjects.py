@@ -54,7 +54,9 @@ def open_subject(task: Task, root: str | Path) -> Subject:
     Raises: FileNotFoundError or ValueError naming what is missing or differs in size from the task.
     """
     columns = (task.image_column, task.label_column, task.caption_column)
-    data = open_evaluation_set(root, layout=task.layout, split=task.split, kind=task.kind, columns=columns)
+    data = open_evaluation_set(
+        root, layout=task.layout, split=task.split, configuration=task.configuration, kind=task.kind, columns=columns
+    )
     if data.kind in CLASS_KINDS:
         data = with_prompts(task, data)
     for what, found, expected in (

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from clipkd.config import shipped
 from clipkd.config.yaml_file import read_yaml
 from clipkd.errors import require
+from clipkd.files import expand_home
 
 Kind = Literal["classification", "multilabel", "retrieval", "pairs"]
 Layout = Literal["webdataset", "imagefolder", "huggingface"]
@@ -36,6 +37,8 @@ class Task:
     """webdataset: CLIP_benchmark's; imagefolder: SPLIT/CLASS/*.jpg; huggingface: a hub name or a folder of parquet files; null takes one of the first two, by the files found."""  # noqa: E501
     split: str | None = None
     """Folder of the split below the data folder, or split of a Hugging Face set; null takes test, or val of class folders."""
+    configuration: str | None = None
+    """Configuration of a Hugging Face set that has several."""
     prompts: str = "data"
     """Class names and templates: data takes the data folder's, imagenet OpenAI's for ImageNet (80 templates)."""
     classnames: tuple[str, ...] = ()
@@ -118,6 +121,7 @@ def locate(tasks: tuple[str, ...], roots: tuple[str, ...], *, skip_missing: bool
     """
     if not roots:
         raise ValueError("data is empty; name a data folder")
+    roots = tuple(map(expand_home, roots))
     files: list[Path | None] = list(find_task_files(tasks)) or [None]
     loaded = [load_task(file) for file in files]
     if len(files) == 1:

@@ -1,19 +1,26 @@
 """Pairs from CSV and TSV files and from Hugging Face data sets, built on the spot."""
 
+import base64
+import contextlib
 import gc
+import glob
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pandas
+import pyarrow
 import pytest
 
 from clipkd.config.data import DataConfig
 from clipkd.data.open import open_pairs
 from clipkd.data.skips import BadSample
 from clipkd.data.sources import MAX_CHARACTERS, PairSet
+from clipkd.evaluation.layouts import open_evaluation_set
+from clipkd.evaluation.sets import Images
 from tests.data.samples import assert_things, labels, plain_png
 
 # datasets leaves the tables beside images open, and files that it fails to read.
@@ -161,7 +168,6 @@ NO_TABLES = {
     "a field too many": b"image,caption\n0.png,a\n0.png,b,c\n",
     "a field too few": b"image,caption\n0.png,a\n0.png\n",
     "latin-1": "image,caption\n0.png,Käse\n".encode("latin-1"),
-    "utf-16": "image,caption\n0.png,a\n".encode("utf-16"),
     "open quote": b'image,caption\n0.png,"' + b"x" * 3_000_000 + b"\n",
 }
 
@@ -172,6 +178,82 @@ def test_a_file_that_is_no_table_is_refused_by_name(tmp_path: Path, content: byt
     (tmp_path / "wrong.csv").write_bytes(content)
     with pytest.raises(ValueError, match=r"wrong\.csv"):
         csv(tmp_path / "wrong.csv")
+
+
+def compressed(content: bytes, suffix: str) -> bytes:
+    buffer = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(buffer, suffix) as stream:
+        stream.write(content)
+    return buffer.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".zst", ".lz4"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("delimiter", [",", "\t", ";"])
+def test_every_form_of_a_table_is_read_and_checked_after_unpacking(
+    tmp_path: Path, delimiter: str, encoding: str, suffix: str
+) -> None:
+    files, captions = images(tmp_path, 3), ["Käse; a, b\tc", 'a "quoted"\nword', "thing"]
+    lines = [["image", "caption"], *zip(files, captions, strict=True)]
+    text = "".join(delimiter.join('"' + field.replace('"', '""') + '"' for field in line) + "\n" for line in lines)
+    path = tmp_path / f"t.csv{suffix}"
+
+    def write(text: str) -> Path:
+        content = text.encode(encoding)
+        path.write_bytes(
+            compressed(content, {"gz": "gzip", "zst": "zstd"}.get(suffix[1:], suffix[1:])) if suffix else content
+        )
+        return path
+
+    assert_things(csv(write(text)), lambda number: (captions[number],))
+    headless = csv(write(text.split("\n", 1)[1]), image_column="0", caption_key="1")
+    assert_things(headless, lambda number: (captions[number],))
+    swallowed = text.replace('"Käse', '"Kä"se').replace('""quoted""', '"quoted')
+    with pytest.raises(ValueError, match=r"t\.csv.*(quotes of the row at line|no readable table)"):
+        csv(write(swallowed))
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(ValueError, match=r"t\.csv"):
+        csv(path)
+
+
+def test_an_unclosed_quote_in_a_compressed_table_does_not_swallow_the_rest(tmp_path: Path) -> None:
+    rows = [f"{file},thing {n}" for n, file in enumerate(images(tmp_path, 24))]
+    rows[13] = '13.png,"thing'
+    for n in (14, 20):
+        rows[n] += ' 12" screen'
+    path = tmp_path / "t.csv.gz"
+    path.write_bytes(compressed("\n".join(["image,caption", *rows, ""]).encode(), "gzip"))
+    with pytest.raises(ValueError, match=r"t\.csv\.gz: the quotes of the row at line 15 do not match"):
+        csv(path)
+
+
+def test_a_message_about_columns_is_no_longer_than_a_screen(tmp_path: Path) -> None:
+    path = table(tmp_path / "t.csv", [["x" * 5000, *map(str, range(3000))]])
+    with pytest.raises(ValueError, match="has no column 'image'") as caught:
+        csv(path)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_table_reads_as_open_clip_reads_it_but_for_words_that_pandas_takes_for_nothing(tmp_path: Path) -> None:
+    # open_clip: pandas.read_csv(path, sep="\t"), then every image by its path and str(caption).
+    odd = ["NA", "null", "", "nan", "None"]
+    lines = [["filepath", "title"], *([f"{n}.png", caption] for n, caption in enumerate([*CAPTIONS[10:], *odd]))]
+    text = "\n\n".join("\t".join('"' + field.replace('"', '""') + '"' for field in line) for line in lines)
+    path = tmp_path / "t.csv"
+    path.write_text(text.replace("\n\n\n", "\n"), encoding="utf-8", newline="")
+    images(tmp_path, len(lines))
+    theirs = pandas.read_csv(path, sep="\t")
+    source = csv(path, image_column="filepath", caption_key="title")
+    assert len(source) == len(theirs) == len(lines) - 1
+    for number, caption in enumerate(map(str, theirs["title"])):
+        try:
+            ours = source.read(number).captions
+        except BadSample as bad:
+            assert (bad.skip.cause, caption) == ("empty caption", "nan")  # noqa: PT017
+            continue
+        expected = lines[number + 1][1]
+        assert ours == (expected.strip()[:MAX_CHARACTERS].strip(),)
+        assert caption == (expected if expected not in odd else "nan")
 
 
 def test_a_wrong_row_is_named(tmp_path: Path) -> None:
@@ -381,3 +463,210 @@ def test_a_damaged_data_set_is_one_value_error_that_names_it(
             num_refused += 1
             assert f"data{trial}" in str(error)  # noqa: PT017
     assert num_refused >= 2
+
+
+def parquet(path: Path, numbers: Iterable[int]) -> Path:
+    """Thing N with its image, for every number."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [{"bytes": plain_png(number), "path": None} for number in numbers]
+    columns = {"image": images, "caption": [f"thing {number}" for number in numbers]}
+    with path.open("wb") as file:
+        datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).to_parquet(file)
+    return path
+
+
+def things(source: PairSet) -> list[int]:
+    return [int(source.read(number).captions[0].removeprefix("thing ")) for number in range(len(source))]
+
+
+@pytest.mark.parametrize("name", ["data[1]", "a*b", "with space", "q?x", "ü@x:y", "{a,b}", "x%20y", "train"])
+@pytest.mark.parametrize("form", ["folder", "saved", "file", "link", "relative", "home", "here"])
+def test_a_local_name_is_never_a_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_collection: None, name: str, form: str
+) -> None:
+    for beside in ("data1", "a_old_b", "a", "b", "q2x"):
+        parquet(tmp_path / beside / "0.parquet", range(9))
+    path = parquet(tmp_path / name / "0.parquet", range(2)).parent
+    if form == "saved":
+        datasets.load_dataset("parquet", data_files=glob.escape(str(path / "0.parquet")), split="train").save_to_disk(
+            path / "s"
+        )
+        path = path / "s"
+    elif form == "file":
+        path = path / "0.parquet"
+    elif form == "link":
+        path = tmp_path / "link to it"
+        path.symlink_to(tmp_path / name)
+    elif form == "relative":
+        monkeypatch.chdir(tmp_path)
+        path = Path(name)
+    elif form == "here":
+        monkeypatch.chdir(path)
+        path = Path()
+    elif form == "home":
+        monkeypatch.setenv("HOME", str(tmp_path))
+        path = Path("~", name)
+    assert things(hugging_face(path)) == [0, 1]
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "expected", "left_out"),
+    [
+        ({"coyo-0": [0], "coyo-1": [1], "cc3m-train": [2], "test_of_time": [3]}, "train", [2, 0, 1, 3], None),
+        ({"train-00000-of-00002": [0], "train-00001-of-00002": [1], "test-00000-of-00001": [2]}, "train", [0, 1], None),
+        ({"train-00000-of-00002": [0], "train-00001-of-00002": [1], "test-00000-of-00001": [2]}, "test", [2], None),
+        ({"data/train-0": [0], "data/validation-0": [1]}, "val", [1], None),
+        (
+            {"train/a": [0], "train/b": [1], "val/a": [2], "c": [3]},
+            "train",
+            [0, 1],
+            "1 of 4 files .* such as c.parquet",
+        ),
+        ({"mine/a": [0], "other/a": [1]}, "mine", [0], "1 of 2 files"),
+        ({"train/a": [0], "val/a": [1]}, "train+val", [0, 1], None),
+        ({"a": [0, 1, 2, 3]}, "train[:50%]", [0, 1], None),
+        ({".cache/a": [0], "._b": [1], "c": [2]}, "train", [2], None),
+    ],
+)
+def test_a_split_is_what_the_option_and_folders_say(
+    tmp_path: Path,
+    quick_collection: None,
+    files: dict[str, list[int]],
+    split: str,
+    expected: list[int],
+    left_out: str | None,
+) -> None:
+    for name, numbers in files.items():
+        parquet(tmp_path / f"{name}.parquet", numbers)
+    with pytest.warns(UserWarning, match=left_out) if left_out else contextlib.nullcontext():
+        assert things(hugging_face(tmp_path, split=split)) == expected
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        *(("{}/none", "no file or folder .*none$"), ("./none", "no file or folder"), ("~/none", "no file or folder")),
+        *(("here/none", "no file or folder here/none$"), ("none.parquet", "no file or folder none.parquet$")),
+        *(("{}/empty", "neither images nor tables"), ("{}/notes.txt", r"it is no table \(\.parquet")),
+        ("{}/a::b", "takes the '::' of .*/a::b/0.parquet for a chain"),
+        ("{}/splits", r"no split 'train', only \['test'\]"),
+    ],
+)
+def test_a_missing_or_empty_place_is_an_error_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_collection: None, path: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("here", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notes.txt").touch()
+    for name in ("splits/test", "a::b"):
+        parquet(tmp_path / name / "0.parquet", [0])
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        open_set("huggingface", path.format(tmp_path))  # type: ignore[arg-type]
+
+
+CONFIGURED = """---
+license: mit
+configs:
+- config_name: en
+  data_files:
+  - {split: train, path: en-*.parquet}
+  - {split: test, path: [test/en.parquet]}
+- config_name: de
+  data_dir: de
+---
+Text.
+"""
+
+
+def test_one_of_several_configurations_is_named(tmp_path: Path, quick_collection: None) -> None:
+    for number, name in enumerate(["en-0", "en-1", "de/train-0", "test/en", "de/test-0", "other/a"]):
+        parquet(tmp_path / f"{name}.parquet", [number])
+    (tmp_path / "README.md").write_text(CONFIGURED)
+    found = {
+        (name, split): things(hugging_face(tmp_path, configuration=name, split=split))
+        for name in ("en", "de")
+        for split in ("train", "test")
+    }
+    assert found == {("en", "train"): [0, 1], ("en", "test"): [3], ("de", "train"): [2], ("de", "test"): [4]}
+    for options in ({}, {"configuration": "fr"}):
+        with pytest.raises(ValueError, match=r"configurations \['de', 'en'\]; set data\.configuration to one of them"):
+            hugging_face(tmp_path, **options)
+    assert things(hugging_face(tmp_path, configuration="other")) == [5]  # a folder
+    gc.collect()
+
+
+Fields = Callable[[Path, int], Any]
+FIELDS: dict[str, Fields] = {
+    "relative": lambda folder, n: f"images/{n}.png",
+    "parent": lambda folder, n: f"../{folder.name}/images/{n}.png",
+    "absolute": lambda folder, n: str(folder / "images" / f"{n}.png"),
+    "file://": lambda folder, n: (folder / "images" / f"{n}.png").as_uri(),
+    "base64": lambda folder, n: base64.b64encode(plain_png(n)).decode(),
+    "data:": lambda folder, n: "data:image/png;base64," + base64.b64encode(plain_png(n)).decode(),
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("form", ["csv", "parquet strings", "parquet structs", "saved", "evaluation"])
+def test_an_image_is_named_relative_to_its_table_or_is_written_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_collection: None, form: str, field: str
+) -> None:
+    folder = tmp_path / "some folder"
+    images(folder / "images", 2)
+    values = [FIELDS[field](folder, number) for number in range(2)]
+    monkeypatch.chdir(tmp_path)
+    if form == "csv":
+        table(folder / "t.csv", [["image", "caption"], *([value, f"thing {n}"] for n, value in enumerate(values))])
+        return assert_things(csv(Path("some folder") / "t.csv"))
+    column: list[Any] = (
+        values if form in ("parquet strings", "saved") else [{"bytes": None, "path": value} for value in values]
+    )
+    rows = datasets.Dataset.from_dict({"image": column, "caption": ["thing 0", "thing 1"], "label": [0, 1]})
+    if form == "saved":
+        rows.save_to_disk(folder)
+    else:
+        rows.to_parquet(folder / "0.parquet")
+    if form == "evaluation":
+        data = open_evaluation_set(folder, layout="huggingface")
+        return_value = [Images(data.pictures, lambda image: image.getpixel((0, 0)))[n][0] for n in range(2)]
+        assert return_value == [(0, 0, 0), (1, 0, 0)]
+        return None
+    return assert_things(hugging_face(Path("some folder")))
+
+
+def test_paths_of_tables_in_several_folders_are_each_relative_to_their_own(
+    tmp_path: Path, quick_collection: None
+) -> None:
+    for number, name in enumerate(["a", "b"]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(plain_png(number))
+        columns = {"image": ["0.png"], "caption": [f"thing {number}"]}
+        datasets.Dataset.from_dict(columns).to_parquet(tmp_path / name / "0.parquet")
+    assert_things(hugging_face(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("https://host/a.png", r"names a URL \(https://host/a\.png\); download the images"),
+        ("C:\\images\\0.png", "write its folders with /"),
+        ("x" * 100, "the image file cannot be read"),
+    ],
+)
+def test_a_field_that_names_no_file_says_why(tmp_path: Path, value: str, words: str) -> None:
+    lines = [["image", "caption"], [images(tmp_path, 1)[0], "thing 0"], [value, "a"]]
+    with pytest.raises(BadSample, match=words):
+        csv(table(tmp_path / "t.csv", lines)).read(1)
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [([[{"bytes": plain_png(0), "path": None}]], "lists; a pair has one image"), ([3], r"Value.*int64.*, not images")],
+)
+def test_a_column_that_holds_no_images_is_refused(tmp_path: Path, column: list[Any], words: str) -> None:
+    datasets.Dataset.from_dict({"image": column, "caption": ["a"]}).to_parquet(tmp_path / "0.parquet")
+    with pytest.raises(ValueError, match=rf"the column 'image' holds {words}"):
+        hugging_face(tmp_path)
