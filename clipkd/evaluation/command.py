@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from clipkd import distributed
+from clipkd import distributed, progress
 from clipkd.config.paths import require_writable
 from clipkd.errors import require
 from clipkd.evaluation.compare import beside_teacher
@@ -95,6 +95,9 @@ class Harness:
             )
             for name, weights in self.weights.items()
         }
+        for name, embedder in self.embedders.items():
+            if distributed.rank() == 0:
+                progress.console.print(f"{name}: {embedder.encoder.describe_inputs()}", soft_wrap=True, markup=False)
         self.costs: dict[str, Any] = {}
         self.results.folder.mkdir(parents=True, exist_ok=True)
 

@@ -46,6 +46,8 @@ def result_row(subject: Subject, embedder: Embedder, measured: Measured, seconds
         **({"calibration": measured.calibration} if measured.calibration else {}),
         "language": "en",
         "precision": embedder.precision,
+        "preprocess_cfg": embedder.encoder.preprocess_config,
+        "activation": embedder.encoder.activation,
         "logit_scale": embedder.encoder.logit_scale.item(),
         "seconds": round(seconds, 2),
         "id": result_id(subject, embedder),

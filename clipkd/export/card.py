@@ -74,7 +74,8 @@ def publishable(value: Any) -> Any:
     if "://" in value:
         address = urlsplit(value)
         return f"{address.scheme}://{address.hostname or ''}{address.path}"
-    return "@".join(PARENTS.sub(r"\1", part) for part in split_weights(value) if part is not None)
+    name, weights = split_weights(value)
+    return PARENTS.sub(r"\1", name) + ("" if weights is None else f"@{publishable(weights)}")
 
 
 def write_card(

@@ -10,6 +10,8 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.convert import convert_state_dict, load_big_vision_weights
+from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from safetensors import SafetensorError
 from torch import Tensor
@@ -20,9 +22,13 @@ from clipkd.config.train import StudentConfig, TrainConfig, split_weights
 from clipkd.errors import short
 from clipkd.models import students
 from clipkd.models.encoder import PROBES, Encoder
+from clipkd.models.weights import read_weights
 
 LOADING_ERRORS = (RuntimeError, OSError, TypeError, KeyError, SafetensorError, pickle.UnpicklingError, EOFError)
 """Exceptions of torch, safetensors and open_clip for damaged weight files and for weights of another architecture."""
+
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
+"""What a tag of open_clip says of the images that its weights were trained on."""
 
 
 def initial_student(config: TrainConfig) -> Encoder:
@@ -73,21 +79,45 @@ def find_architecture(model: str) -> tuple[str, dict[str, Any]]:
     raise ValueError(f"no model {model!r}, and no such folder; {hint}")
 
 
-def check_weights(name: str, model_config: dict[str, Any], pretrained: str) -> None:
-    """Raises: ValueError for an unknown tag, or a tag whose weights were trained with the other activation."""
-    tag = get_pretrained_cfg(name, pretrained)
-    if not tag:
-        if Path(pretrained).is_file():
-            return
-        tags = list_pretrained_tags_by_model(name)
+def check_weights(name: str, model_config: dict[str, Any], pretrained: str) -> dict[str, Any]:
+    """How images were prepared for the weights of a tag, or of a file that was trained like all tags or like TAG@FILE.
+
+    Raises: ValueError for an unknown tag or file, another activation, or a file when the tags differ.
+    """
+    tags = list_pretrained_tags_by_model(name) if open_clip.get_model_config(name) == model_config else []
+    tag, at, _ = pretrained.partition("@")
+    file = find_weight_file(pretrained)
+    known = tags if file == pretrained else [tag] if get_pretrained_cfg(name, tag) and (file or not at) else None
+    if known is None:
         raise ValueError(f"{name} has no weights {pretrained!r}, and no such file exists; tags: {tags}")
-    wanted, configured = tag.get("quick_gelu", False), model_config.get("quick_gelu", False)
+    configs = [get_pretrained_cfg(name, tag) for tag in known]
+    for option in (*PREPROCESSING, "quick_gelu"):
+        if len({config.get(option, False) for config in configs}) > 1:
+            raise ValueError(
+                f"open_clip's weights of {name} differ in {option}, so {pretrained} does not say what it needs; name the tag "
+                f"that it was trained like: {name}@TAG@{pretrained}, TAG of {describe_choices(known, configs, option)}"
+            )
+    if not configs:
+        return {}
+    wanted, configured = configs[0].get("quick_gelu", False), model_config.get("quick_gelu", False)
     other = f"{name}-quickgelu" if wanted else name.removesuffix("-quickgelu")
     if wanted != configured and other != name:
         raise ValueError(
             f"{name} with weights {pretrained!r}: they were trained with {'QuickGELU' if wanted else 'GELU'}, the config "
             f"says {'QuickGELU' if configured else 'GELU'}; use the model {other!r} (4 points of top-1 otherwise)"
         )
+    return {option: configs[0][option] for option in PREPROCESSING}
+
+
+def find_weight_file(weights: str) -> str | None:
+    """FILE of FILE or TAG@FILE; None for a tag."""
+    return next((file for file in (weights, weights.partition("@")[2]) if Path(file).is_file()), None)
+
+
+def describe_choices(tags: list[str], configs: list[dict[str, Any]], option: str) -> str:
+    """One tag for each value of an option."""
+    first = {str(config.get(option, False)): tag for tag, config in reversed([*zip(tags, configs, strict=True)])}
+    return ", ".join(f"{tag} ({value})" for value, tag in first.items())
 
 
 def build_open_clip(
@@ -98,8 +128,8 @@ def build_open_clip(
     preprocess_config: dict[str, Any] | None = None,
 ) -> Encoder:
     """An open_clip model from its config dictionary, initialised at random or from a tag or file of weights."""
-    if pretrained is not None:
-        check_weights(name, model_config, pretrained)
+    prepared = {} if pretrained is None else check_weights(name, model_config, pretrained)
+    file = find_weight_file(pretrained or "")
     with tempfile.TemporaryDirectory() as folder:
         # open_clip takes configs by name only, and a student's config must not replace a known one of the same name.
         registered = name if open_clip.get_model_config(name) == model_config else f"clipkd-{name}"
@@ -110,16 +140,38 @@ def build_open_clip(
         try:
             model = open_clip.create_model(
                 model_name=registered,
-                pretrained=pretrained,
-                force_preprocess_cfg=preprocess_config,
+                pretrained=None if file else pretrained,
+                force_preprocess_cfg=prepared | (preprocess_config or {}),
                 pretrained_text=False,
-                require_pretrained=pretrained is not None,
+                require_pretrained=pretrained is not None and not file,
             )
+            if file:
+                load_weights(model, Path(file))
             tokenizer = open_clip.get_tokenizer(model_name=registered)
-        except (*LOADING_ERRORS, AssertionError, AttributeError) as error:
+        except (*LOADING_ERRORS, ValueError, AssertionError, AttributeError) as error:
             reason = short(error) or "the weights are of another architecture"
             raise ValueError(f"open_clip cannot make {name!r} with weights {pretrained!r}: {reason}") from error
     return wrap_open_clip(model, tokenizer, name=name, model_config=model_config)
+
+
+def load_weights(model: Any, path: Path) -> None:
+    """Load a file of weights into an open_clip model as open_clip does, positions resampled to the model's size.
+
+    Raises: ValueError or RuntimeError if it is unusable or of another architecture.
+    """
+    if path.suffix in (".npz", ".npy"):
+        load_big_vision_weights(model, str(path))
+        return
+    tensors = convert_state_dict(model, read_weights(path))
+    if "positional_embedding" in tensors and not hasattr(model, "positional_embedding"):
+        tensors = convert_to_custom_text_state_dict(tensors)
+    for scalar in ("logit_scale", "logit_bias"):
+        if scalar in tensors and getattr(model, scalar, None) is not None:  # numbers, or vectors of one
+            tensors[scalar] = tensors[scalar].reshape(getattr(model, scalar).shape)
+    tensors.pop("text.transformer.embeddings.position_ids", None)  # of earlier transformers
+    resize_pos_embed(tensors, model)
+    resize_text_pos_embed(tensors, model)
+    model.load_state_dict(tensors, strict=True)
 
 
 def wrap_open_clip(model: Any, tokenizer: Any, *, name: str, model_config: dict[str, Any] | None) -> Encoder:

@@ -17,6 +17,8 @@ from clipkd.views import Features, View, ViewSpec
 PROBES = ("A photo of a DOG, (two cats!) &amp; a naïve  “fish” in 2024; it's über-cool…", "one more word and " * 30)
 """Texts that tell tokenizers apart: case, punctuation, entities, spaces, numbers, length."""
 
+ACTIVATIONS = ("ReLU", "ReLU6", "SiLU", "Hardswish")
+
 
 class Encoder(nn.Module):
     """Any CLIP behind one interface: two towers into one space, a logit scale, and the preprocessing of its weights."""
@@ -126,6 +128,19 @@ class Encoder(nn.Module):
         found = ((name, getattr(module, name, None)) for module in self.model.modules() for name in names)
         parts = [(name, value) for name, value in found if isinstance(value, int | str)]
         return [re.sub(r" at 0x[0-9a-f]+", "", repr(self.model)), configured, parts]
+
+    @property
+    def activation(self) -> str:
+        """Classes of the activations in both towers, such as QuickGELU; empty if they are unknown."""
+        names = {type(module).__name__.removesuffix("Activation") for module in self.model.modules()}
+        return ", ".join(sorted(name for name in names if "GELU" in name or name in ACTIVATIONS))
+
+    def describe_inputs(self) -> str:
+        """Size, interpolation, mean, std and activation: what a number depends on besides the weights."""
+        mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (self.spec.mean, self.spec.std))
+        size = f"{self.spec.size[0]} × {self.spec.size[1]} px {self.spec.interpolation}"
+        parts = [size, self.preprocess_config["resize_mode"], f"mean {mean}", f"std {std}", self.activation]
+        return ", ".join(filter(None, parts))
 
     def weights_sha256(self) -> str:
         """Hash of all weights and buffers with their names."""

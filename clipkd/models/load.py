@@ -7,12 +7,21 @@ import open_clip
 from open_clip.pretrained import list_pretrained_tags_by_model
 
 from clipkd.config.train import split_weights
+from clipkd.errors import require, short
 from clipkd.models import run_folder
-from clipkd.models.create import LOADING_ERRORS, build_open_clip, find_architecture, wrap_open_clip
+from clipkd.models.create import (
+    LOADING_ERRORS,
+    build_open_clip,
+    find_architecture,
+    find_weight_file,
+    load_weights,
+    wrap_open_clip,
+)
 from clipkd.models.encoder import Encoder
 from clipkd.models.hugging_face import load_transformers
 from clipkd.models.onnx import load_onnx
 from clipkd.models.onnx_student import SUFFIXES, find_formats
+from clipkd.models.weights import require_content
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".onnx")
 
@@ -59,6 +68,8 @@ def load_folder(folder: Path, format: str, *, ema: bool) -> Encoder:
         raise ValueError(f"no folder {folder}")
     if format in SUFFIXES:
         return load_onnx(folder, format)
+    for file in weight_files(str(folder)):
+        require_content(file)
     if format == "hf":
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} has no config.json, so it is no transformers model; clipkd export … --to hf")
@@ -90,15 +101,18 @@ def load_checkpoint(folder: Path, *, ema: bool) -> Encoder:
 
 def load_open_clip(model: str) -> Encoder:
     """local-dir:FOLDER or hf-hub:REPO. Raises: ValueError without weights, where open_clip alone would warn and go random."""
+    local, model_config = model.startswith("local-dir:"), None
     try:
-        network = open_clip.create_model(model_name=model, require_pretrained=True)
+        network = open_clip.create_model(model_name=model, load_weights=not local, require_pretrained=not local)
+        if local:
+            files = weight_files(model)
+            require(bool(files), "it has no weights")
+            load_weights(network, min(files, key=lambda file: (not file.name.startswith("open_clip"), file.suffix)))
+            path = Path(model.removeprefix("local-dir:")) / "open_clip_config.json"
+            model_config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
         tokenizer = open_clip.get_tokenizer(model_name=model)
     except (*LOADING_ERRORS, ValueError) as error:
-        raise ValueError(f"open_clip cannot load {model}: {error}") from error
-    model_config = None
-    if model.startswith("local-dir:"):
-        path = Path(model.removeprefix("local-dir:")) / "open_clip_config.json"
-        model_config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+        raise ValueError(f"open_clip cannot load {model}: {short(error)}") from error
     return wrap_open_clip(network, tokenizer, name=model, model_config=model_config)
 
 
@@ -106,7 +120,7 @@ def weight_files(model: str) -> list[Path]:
     """The local weight files of a model that `load_model` takes; none for a hub's name or a folder that is gone."""
     name, weights = split_weights(model)
     if weights:
-        return [Path(weights)] if Path(weights).is_file() else []
+        return [Path(file)] if (file := find_weight_file(weights)) else []
     _, folder = split_prefix(name)
     if run_folder.is_run(folder):
         return [run_folder.resolve(folder) / "model.safetensors"]

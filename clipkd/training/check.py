@@ -133,11 +133,8 @@ def describe_data(config: TrainConfig, pairs: data.Pairs, findings: Findings) ->
 
 def describe_model(role: str, encoder: Encoder, findings: Findings) -> None:
     sizes = students.count_parameters(encoder.model)
-    spec, configured = encoder.spec, encoder.model_config
     parts = [f"{encoder.name}: {sizes['image'] / 1e6:.2f}M image + {sizes['text'] / 1e6:.2f}M text parameters"]
-    parts += [f"width {encoder.dim}", f"{spec.size[0]} × {spec.size[1]} px {spec.interpolation}", spec.tokenizer_name]
-    if configured is not None:
-        parts.append("QuickGELU" if configured.get("quick_gelu") else "GELU")
+    parts += [f"width {encoder.dim}", encoder.describe_inputs(), encoder.spec.tokenizer_name]
     if encoder.dtype != torch.float32:
         parts.append(str(encoder.dtype).removeprefix("torch."))
     if encoder.text_is_frozen:

@@ -55,7 +55,7 @@ SAMPLES = {"key": ["0/s0", "0/s1"], "label": [1, 0], "correct": [True, False], "
 
 def embedder(name: str = "a", *, sha256: str = "m") -> Any:
     """What a row needs of a model."""
-    encoder = SimpleNamespace(name=name, logit_scale=torch.tensor(100.0))
+    encoder = SimpleNamespace(name=name, logit_scale=torch.tensor(100.0), preprocess_config={}, activation="GELU")
     return SimpleNamespace(encoder=encoder, precision="fp32", weights_sha256="w", sha256=sha256)
 
 
