@@ -22,15 +22,13 @@ Distill a large CLIP into a small one.
 
 commands:
   check    try a configuration and report every problem: clipkd check mine.yaml --data.path shards
-  cache    compute the teachers' features once, to train from them: clipkd cache mine.yaml --output DIR --views 4
-           clipkd cache verify DIR [--recompute 64]
+  cache    compute the teachers' features once: clipkd cache mine.yaml --output DIR --views 4 | cache verify DIR
+  inherit  cut a student out of a teacher: clipkd inherit TEACHER --depth 6 --width 384 --output student.json
   train    train a student: clipkd train mine.yaml, or clipkd train RECIPE --data.path shards
   report   draw a run's curves, throughput, skipped samples and evaluations as one HTML page
-  eval     zero-shot numbers of any model: clipkd eval --model M --task imagenet1k --data /data/imagenet
-           clipkd eval ls | validate DATA | compare FIRST SECOND
+  eval     zero-shot numbers of any model: clipkd eval --model M --task T --data DIR; eval ls | validate | compare
   export   a student for open_clip, transformers and ONNX Runtime, verified: clipkd export RUN --to open_clip,hf,onnx --output DIR
-  predict  use what was exported: clipkd predict DIR photo.jpg --labels 'a cat' 'a dog'
-           clipkd predict DIR FOLDER --query 'a red car'
+  predict  use what was exported: clipkd predict DIR photo.jpg --labels 'a cat' 'a dog', or DIR FOLDER --query 'a red car'
   bench    latency, throughput, memory and size of what was exported, in each of its formats: clipkd bench DIR
   demo     run every step on drawings of 1,337 things, in minutes on a CPU
 
@@ -195,6 +193,13 @@ def cache_verify_command(arguments: list[str]) -> None:
     exit_on_problems("cache verify", verify(arguments))
 
 
+def inherit_command(arguments: list[str]) -> None:
+    from clipkd.models.inherit import InheritConfig, inherit
+
+    about = "Cut a student out of a teacher: some of its blocks, heads and channels."
+    print("\n".join(inherit(parse_into(InheritConfig, arguments, "inherit", about, positional=("teacher",)))))
+
+
 def report_command(arguments: list[str]) -> None:
     from clipkd.report import ReportConfig, write_report
 
@@ -258,8 +263,7 @@ def predict_command(arguments: list[str]) -> None:
     from clipkd.inference.predict import PredictConfig, predict
 
     about = "Name what images show (--labels), or find the images that show something (--query)."
-    for line in predict(parse_into(PredictConfig, arguments, "predict", about, positional=("model", "images"))):
-        print(line)
+    print("\n".join(predict(parse_into(PredictConfig, arguments, "predict", about, positional=("model", "images")))))
 
 
 def bench_command(arguments: list[str]) -> None:
@@ -282,6 +286,7 @@ COMMANDS = {
     "check": check_command,
     "cache": cache_command,
     "cache verify": cache_verify_command,
+    "inherit": inherit_command,
     "train": train_command,
     "report": report_command,
     "eval": eval_command,

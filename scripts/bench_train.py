@@ -48,7 +48,7 @@ from clipkd import files, progress
 from clipkd.config.train import StudentConfig
 from clipkd.export.artefacts import write_open_clip
 from clipkd.inference import bench
-from clipkd.models.create import create_student
+from clipkd.models.initial import create_student
 
 Row = dict[str, Any]
 VARIANTS = ("plain", "online", "cached", "online_gkl", "cached_gkl", "open_clip")

@@ -43,9 +43,7 @@ class ObjectiveConfig(Terms):
     queue: int = 0
     """Earlier global batches whose keys join this one's, in gkl, kl, affinity, soft_bce, itc and icl; 0 none."""
     warmup_steps: int = 0
-    """Steps over which the weights of all terms but info_nce and sigmoid rise linearly to their values."""
-    scale_by_temperature_squared: bool = False
-    """Multiply the cross-entropies of gkl, closed_set and kl by their temperature², so that gradients keep their size (Hinton et al. 2015)."""
+    """Steps over which the weights of all terms but info_nce and sigmoid, and the shares of itc's softened targets, rise linearly to their values."""
     logit_scale: LogitScaleConfig = field(default_factory=LogitScaleConfig)
     """Logit-scale policy."""
     tile_size: int = 2048
@@ -64,7 +62,7 @@ class ObjectiveConfig(Terms):
 
     def weight_at(self, term: Term, step: int) -> float:
         """Weight of a term at a step (counted from 0)."""
-        warm = term.asks.task or step + 1 >= self.warmup_steps
+        warm = term.asks.task or term.asks.warms_itself or step + 1 >= self.warmup_steps
         return term.weight if warm else term.weight * (step + 1) / self.warmup_steps
 
     def keys_of(self, term: Term) -> Keys:

@@ -34,6 +34,8 @@ class Asks:
     """Terms that must be on, too: they train the logit scale that this one shares."""
     task: bool = False
     """Whether it is a task loss, which objective.warmup_steps does not apply to."""
+    warms_itself: bool = False
+    """Whether objective.warmup_steps raises a part of it, not its weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +48,8 @@ class Term:
     def check(self, name: str) -> None:
         """Raises: ValueError naming the option."""
         require(self.weight >= 0, f"objective.{name}.weight is {self.weight}; it must be 0 or more")
-        for option in ("temperature", "weight_temperature", "scale"):
-            value = getattr(self, option, 1.0)
-            require(value > 0, f"objective.{name}.{option} is {value}; it must be positive")
+        temperature = getattr(self, "temperature", 1.0)
+        require(temperature > 0, f"objective.{name}.temperature is {temperature}; it must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +75,6 @@ class GKLTerm(Term):
     """Smoothing power on the pair weights: 1 plain, 0 uniform."""
     temperature: float = 1.0
     """Softens both sides of the cross-entropy half; multiplies on top of the logit scales."""
-    weight_temperature: float = 1.0
-    """Softens the teacher's probabilities used as pair weights."""
 
     asks = Asks(queue=True, teacher_logits="softmax")
 
@@ -99,9 +98,6 @@ class KLTerm(Term):
 
 @dataclass(frozen=True, kw_only=True)
 class AffinityTerm(Term):
-    scale: float = 50.0
-    """Fixed logit scale of both sides (TinyCLIP: 50)."""
-
     asks = Asks(queue=True, teacher_logits="softmax", model_scales=False)
 
 
@@ -116,17 +112,21 @@ class ITCTerm(Term):
     """Share of the momentum encoder's softmax in the target (ALBEF's alpha); what both shares leave goes to the true pairs."""
     teacher_share: float = 0.0
     """Share of the teacher's softmax in the target."""
-    ramp_steps: int = 0
-    """Steps over which both shares rise linearly from 0 (ALBEF: the first epoch)."""
 
     @property
     def asks(self) -> Asks:  # type: ignore[override]
         teacher = self.teacher_share > 0
-        return Asks(keys="momentum", queue=True, teacher=teacher, teacher_logits="softmax" if teacher else None)
+        return Asks(
+            keys="momentum",
+            queue=True,
+            warms_itself=True,
+            teacher=teacher,
+            teacher_logits="softmax" if teacher else None,
+        )
 
-    def shares(self, step: int) -> tuple[float, float]:
+    def shares(self, step: int, warmup_steps: int) -> tuple[float, float]:
         """Shares of momentum encoder and teacher at a step (counted from 0)."""
-        ramp = min(1.0, step / self.ramp_steps) if self.ramp_steps else 1.0
+        ramp = min(1.0, step / warmup_steps) if warmup_steps else 1.0
         return ramp * self.momentum_share, ramp * self.teacher_share
 
     def check(self, name: str) -> None:
@@ -135,7 +135,6 @@ class ITCTerm(Term):
         allowed = min(shares) >= 0 and sum(shares) <= 1
         where = f"objective.{name}.momentum_share and teacher_share"
         require(allowed, f"{where} are {shares[0]} and {shares[1]}; both must be 0 or more, their sum 1 at most")
-        require(self.ramp_steps >= 0, f"objective.{name}.ramp_steps is {self.ramp_steps}; it must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +203,7 @@ class Terms:
     kl: KLTerm = field(default_factory=KLTerm)
     """KL divergence from the teacher's distribution, or from the mean of several teachers' (MobileCLIP)."""
     affinity: AffinityTerm = field(default_factory=AffinityTerm)
-    """Affinity mimicking: soft cross-entropy at one fixed logit scale (TinyCLIP)."""
+    """Affinity mimicking: soft cross-entropy at the fixed logit scale 50 (TinyCLIP)."""
     soft_bce: SoftBCETerm = field(default_factory=SoftBCETerm)
     """Binary cross-entropy against a sigmoid teacher's probabilities (SigLIP teachers)."""
     itc: ITCTerm = field(default_factory=ITCTerm)

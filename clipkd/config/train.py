@@ -14,6 +14,8 @@ from clipkd.config.data import DataConfig
 from clipkd.config.objective import ObjectiveConfig, require_number_of_teachers, require_objective
 from clipkd.errors import require
 
+Tower = Literal["image", "text"]
+
 
 def split_weights(model: str) -> tuple[str, str | None]:
     """NAME@WEIGHTS → name, weights; None without weights. An @ in the path of an existing file or folder belongs to the path."""
@@ -27,9 +29,42 @@ def split_weights(model: str) -> tuple[str, str | None]:
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     model: str = "ViT-T-16"
-    """Architecture, then @ and its initial weights (an open_clip tag or a file): an open_clip name, one of clipkd's (ViT-T-16, demo-student, demo-teacher) or an open_clip JSON file. Without weights it starts from random ones."""
-    text: Literal["trained", "frozen", "teacher"] = "trained"
-    """Text tower: trained; frozen at the weights that student.model names; teacher: the first teacher's own, frozen (same text_cfg, width and tokenizer)."""
+    """Architecture, then @ and its initial weights (an open_clip tag or a file): an open_clip name, one of clipkd's (ViT-T-16, demo-student, demo-teacher) or an open_clip JSON file. Or a run or open_clip folder, to continue from. Without weights it starts from random ones."""
+    image: Literal["trained", "frozen", "head"] = "trained"
+    """Image tower: trained; frozen at its initial weights; head: its projection alone is trained (LiT)."""
+    text: Literal["trained", "frozen", "head", "teacher"] = "trained"
+    """Text tower: as image; teacher: the first teacher's own, frozen (same text_cfg, width and tokenizer)."""
+    image_weights: str | None = None
+    """Initial weights of the image tower alone: a file of them (timm's, torchvision's, open_clip's), a timm name, a run or model as in teacher.models, or teacher for the first teacher's."""
+    text_weights: str | None = None
+    """Initial weights of the text tower alone: a file of them, a transformers folder or name, a run or model as in teacher.models, or teacher for the first teacher's."""
+
+    def weights(self) -> dict[Tower, str]:
+        """The source of each tower that has initial weights of its own."""
+        found: dict[Tower, str | None] = {"image": self.image_weights, "text": self.text_weights}
+        if self.text == "teacher":
+            found["text"] = "teacher"
+        return {tower: source for tower, source in found.items() if source}
+
+    def frozen(self) -> dict[Tower, Literal["frozen", "head"]]:
+        """The towers that do not train, or of which the projection alone does."""
+        text = "frozen" if self.text == "teacher" else self.text
+        modes: dict[Tower, Literal["trained", "frozen", "head"]] = {"image": self.image, "text": text}
+        return {tower: mode for tower, mode in modes.items() if mode != "trained"}
+
+    def check(self) -> None:
+        """Raises: ValueError if something is frozen at random weights."""
+        named = self.weights() if split_weights(self.model)[1] is None and not Path(self.model).is_dir() else None
+        for tower in self.frozen():
+            require(
+                named is None or tower in named,
+                f"student.{tower} is {getattr(self, tower)} at random weights: name them (student.{tower}_weights, or "
+                "student.model NAME@WEIGHTS)",
+            )
+        require(
+            self.text != "teacher" or self.text_weights in (None, "teacher"),
+            f"student.text is teacher, but student.text_weights is {self.text_weights}; leave one of them out",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +95,10 @@ class OptimConfig:
     """Largest global gradient norm; 0 does not clip."""
     logit_scale_lr: float = 1.0
     """Learning rate of the logit scale, as a multiple of learning_rate."""
+    fresh_lr: float = 1.0
+    """Learning rate of what has no initial weights, as a multiple of learning_rate, where the rest has some."""
+    layer_decay: float = 1.0
+    """Learning rate of each block of initial weights, as a multiple of that of the block above it; 1 treats all alike."""
     ema_momentum: float = 0.0
     """Momentum of an exponential moving average of the student, evaluated and exported beside it; 0 keeps none."""
 
@@ -72,6 +111,8 @@ class OptimConfig:
         require(0 <= self.ema_momentum < 1, f"optim.ema_momentum is {self.ema_momentum}; it must lie in [0, 1)")
         require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must be 0 or more")
         require(self.logit_scale_lr >= 0, f"optim.logit_scale_lr is {self.logit_scale_lr}; it must be 0 or more")
+        require(self.fresh_lr > 0, f"optim.fresh_lr is {self.fresh_lr}; it must be positive")
+        require(0 < self.layer_decay <= 1, f"optim.layer_decay is {self.layer_decay}; it must lie in (0, 1]")
         require(self.clip_norm >= 0, f"optim.clip_norm is {self.clip_norm}; it must be 0 or more")
 
 
@@ -95,8 +136,6 @@ class EvaluationConfig:
     """Task for those folders by name (imagenet1k) or a task YAML, or several for one folder that holds all their data; none reads CLIP_benchmark's layout."""
     every_steps: int = 0
     """Steps between evaluations; 0 evaluates after the last step only."""
-    batch_size: int = 256
-    """Images per forward pass and process."""
     best: str | None = None
     """TASK or TASK:METRIC by which the best checkpoint stays in RUN/best, such as imagenet1k:acc1; that of the moving average where there is one."""
 
@@ -106,7 +145,6 @@ class EvaluationConfig:
             f"evaluation.best is {self.best!r}; it needs evaluation.data and evaluation.every_steps",
         )
         require(self.every_steps >= 0, f"evaluation.every_steps is {self.every_steps}; it must be 0 or more")
-        require(self.batch_size >= 1, f"evaluation.batch_size is {self.batch_size}; it must be 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,11 +204,12 @@ class TrainConfig:
         )
         require(self.threads is None or self.threads >= 1, f"threads is {self.threads}; it must be 1 or more")
         require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")
-        at_random = self.student.text == "frozen" and split_weights(self.student.model)[1] is None
-        require(not at_random, "student.text is frozen at random weights: name them (student.model NAME@WEIGHTS)")
+        self.student.check()
         require_finite(self)
         names, has_teacher = self.teacher.names, bool(self.teacher.names) or self.teacher.cache is not None
-        require(has_teacher or self.student.text != "teacher", "student.text is teacher, but teacher.models names none")
+        for tower, source in self.student.weights().items():
+            option = f"student.{tower}" + "_weights" * (getattr(self.student, tower) != "teacher")
+            require(has_teacher or source != "teacher", f"{option} is teacher, but teacher.models names none")
         if self.trains:
             require_objective(
                 self.objective,

@@ -4,6 +4,7 @@ import difflib
 import json
 import pickle
 import tempfile
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from clipkd import files
-from clipkd.config.objective import INITIAL_LOGIT_BIAS
-from clipkd.config.train import StudentConfig, TrainConfig, split_weights
 from clipkd.errors import short
 from clipkd.models import students
 from clipkd.models.encoder import PROBES, Encoder
@@ -29,35 +28,6 @@ LOADING_ERRORS = (RuntimeError, OSError, TypeError, KeyError, SafetensorError, p
 
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 """What a tag of open_clip says of the images that its weights were trained on."""
-
-
-def initial_student(config: TrainConfig) -> Encoder:
-    """The student at step 0, seeded, in train mode, with the configured logit bias and frozen text tower."""
-    torch.manual_seed(config.seed)
-    bias = INITIAL_LOGIT_BIAS if config.objective.needs_bias else None
-    student = create_student(config.student, logit_bias=bias).train()
-    if config.student.text != "trained":
-        student.freeze_text()
-    return student
-
-
-def create_student(config: StudentConfig, *, logit_bias: float | None = None) -> Encoder:
-    """A student by NAME@WEIGHTS; without weights it is initialised from torch's random state.
-
-    logit_bias: initial bias of a student whose architecture has none.
-    Raises: ValueError for an unknown name or tag, or weights trained with another activation.
-    """
-    try:
-        architecture, weights = split_weights(config.model)
-        name, model_config = find_architecture(architecture)
-        student = build_open_clip(name, model_config, pretrained=weights)
-    except ValueError as error:
-        raise ValueError(f"student.model: {error}") from error
-    if logit_bias is not None and student.logit_bias is None:
-        # Added after the weights are loaded: open_clip would start a bias that they lack at 0, whatever the config says.
-        student.model.logit_bias = torch.nn.Parameter(torch.tensor(logit_bias))
-        student.model_config = {**model_config, "init_logit_bias": logit_bias}
-    return student
 
 
 def find_architecture(model: str) -> tuple[str, dict[str, Any]]:
@@ -90,23 +60,18 @@ def check_weights(name: str, model_config: dict[str, Any], pretrained: str) -> d
     known = tags if file == pretrained else [tag] if get_pretrained_cfg(name, tag) and (file or not at) else None
     if known is None:
         raise ValueError(f"{name} has no weights {pretrained!r}, and no such file exists; tags: {tags}")
-    configs = [get_pretrained_cfg(name, tag) for tag in known]
-    for option in (*PREPROCESSING, "quick_gelu"):
-        if len({config.get(option, False) for config in configs}) > 1:
-            raise ValueError(
-                f"open_clip's weights of {name} differ in {option}, so {pretrained} does not say what it needs; name the tag "
-                f"that it was trained like: {name}@TAG@{pretrained}, TAG of {describe_choices(known, configs, option)}"
-            )
-    if not configs:
+    configs = {tag: get_pretrained_cfg(name, tag) for tag in known}
+    prepared = agreement(name, pretrained, configs, (*PREPROCESSING, "quick_gelu"))
+    if not prepared:
         return {}
-    wanted, configured = configs[0].get("quick_gelu", False), model_config.get("quick_gelu", False)
+    wanted, configured = bool(prepared.pop("quick_gelu")), model_config.get("quick_gelu", False)
     other = f"{name}-quickgelu" if wanted else name.removesuffix("-quickgelu")
     if wanted != configured and other != name:
         raise ValueError(
             f"{name} with weights {pretrained!r}: they were trained with {'QuickGELU' if wanted else 'GELU'}, the config "
             f"says {'QuickGELU' if configured else 'GELU'}; use the model {other!r} (4 points of top-1 otherwise)"
         )
-    return {option: configs[0][option] for option in PREPROCESSING}
+    return prepared
 
 
 def find_weight_file(weights: str) -> str | None:
@@ -114,10 +79,24 @@ def find_weight_file(weights: str) -> str | None:
     return next((file for file in (weights, weights.partition("@")[2]) if Path(file).is_file()), None)
 
 
-def describe_choices(tags: list[str], configs: list[dict[str, Any]], option: str) -> str:
-    """One tag for each value of an option."""
-    first = {str(config.get(option, False)): tag for tag, config in reversed([*zip(tags, configs, strict=True)])}
-    return ", ".join(f"{tag} ({value})" for value, tag in first.items())
+def agreement(name: str, file: str, configs: Mapping[str, Mapping[str, Any]], options: Sequence[str]) -> dict[str, Any]:
+    """The options' values in the configs of all tags of an architecture; empty without tags.
+
+    Raises: ValueError if they differ, with a tag for each value.
+    """
+    found: dict[str, Any] = {}
+    for option in options if configs else ():
+        choices: dict[Any, str] = {}
+        for tag, config in configs.items():
+            choices.setdefault(config.get(option), tag)
+        if len(choices) > 1:
+            listed = ", ".join(f"{tag} ({option} {value})" for value, tag in choices.items())
+            raise ValueError(
+                f"the published weights of {name} differ in {option}, so {file} does not say what it needs; name the tag that "
+                f"it was trained like as TAG@{file}, TAG one of {listed}"
+            )
+        (found[option],) = choices
+    return found
 
 
 def build_open_clip(
@@ -127,7 +106,12 @@ def build_open_clip(
     pretrained: str | None = None,
     preprocess_config: dict[str, Any] | None = None,
 ) -> Encoder:
-    """An open_clip model from its config dictionary, initialised at random or from a tag or file of weights."""
+    """An open_clip model from its config dictionary, initialised at random or from a tag or file of weights.
+
+    The dictionary may hold a preprocess_cfg of its own, beside what open_clip puts there.
+    """
+    model_config = dict(model_config)
+    preprocess_config = preprocess_config or model_config.pop("preprocess_cfg", None)
     prepared = {} if pretrained is None else check_weights(name, model_config, pretrained)
     file = find_weight_file(pretrained or "")
     with tempfile.TemporaryDirectory() as folder:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,8 @@ from jaxtyping import Float, Int, UInt8
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
-from clipkd.models.students import tower_of
+from clipkd.config.train import Tower
+from clipkd.models.students import is_projection, tower_of
 from clipkd.views import Features, View, ViewSpec
 
 PROBES = ("A photo of a DOG, (two cats!) &amp; a naïve  “fish” in 2024; it's über-cool…", "one more word and " * 30)
@@ -40,18 +41,31 @@ class Encoder(nn.Module):
         """short_text_tower: a text tower for fewer tokens than the context, for towers that do not attend to padding."""
         super().__init__()
         self.model, self.name, self.dim = model, name, dim
-        self.dtype, self.text_is_frozen = torch.float32, False
+        self.dtype = torch.float32
+        self.frozen: dict[Tower, Literal["frozen", "head"]] = {}
+        """Towers that do not train, or of which the projection alone does."""
+        self.loaded: set[str] = set()
+        """Names of the parameters that started from weights."""
+        self.notes: list[str] = []
+        """Where the weights of each tower came from."""
         self.image_tower, self.text_tower, self.short_text_tower = image_tower, text_tower, short_text_tower
-        self.preprocess_config, self.model_config = preprocess_config, model_config
-        """open_clip's preprocess_cfg, and its model_cfg where the model is one of open_clip's."""
+        self.model_config = model_config
+        """open_clip's model_cfg where the model is one of open_clip's."""
+        self.tokenize, self.tokenizer_name = tokenize, tokenizer_name
+        self.prepare_images(preprocess_config)
+
+    def prepare_images(self, preprocess_config: dict[str, Any]) -> None:
+        """Set how images are prepared, in training and in evaluation."""
+        self.preprocess_config = preprocess_config
+        """open_clip's preprocess_cfg."""
         size = preprocess_config["size"]
         self.spec = ViewSpec(
             size=(size, size) if isinstance(size, int) else tuple(size),
             mean=tuple(preprocess_config["mean"]),
             std=tuple(preprocess_config["std"]),
             interpolation=preprocess_config["interpolation"],
-            tokenize=tokenize,
-            tokenizer_name=tokenizer_name,
+            tokenize=self.tokenize,
+            tokenizer_name=self.tokenizer_name,
         )
         transform = image_transform_v2(PreprocessCfg(**preprocess_config), is_train=False)
         self.preprocess = cast("Callable[[Any], Tensor]", transform)
@@ -89,18 +103,31 @@ class Encoder(nn.Module):
         assert self.short_text_tower is not None
         return F.normalize(self.short_text_tower(self.model, texts).float(), dim=-1)
 
-    def freeze_text(self) -> None:
-        """Stop the text tower's gradients and keep it in eval mode, also when the rest trains."""
-        self.text_is_frozen = True
-        for name, parameter in self.model.named_parameters():
-            if tower_of(name) == "text":
-                parameter.requires_grad_(False)
+    def freeze(self, tower: Tower, *, head: bool = False) -> None:
+        """Stop a tower's gradients and keep it in eval mode, also when the rest trains; with `head` its projection trains.
+
+        Raises: ValueError if there is no projection to train.
+        """
+        own = [(name, parameter) for name, parameter in self.model.named_parameters() if tower_of(name) == tower]
+        trained = [name for name, _ in own if head and is_projection(name)]
+        if head and not trained:
+            raise ValueError(
+                f"student.{tower} is head, but {self.name} has no projection behind its {tower} tower; set frozen"
+            )
+        for name, parameter in own:
+            parameter.requires_grad_(name in trained)
+        self.frozen[tower] = "head" if head else "frozen"
         self.train(self.training)
+
+    @property
+    def text_is_frozen(self) -> bool:
+        """Whether text features stay what they are."""
+        return self.frozen.get("text") == "frozen"
 
     def train(self, mode: bool = True) -> "Encoder":
         super().train(mode)
         for name, part in self.model.named_children():
-            if self.text_is_frozen and tower_of(name) == "text":
+            if tower_of(name) in self.frozen:
                 part.eval()
         return self
 

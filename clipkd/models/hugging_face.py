@@ -1,6 +1,7 @@
 """Load transformers folders (CLIPModel, SiglipModel) with their tokenizer and image processor."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,32 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from clipkd.errors import short
+from clipkd.models.create import build_open_clip
 from clipkd.models.encoder import Encoder
 
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, used by transformers' image processors
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")
+PLAIN_TEXTS = ["a photo of a cat", "two dogs, running", ""]
+"""Texts in which transformers and open_clip, which clean others differently, find the same tokens of CLIP's."""
+
+OPEN_CLIP_NAMES = (
+    (r"^vision_model\.embeddings\.patch_embedding", "visual.conv1"),
+    (r"^vision_model\.(embeddings\.)?", "visual."),
+    (r"^text_model\.(embeddings\.)?", ""),
+    (r"^(visual\.)?encoder\.layers\.", r"\1transformer.resblocks."),
+    (r"position_embedding\.weight$", "positional_embedding"),
+    (r"^visual_projection\.weight$", "visual.proj"),
+    (r"^text_projection\.weight$", "text_projection"),
+    (r"pre_layrnorm", "ln_pre"),
+    (r"post_layernorm", "ln_post"),
+    (r"final_layer_norm", "ln_final"),
+    (r"\.layer_norm(\d)\.", r".ln_\1."),
+    (r"\.self_attn\.", ".attn."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+)
+"""Patterns in the names of a CLIPModel's weights, applied in turn, and what open_clip writes there."""
+
 FAMILIES = {"clip": ("CLIPModel", "CLIPImageProcessor"), "siglip": ("SiglipModel", "SiglipImageProcessor")}
 """model_type of config.json → classes of the model and its image processor."""
 
@@ -31,6 +54,12 @@ class TransformersTokenize:
         return self.tokenizer(texts, **length, return_tensors="pt")["input_ids"]
 
 
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """config.json of a transformers folder; None without one."""
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
 def load_transformers(folder: Path) -> Encoder:
     """A CLIPModel or SiglipModel folder with its tokenizer and image processor (save_pretrained of all three).
 
@@ -38,8 +67,8 @@ def load_transformers(folder: Path) -> Encoder:
     """
     import transformers
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    family = FAMILIES.get(config.get("model_type"))
+    config = read_config(folder) or {}
+    family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         raise ValueError(f"{folder} holds a {config.get('model_type')!r} model; clipkd reads {' and '.join(FAMILIES)}")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -92,3 +121,52 @@ def load_transformers(folder: Path) -> Encoder:
         tokenizer_name=f"transformers {folder.resolve()}",
         dim=getattr(model.config, "projection_dim", None) or texts.projection_size,
     )
+
+
+def as_open_clip(encoder: Encoder) -> Encoder:
+    """A transformers CLIPModel as an open_clip model of equal features; any other model unchanged.
+
+    Raises: ValueError if it has an activation, a tokenizer or an epsilon that open_clip's CLIP lacks.
+    """
+    if type(encoder.model).__name__ != "CLIPModel":
+        return encoder
+    clip: Any = encoder.model
+    vision, text = clip.config.vision_config, clip.config.text_config
+    if vision.hidden_act != text.hidden_act or text.hidden_act not in ("gelu", "quick_gelu"):
+        raise ValueError(
+            f"{encoder.name}: its activations are {vision.hidden_act} and {text.hidden_act}; open_clip has one, GELU"
+        )
+    sizes = [
+        {
+            "layers": tower.num_hidden_layers,
+            "width": tower.hidden_size,
+            "mlp_ratio": tower.intermediate_size / tower.hidden_size,
+        }
+        for tower in (vision, text)
+    ]
+    head = {"head_width": vision.hidden_size // vision.num_attention_heads}
+    pixels = {"image_size": vision.image_size, "patch_size": vision.patch_size}
+    tokens = {"context_length": text.max_position_embeddings, "vocab_size": text.vocab_size}
+    config = {
+        "embed_dim": clip.config.projection_dim,
+        "quick_gelu": text.hidden_act == "quick_gelu",
+        "vision_cfg": {**sizes[0], **head, **pixels},
+        "text_cfg": {**sizes[1], "heads": text.num_attention_heads, **tokens},
+    }
+    found = build_open_clip(Path(encoder.name).name, config, preprocess_config=encoder.preprocess_config).eval()
+    weights: dict[str, Tensor] = {}
+    for name, tensor in clip.state_dict().items():
+        for pattern, replacement in OPEN_CLIP_NAMES:
+            name = re.sub(pattern, replacement, name)
+        weights[name] = tensor.T if name in ("visual.proj", "text_projection") else tensor
+    for name in [name for name in weights if ".q_proj." in name]:
+        parts = [weights.pop(name.replace(".q_", f".{letter}_")) for letter in "qkv"]
+        weights[name.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
+    found.model.load_state_dict(weights)
+    with torch.no_grad():
+        theirs, ours = (model.encode_text(model.spec.tokenize(PLAIN_TEXTS)) for model in (encoder, found))
+    if not torch.allclose(theirs, ours, atol=1e-4):
+        raise ValueError(
+            f"{encoder.name}: its tokenizer is not CLIP's, or its texts end in another token; open_clip's CLIP cannot hold it"
+        )
+    return found

@@ -1,11 +1,18 @@
 """clipkd's student architectures, as open_clip configs (configs/*.json), and parameters per tower of any model."""
 
 import json
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
+from clipkd.config.train import Tower
+
+PROJECTION = re.compile(
+    r"visual\.(proj$|head\.|attnpool\.c_proj\.|trunk\.(head|head\.fc|head\.proj|classifier|fc)\.(weight|bias)$)"
+    r"|visual_projection\.|text_projection|text\.(text_projection|proj)\b"
+)
 MODEL_CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -32,11 +39,16 @@ def find_student_config(model: str) -> tuple[str, dict[str, Any]] | None:
     return path.stem, config
 
 
-def tower_of(name: str) -> Literal["image", "text"] | None:
+def tower_of(name: str) -> Tower | None:
     """The tower of a parameter or module by its name, projections included; None for scales."""
     if name.endswith(("logit_scale", "logit_bias")):
         return None
     return "image" if name.split(".")[0] in ("visual", "vision_model", "visual_projection") else "text"
+
+
+def is_projection(name: str) -> bool:
+    """Whether a parameter belongs to the map from a tower's last features into the common space, by its name."""
+    return PROJECTION.match(name) is not None
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

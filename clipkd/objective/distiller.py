@@ -102,15 +102,7 @@ class Distiller(nn.Module):
         self, view: View, prompts: Int[Tensor, "k t"] | None = None
     ) -> tuple[Features, Float[Tensor, "k d"] | None]:
         """The towers alone, which is what DDP and autocast need to see: features of a view, and of class prompts."""
-        model = self.student
-        text = self.text_features(view.texts) if view.text_features is None else view.text_features
-        features = Features(model.encode_image(view.images), text, model.logit_scale, model.logit_bias)
-        return features, None if prompts is None else self.text_features(prompts)
-
-    def text_features(self, texts: Int[Tensor, "n t"]) -> Float[Tensor, "n d"]:
-        """The student's, of captions and of class prompts."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.student.text_is_frozen):
-            return self.student.encode_text(texts)
+        return self.student.features(view), None if prompts is None else self.student.encode_text(prompts)
 
     def loss(
         self, student: Features, targets: Targets, *, step: int = 0, class_features: Float[Tensor, "k d"] | None = None
@@ -200,7 +192,7 @@ class Distiller(nn.Module):
         if self.closed_set is not None and self.closed_set.prior is not None:
             assert batch.targets.labels is not None
             logits = batch.teacher_scale() * batch.teacher.image @ self.closed_set.teacher_classes.T
-            probabilities = (logits / self.objective.gkl.weight_temperature).softmax(dim=-1)
+            probabilities = logits.softmax(dim=-1)
             self.staged["labels"] = distributed.gather_constant(batch.targets.labels)
             self.staged["class_probabilities"] = distributed.gather_constant(probabilities)
 

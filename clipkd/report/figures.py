@@ -79,17 +79,12 @@ def loss_panels(curves: dict[str, Curve], options: dict[str, Any]) -> list[Panel
     terms = [name for name in curves if name not in NOT_TERMS and not name.endswith("logit_scale")]
     panels = [Panel("loss", pick(curves, "loss"), "weighted sum", noisy=True)]
     for term, names in group_terms(terms, active).items():
-        has_temperature = f"objective.{term}.temperature" in options
-        squared = has_temperature and bool(options.get("objective.scale_by_temperature_squared"))
-        panels += term_panels(term, names, curves, squared=squared)
+        panels += term_panels(term, names, curves)
     return panels
 
 
-def term_panels(term: str, names: list[str], curves: dict[str, Curve], *, squared: bool) -> list[Panel]:
-    """The divergence with its cross-entropy and entropies, then the other parts; one panel if they are few.
-
-    squared: the term's own series is multiplied by the squared temperature; its parts are not.
-    """
+def term_panels(term: str, names: list[str], curves: dict[str, Curve]) -> list[Panel]:
+    """The divergence with its cross-entropy and entropies, then the other parts; one panel if they are few."""
     kl, ce, *entropies = (f"{term}_{part}" for part in PARTS[:4])
     kl, ce = (name if name in names else term for name in (kl, ce))
     first = [name for name in dict.fromkeys((kl, ce, *entropies)) if name in names]
@@ -99,10 +94,9 @@ def term_panels(term: str, names: list[str], curves: dict[str, Curve], *, square
         parts = {term: first + rest}
     panels = []
     for title, members in parts.items():
-        scaled = squared and term in members
-        unit = "nats" if all(IN_NATS.fullmatch(name) for name in members) and not scaled else "value"
+        unit = "nats" if all(IN_NATS.fullmatch(name) for name in members) else "value"
         sums = [f"{ce} = {kl} + {name}, which the student cannot change." for name in entropies if name in members]
-        note = "" if scaled or kl == ce else "".join(sums)
+        note = "" if kl == ce else "".join(sums)
         panels.append(Panel(title, pick(curves, *members), unit, noisy=True, note=note))
     return panels
 

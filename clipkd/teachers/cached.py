@@ -16,10 +16,10 @@ from clipkd.config.train import TrainConfig
 from clipkd.data import Pairs, PairSet
 from clipkd.models.encoder import Encoder
 from clipkd.models.load import weight_files
-from clipkd.models.text_tower import copy_text_tower, text_sha256
+from clipkd.models.towers import text_sha256
 from clipkd.objective.closed_set import closed_set_fingerprint
 from clipkd.objective.distiller import require_fitting_teachers
-from clipkd.teachers.loaded import LoadedTeachers, load_teacher, load_teachers
+from clipkd.teachers.loaded import LoadedTeachers, copy_towers, load_teacher, load_teachers
 from clipkd.teachers.store.compare import require_same
 from clipkd.teachers.store.manifest import TeacherRecord, augmentation_of, read_manifest, sources_of
 from clipkd.teachers.store.reader import TeacherCache, find_faults
@@ -76,7 +76,7 @@ Teachers = LoadedTeachers | CachedTeachers
 
 
 def open_teachers(config: TrainConfig, student: Encoder | None, pairs: Pairs | None) -> Teachers:
-    """Load the teachers or open their cache; copy the first teacher's text tower into a student that shares it.
+    """Load the teachers or open their cache; copy the first teacher's towers into a student that starts with them.
 
     student, pairs: needed to open a cache; without a student loaded teachers are only checked. Call on every process.
 
@@ -99,8 +99,8 @@ def open_cache(config: TrainConfig, student: Encoder, pairs: Pairs) -> CachedTea
     """
     folder = Path(config.teacher.cache or "")
     manifest = distributed.together(lambda: read_manifest(folder))
-    if config.student.text == "teacher":  # the only part of a teacher that is loaded
-        copy_text_tower(load_teacher((*config.teacher.names, manifest.teachers[0].model)[0]), student)
+    if "teacher" in config.student.weights().values():  # the only parts of a teacher that are loaded
+        copy_towers(config.student, load_teacher((*config.teacher.names, manifest.teachers[0].model)[0]), student)
     if not isinstance(pairs, PairSet):
         raise ValueError("teacher.cache works with local data; data.path names shards behind URLs or pipes: copy them")
     now, plan = {"augmentation": augmentation_of(config), "data": sources_of(pairs)}, manifest.plan()

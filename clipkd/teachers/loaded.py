@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from clipkd.config.terms import ClosedSetTerm
-from clipkd.config.train import TrainConfig
+from clipkd.config.train import StudentConfig, TrainConfig
 from clipkd.evaluation.embed import DTYPES
 from clipkd.models.encoder import PROBES, Encoder
 from clipkd.models.load import load_model
-from clipkd.models.text_tower import copy_text_tower
+from clipkd.models.towers import copy_tower
 from clipkd.objective.closed_set import class_vectors
 from clipkd.views import Batch, Features, View, join
 
@@ -71,17 +71,25 @@ class LoadedTeachers:
 
 
 def load_teachers(config: TrainConfig, student: Encoder | None) -> LoadedTeachers:
-    """Load the named teachers in teacher.dtype; copy the first one's text tower into a student that shares it.
+    """Load the named teachers in teacher.dtype; copy the first one's towers into a student that starts with them.
 
     Raises: ValueError or FileNotFoundError naming what cannot be loaded, or how the text towers differ.
     """
     dtype, encoders = config.teacher.dtype, [load_teacher(model) for model in config.teacher.names]
     identities = [identify(encoder, dtype) for encoder in encoders]
-    if student is not None and config.student.text == "teacher":
-        copy_text_tower(encoders[0], student)  # before the weights are rounded
+    if student is not None and encoders:
+        copy_towers(config.student, encoders[0], student)  # before the weights are rounded
     for encoder in encoders if dtype != "fp32" else ():
         encoder.hold_in(DTYPES[dtype])
     return LoadedTeachers(encoders, identities, config.micro_batches)
+
+
+def copy_towers(config: StudentConfig, teacher: Encoder, student: Encoder) -> None:
+    """Copy the teacher's towers that the student starts with. Raises: ValueError if they differ in shape."""
+    for tower, source in config.weights().items():
+        if source == "teacher":
+            option = f"student.{tower}" + "_weights" * (getattr(config, tower) != "teacher")
+            copy_tower(teacher, student, tower, option=f"{option} is teacher")
 
 
 def load_teacher(model: str) -> Encoder:

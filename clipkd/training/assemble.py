@@ -15,8 +15,8 @@ from clipkd.config.train import TrainConfig
 from clipkd.data.order import BatchOrder
 from clipkd.evaluation.subjects import Subject, open_subjects
 from clipkd.evaluation.tasks import METRICS, as_tuple
-from clipkd.models.create import initial_student
 from clipkd.models.encoder import Encoder
+from clipkd.models.initial import initial_student
 from clipkd.objective.closed_set import closed_set_fingerprint, open_closed_set
 from clipkd.objective.distiller import Distiller
 from clipkd.teachers.cached import Teachers, open_teachers
@@ -149,7 +149,12 @@ def make_distiller(config: TrainConfig, parts: Parts) -> Distiller:
 def make_optimizer(distiller: Distiller, config: TrainConfig) -> torch.optim.Optimizer:
     options = config.optim
     groups = optim.parameter_groups(
-        distiller.named_parameters(), weight_decay=options.weight_decay, logit_scale_lr=options.logit_scale_lr
+        distiller.named_parameters(),
+        weight_decay=options.weight_decay,
+        logit_scale_lr=options.logit_scale_lr,
+        loaded=distiller.student.loaded,
+        fresh_lr=options.fresh_lr,
+        layer_decay=options.layer_decay,
     )
     # Epsilon as CLIP trains with it.
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=1e-6, fused=True)

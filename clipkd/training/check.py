@@ -137,9 +137,13 @@ def describe_model(role: str, encoder: Encoder, findings: Findings) -> None:
     parts += [f"width {encoder.dim}", encoder.describe_inputs(), encoder.spec.tokenizer_name]
     if encoder.dtype != torch.float32:
         parts.append(str(encoder.dtype).removeprefix("torch."))
-    if encoder.text_is_frozen:
-        parts.append("text tower frozen")
+    parts += [
+        f"{tower} tower {'frozen' if mode == 'frozen' else 'frozen but for its projection'}"
+        for tower, mode in encoder.frozen.items()
+    ]
     tell(role, ", ".join(parts))
+    for note in encoder.notes:
+        tell("", note)
     tensors = encoder.model.state_dict().items()
     broken = [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:

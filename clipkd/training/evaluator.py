@@ -61,12 +61,7 @@ class Evaluator:
     def measure(self, encoder: Encoder, subject: Subject) -> dict[str, Any]:
         training, started = encoder.training, time.perf_counter()
         distributed.copy_from_main(encoder.buffers())  # BatchNorm's: each process has seen its own share
-        embedder = Embedder(
-            encoder.eval(),
-            self.device,
-            batch_size=self.config.evaluation.batch_size,
-            num_workers=self.config.data.num_workers,
-        )
+        embedder = Embedder(encoder.eval(), self.device, num_workers=self.config.data.num_workers)
         measured = measure(embedder, subject, title=f"evaluate {subject.name}")
         row = result_row(subject, embedder, measured, time.perf_counter() - started)
         encoder.train(training)

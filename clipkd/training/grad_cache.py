@@ -84,9 +84,10 @@ def as_leaves(encoded: list[Encoded], student: Encoder) -> Encoded:
     """Detached features of the whole batch; leaves where the student trains, constants where it is frozen."""
     features = join([part for part, _ in encoded])
     classes = [part for _, part in encoded if part is not None]
-    trains_text, scale, bias = not student.text_is_frozen, student.logit_scale, student.logit_bias
+    scale, bias = student.logit_scale, student.logit_bias
+    trains_image, trains_text = (student.frozen.get(tower) != "frozen" for tower in ("image", "text"))
     leaves = Features(
-        features.image.detach().requires_grad_(),
+        features.image.detach().requires_grad_(trains_image),
         features.text.detach().requires_grad_(trains_text),
         scale.detach().requires_grad_(scale.requires_grad),
         None if bias is None else bias.detach().requires_grad_(bias.requires_grad),

@@ -204,6 +204,8 @@ def open_folder(run: Run, parts: Parts) -> None:
         f"{run.folder}: {'resumed ' if start else ''}from step {start} of {steps}, {pairs.describe()}",
         f"loss: {run.learner.distiller.describe_logits(run.config.batch_size)}{compiles}",
     ]
+    if not start:
+        lines += parts.student.notes
     if teachers := parts.teachers.describe():
         lines.insert(1, f"teacher: {teachers}, for {run.feed.epoch(steps):.3g} epochs")
     progress.console.print("\n".join(lines), soft_wrap=True, markup=False)

@@ -109,7 +109,7 @@ EVERYTHING = shlex.split(
     "--output runs/x --steps 7 --batch_size 4 --seed 3 --precision bf16 --threads 2 --student.model demo-student "
     "--teacher.models ViT-B-16@laion2b_s34b_b88k --data.format huggingface --data.path 'a b/ü' --data.min_crop 0.25 "
     "--data.num_workers 0 --objective.gkl.weight 0.5 --objective.keys student --objective.gkl.gamma 0 "
-    "--objective.kl.weight 1e-3 --objective.scale_by_temperature_squared true --objective.features.weight 2000 "
+    "--objective.kl.weight 1e-3 --objective.features.weight 2000 "
     "--optim.betas '[0.8, 0.9]' --optim.learning_rate 5e-4 --evaluation.data '[one, two]' "
     "--log.trackers '[wandb, tensorboard]'"
 )
@@ -142,7 +142,6 @@ def test_options_arrive_with_their_values_and_types() -> None:
     assert config.data.path == "a b/ü"
     assert config.objective.gkl.gamma == 0.0
     assert isinstance(config.objective.gkl.gamma, float)
-    assert config.objective.scale_by_temperature_squared is True
     assert config.objective.kl.weight == 0.001
     assert config.evaluation.data == ("one", "two")
     assert config.log.trackers == ("wandb", "tensorboard")
@@ -250,13 +249,14 @@ def test_an_unknown_option_is_named_with_the_nearest_one(
         ("--student.text teacher", ["student.text is teacher", "teacher.models"]),
         ("--objective.kl.weight .nan", ["objective.kl.weight is nan"]),
         ("--objective.warmup_steps -1", ["objective.warmup_steps is -1"]),
-        ("--objective.affinity.scale 0", ["objective.affinity.scale is 0"]),
         ("--objective.gkl.ce_weight -1", ["objective.gkl.ce_weight", "-1"]),
         (
             "--objective.itc.momentum_share 0.7 --objective.itc.teacher_share 0.6",
             ["objective.itc.momentum_share and teacher_share are 0.7 and 0.6", "1"],
         ),
-        ("--objective.itc.ramp_steps -1", ["objective.itc.ramp_steps is -1"]),
+        ("--student.image head", ["student.image is head at random", "student.image_weights"]),
+        ("--student.image_weights teacher", ["student.image_weights is teacher", "teacher.models names none"]),
+        ("--optim.layer_decay 0", ["optim.layer_decay is 0"]),
         (f"--objective.itc.weight 1 --objective.itc.teacher_share 0.5 {AVERAGE}", ["objective.itc", "teacher.models"]),
         ("--objective.itc.weight 1", ["objective.itc", "optim.ema_momentum is 0"]),
         (f"{TEACHER} {KL} --objective.queue 4", ["objective.kl", "optim.ema_momentum is 0"]),

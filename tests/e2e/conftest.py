@@ -11,7 +11,7 @@ import torch
 from clipkd.config.train import StudentConfig
 from clipkd.demo import pairs
 from clipkd.export.artefacts import write_formats, write_open_clip
-from clipkd.models.create import create_student
+from clipkd.models.initial import create_student
 from clipkd.models.load import load_model
 from tests.e2e.forked import start
 

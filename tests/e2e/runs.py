@@ -18,7 +18,7 @@ VARYING = {"seconds", "images_per_second", "data_wait", "world_size"}
 ALL_TERMS = (
     *("queue=2", "warmup_steps=4", "gkl.weight=1", "gkl.gamma=0.5", "kl.weight=0.5", "affinity.weight=0.1"),
     *("features.weight=10", "icl.weight=1", "gd.weight=100", "afd.weight=0.5", "vrd.weight=0.1", "xrd.weight=0.1"),
-    *("itc.weight=0.3", "itc.teacher_share=0.2", "itc.ramp_steps=5", "sigmoid.weight=0.01", "closed_set.weight=1"),
+    *("itc.weight=0.3", "itc.teacher_share=0.2", "sigmoid.weight=0.01", "closed_set.weight=1"),
 )
 """All that need no second kind of teacher; the queue wraps around at the third step of 16 pairs."""
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from clipkd.config.train import StudentConfig
 from clipkd.export.artefacts import write_open_clip
-from clipkd.models.create import create_student
+from clipkd.models.initial import create_student
 from tests.e2e.conftest import SMALL, Run
 from tests.e2e.events import Event
 from tests.e2e.forked import running

@@ -17,8 +17,8 @@ from torchvision.transforms import v2
 from clipkd.config.train import StudentConfig
 from clipkd.export.artefacts import check_formats, write_formats
 from clipkd.export.parity import open_artefact
-from clipkd.models.create import create_student
 from clipkd.models.encoder import Encoder
+from clipkd.models.initial import create_student
 from clipkd.models.load import load_model
 from clipkd.models.onnx_student import onnx_file, preprocess
 from tests.export.students import CAPTIONS, clip_student, odd_images, own_pixels

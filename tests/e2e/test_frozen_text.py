@@ -39,14 +39,31 @@ def test_a_teacher_held_in_half_precision_gives_its_text_tower_whole(
     assert any(not torch.equal(theirs[name], theirs[name].bfloat16().float()) for name in text)
 
 
-def test_a_text_tower_stays_as_its_weights_came(clipkd: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("frozen", "learns"),
+    [
+        (("--student.text", "frozen"), ("visual.", "logit_scale")),
+        (
+            ("--student.image", "frozen"),
+            ("text_projection", "token_", "transformer.", "positional_", "ln_", "logit_scale"),
+        ),
+        (
+            ("--student.image", "head", "--student.text", "head", "--micro_batches", 2),
+            ("visual.proj", "text_projection", "logit_scale"),
+        ),
+    ],
+    ids=["text", "image", "all but the projections"],
+)
+def test_a_tower_stays_as_its_weights_came(
+    clipkd: Run, data: Path, teacher: Path, tmp_path: Path, frozen: tuple[str | int, ...], learns: tuple[str, ...]
+) -> None:
     start = teacher / "open_clip_model.safetensors"
-    arguments = (*SMALL, "--student.model", "demo-teacher", "--student.text", "frozen", "--data.path", data / "pairs")
+    arguments = (*SMALL, "--student.model", "demo-teacher", *frozen, "--data.path", data / "pairs")
     paths = ("--output", tmp_path / "run", "--steps", 2)
     refused = clipkd("train", *arguments, *paths, check=False)
     assert refused.returncode == 2
-    assert "student.text is frozen at random weights: name them" in refused.stderr
+    assert f"{str(frozen[0])[2:]} is {frozen[1]} at random weights: name them" in refused.stderr
     clipkd("train", *arguments, *paths, "--student.model", f"demo-teacher@{start}")
     before, after = load_file(start), saved(tmp_path / "run", 2)
     kept = {name for name, tensor in before.items() if torch.equal(after[f"student.model.{name}"], tensor)}
-    assert kept == {name for name in before if not name.startswith(("visual.", "logit_scale"))}
+    assert kept == {name for name in before if not name.startswith(learns)}

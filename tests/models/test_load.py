@@ -23,8 +23,9 @@ from clipkd.config.data import DataConfig
 from clipkd.config.train import StudentConfig
 from clipkd.data.loader import Augment, Collate
 from clipkd.data.sources import Pair
-from clipkd.models.create import check_weights, create_student, tokenizer_name
+from clipkd.models.create import check_weights, tokenizer_name
 from clipkd.models.encoder import Encoder
+from clipkd.models.initial import create_student
 from clipkd.models.load import load_model as load
 from clipkd.models.students import MODEL_CONFIGS
 from clipkd.training import checkpoint

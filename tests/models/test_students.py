@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from clipkd.config.train import StudentConfig
-from clipkd.models.create import create_student
+from clipkd.models.initial import create_student
 from clipkd.models.students import count_parameters, find_student_config, tower_of
 
 

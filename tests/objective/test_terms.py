@@ -93,7 +93,7 @@ def test_sigmoid_losses_with_hard_and_soft_labels() -> None:
 def test_closed_set_weighs_labelled_images_by_their_classes_running_prior(class_prior: bool) -> None:
     """Over three steps: uniform at first, then the mean of the teacher's probabilities; unlabelled images weigh by their own."""
     term = ClosedSetTerm(weight=1.0, classes="x", class_prior=class_prior)
-    numbers = GKLTerm(gamma=0.5, mse_weight=0.7, weight_temperature=2.0)
+    numbers = GKLTerm(gamma=0.5, mse_weight=0.7)
     distiller = make_distiller(ObjectiveConfig(info_nce=OFF, closed_set=term, gkl=numbers), dtype=DOUBLE)
     assert distiller.closed_set is not None
     seen: dict[int, list[Tensor]] = {}
@@ -107,7 +107,7 @@ def test_closed_set_weighs_labelled_images_by_their_classes_running_prior(class_
             student = distiller.student.features(view)
             classes = distiller.student.encode_text(distiller.closed_set.prompts[step % 2])
             teacher_logits = t.logit_scale * t.image @ distiller.closed_set.teacher_classes.T
-            own = (teacher_logits / 2).softmax(dim=1)
+            own = teacher_logits.softmax(dim=1)
             prior = [
                 own[row]
                 if label < 0 or not class_prior
@@ -123,7 +123,7 @@ def test_closed_set_weighs_labelled_images_by_their_classes_running_prior(class_
                 mse_weight=0.7,
                 gamma=0.5,
                 temperature=1.0,
-                weight_temperature=2.0,
+                weight_temperature=1.0,
                 class_prior=torch.stack(prior),
             )
         assert loss.item() == pytest.approx(expected.item(), rel=1e-6), step  # the prior is handed out in float32
@@ -136,8 +136,8 @@ def test_closed_set_weighs_labelled_images_by_their_classes_running_prior(class_
 
 def test_mixed_targets_of_true_pairs_average_and_teacher() -> None:
     """By loops, with a queue that holds some of the batch's ids once more."""
-    term = ITCTerm(weight=1.0, momentum_share=0.3, teacher_share=0.25, ramp_steps=4)
-    distiller, student, targets = make(itc=term, queue=2)
+    term = ITCTerm(weight=1.0, momentum_share=0.3, teacher_share=0.25)
+    distiller, student, targets = make(itc=term, queue=2, warmup_steps=4)
     assert distiller.queue is not None
     _, old = make_batch(dtype=DOUBLE, number=1)
     assert old.ids is not None

@@ -26,12 +26,11 @@ OBJECTIVES = {
         gkl=terms.GKLTerm(weight=1.5, gamma=0.3, ce_weight=0.7, mse_weight=0.2),
         kl=terms.KLTerm(weight=0.3, temperature=2.0),
         features=terms.FeaturesTerm(weight=10.0),
-        scale_by_temperature_squared=True,
     ),
     "student keys": ObjectiveConfig(
         keys="student",
         info_nce=OFF,
-        gkl=terms.GKLTerm(weight=1.0, gamma=0.05, weight_temperature=2.0),
+        gkl=terms.GKLTerm(weight=1.0, gamma=0.05),
         kl=terms.KLTerm(weight=2.0),
     ),
     "features alone": ObjectiveConfig(info_nce=OFF, features=terms.FeaturesTerm(weight=1.0)),
@@ -49,7 +48,7 @@ OBJECTIVES = {
         queue=2,
         info_nce=terms.InfoNCETerm(weight=0.5),
         gkl=terms.GKLTerm(weight=1.0, mse_weight=0.3),
-        itc=terms.ITCTerm(weight=1.1, momentum_share=0.3, teacher_share=0.2, ramp_steps=4),
+        itc=terms.ITCTerm(weight=1.1, momentum_share=0.3, teacher_share=0.2),
         icl=terms.ICLTerm(weight=0.7),
     ),
     "queued student keys": ObjectiveConfig(
@@ -57,14 +56,14 @@ OBJECTIVES = {
         queue=2,
         info_nce=terms.InfoNCETerm(weight=0.5),
         kl=terms.KLTerm(weight=0.6, temperature=2.0),
-        affinity=terms.AffinityTerm(weight=0.2, scale=20.0),
+        affinity=terms.AffinityTerm(weight=0.2),
     ),
     "queued momentum keys": ObjectiveConfig(
         keys="momentum", queue=2, info_nce=OFF, gkl=terms.GKLTerm(weight=0.4, gamma=0.5), kl=terms.KLTerm(weight=0.1)
     ),
     # Both shares are 0 at first: the queue is then the only one to ask for the teacher's keys.
     "ramped": ObjectiveConfig(
-        queue=2, info_nce=OFF, itc=terms.ITCTerm(weight=1.0, momentum_share=0.3, teacher_share=0.2, ramp_steps=2)
+        queue=2, warmup_steps=2, info_nce=OFF, itc=terms.ITCTerm(weight=1.0, momentum_share=0.3, teacher_share=0.2)
     ),
     "sigmoid": ObjectiveConfig(
         keys="student", info_nce=OFF, sigmoid=terms.SigmoidTerm(weight=0.5), soft_bce=terms.SoftBCETerm(weight=0.5)
@@ -147,7 +146,7 @@ def make_distiller(
     """With a queue and a closed set of random classes if the objective has them, all in one precision."""
     encoder = make_encoder(dtype=dtype, bias=objective.needs_bias)
     if frozen_text:
-        encoder.freeze_text()
+        encoder.freeze("text")
     closed_set = None
     if objective.closed_set.weight:
         generator = torch.Generator().manual_seed(11)

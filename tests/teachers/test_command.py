@@ -14,7 +14,7 @@ from clipkd import cli
 from clipkd.config.train import StudentConfig
 from clipkd.errors import RunStopped
 from clipkd.models.load import load_model
-from clipkd.models.text_tower import text_sha256
+from clipkd.models.towers import text_sha256
 from clipkd.teachers.cache import command
 from clipkd.teachers.cache.command import CacheConfig
 from clipkd.teachers.cache.encode import FeatureEncoder

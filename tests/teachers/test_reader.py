@@ -21,8 +21,8 @@ from clipkd.config.train import StudentConfig
 from clipkd.data import Augment, BadSample, Pair
 from clipkd.data.loader import AugmentedPairs, Collate
 from clipkd.errors import RunStopped
-from clipkd.models.create import create_student
 from clipkd.models.encoder import Encoder
+from clipkd.models.initial import create_student
 from clipkd.models.load import load_model
 from clipkd.teachers.cache import command
 from clipkd.teachers.cached import CachedTeachers
@@ -265,7 +265,7 @@ def test_a_frozen_students_text_features_are_found_by_its_text_tower(made: Made,
     pairs, captions = made.pairs, [captions[0] for captions in world.captions]
     for cache, model, kind in ((one, mine, "text.student"), (made, world.teachers["second"], "text.1")):
         student = create_student(StudentConfig(model=model)).eval()
-        student.freeze_text()
+        student.freeze("text")
         teachers, tokens = cache.open(student=student), student.spec.tokenize(captions)
         assert (teachers.stored.student_kind, len(teachers.stored.kinds)) == (kind, 5 if cache is one else 4)
         assert "the student reads its text features too" in teachers.describe()

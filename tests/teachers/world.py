@@ -18,8 +18,8 @@ from clipkd.config.objective import ObjectiveConfig
 from clipkd.config.terms import ClosedSetTerm, KLTerm
 from clipkd.config.train import StudentConfig, TeacherConfig, TrainConfig
 from clipkd.data import PairSet, open_pairs
-from clipkd.models.create import create_student
 from clipkd.models.encoder import Encoder
+from clipkd.models.initial import create_student
 from clipkd.models.load import load_model
 from clipkd.teachers.cache.command import CacheConfig
 from clipkd.teachers.cached import CachedTeachers, open_cache

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clipkd.config.parse import parse
 from clipkd.config.train import StudentConfig, TrainConfig
-from clipkd.models.create import create_student, initial_student
+from clipkd.models.initial import create_student, initial_student
 from clipkd.objective.memory import MovingAverage
 from clipkd.teachers.loaded import LoadedTeachers
 from clipkd.training.assemble import Parts, make_distiller, make_optimizer

@@ -97,7 +97,7 @@ def itc(options: ITCTerm, batch: Comparison) -> Rows:
     All logits are at the student's scale, the teacher's at the policy's. The order of a step is ALBEF's: the average was
     updated with the weights of the last step, and the batch is queued after the loss.
     """
-    momentum_share, teacher_share = options.shares(batch.step)
+    momentum_share, teacher_share = options.shares(batch.step, batch.objective.warmup_steps)
     scale, keys, key_ids = batch.student.logit_scale, batch.momentum_candidates, batch.candidate_ids
     rows, sources = [batch.momentum], [(momentum_share, keys, scale)]
     if teacher_share:

@@ -11,11 +11,13 @@ from clipkd.config.terms import AffinityTerm, ClosedSetTerm, GKLTerm, KLTerm
 from clipkd.objective.comparison import Comparison, Pairs, Rows, directions, gather_constants, logits
 from clipkd.objective.entry import term
 
+AFFINITY_SCALE = 50.0
+"""TinyCLIP's fixed logit scale of both sides."""
+
 
 @term(GKLTerm)
 def gkl(options: GKLTerm, batch: Comparison) -> Rows:
-    powers = {"weight_temperature": options.weight_temperature, "gamma": options.gamma}
-    return weigh_halves(statistics(batch, temperature=options.temperature, **powers), batch)
+    return weigh_halves(statistics(batch, temperature=options.temperature, gamma=options.gamma), batch)
 
 
 @term(KLTerm)
@@ -23,16 +25,13 @@ def kl(options: KLTerm, batch: Comparison) -> Rows:
     """Against the mean of all teachers' softmaxes. Soft cross-entropy has the same gradient and is a series."""
     one = len(batch.targets.teachers) == 1
     rows = statistics(batch, temperature=options.temperature) if one else ensemble_statistics(options, batch)
-    series = {name: rows[name] for name in ("soft_ce", "teacher_entropy")}
-    if (factor := squared(options.temperature, batch)) == 1:
-        return {"value": rows["kl"], **series}
-    return {"value": factor * rows["kl"], "kl": rows["kl"], **series}
+    return {"value": rows["kl"], **{name: rows[name] for name in ("soft_ce", "teacher_entropy")}}
 
 
 @term(AffinityTerm)
-def affinity(options: AffinityTerm, batch: Comparison) -> Rows:
+def affinity(_: AffinityTerm, batch: Comparison) -> Rows:
     """Soft cross-entropy of both models' affinities at one fixed scale (TinyCLIP, arXiv 2309.12314)."""
-    rows = statistics(batch, scale=options.scale, teacher_scale=options.scale)
+    rows = statistics(batch, scale=AFFINITY_SCALE, teacher_scale=AFFINITY_SCALE)
     return {"value": rows["soft_ce"], **{name: rows[name] for name in ("kl", "soft_ce", "teacher_entropy")}}
 
 
@@ -105,12 +104,12 @@ def closed_set(_: ClosedSetTerm, batch: Comparison) -> Rows:
         wanted = batch.teacher_scale() * teacher_image @ bank.teacher_classes.T
         prior = None
         if labels and bank.prior is not None:
-            own = (wanted / options.weight_temperature).log_softmax(dim=-1)
+            own = wanted.log_softmax(dim=-1)
             # A probability that underflowed has weight 0 at any gamma but 0; its logarithm must stay a number.
             of_class = bank.prior.rows(labels[0]).to(own.dtype).clamp(min=torch.finfo(torch.float32).tiny)
             prior = torch.where((labels[0] >= 0)[:, None], of_class.log(), own)
         student = batch.student.logit_scale * image @ classes.T
-        powers = {name: getattr(options, name) for name in ("temperature", "weight_temperature", "gamma")}
+        powers = {name: getattr(options, name) for name in ("temperature", "gamma")}
         return stack([row_statistics(student, wanted, **powers, pair_prior=prior)])
 
     return weigh_halves(batch.in_panels(compute, *rows, num_columns=len(classes)), batch)
@@ -120,7 +119,7 @@ def weigh_halves(rows: Rows, batch: Comparison) -> Rows:
     """GKL of each query from its statistics, with the weights of objective.gkl."""
     options = batch.objective.gkl
     wmse = 0.5 * local_row_weights(rows["log_weight_mass"]) * rows["variance"]
-    value = options.ce_weight * squared(options.temperature, batch) * rows["soft_ce"] + options.mse_weight * wmse
+    value = options.ce_weight * rows["soft_ce"] + options.mse_weight * wmse
     series = {name: rows[name] for name in ("kl", "soft_ce", "teacher_entropy")}
     return {"value": value, "wmse": wmse, **series}
 
@@ -130,8 +129,3 @@ def local_row_weights(log_weight_mass: Float[Tensor, "ways b"]) -> Float[Tensor,
     everywhere = distributed.gather_constant(log_weight_mass.T).T
     weights = torch.stack([losses.row_weights(way) for way in everywhere]) * everywhere.shape[1]
     return weights.chunk(distributed.world_size(), dim=-1)[distributed.rank()]
-
-
-def squared(temperature: float, batch: Comparison) -> float:
-    """Factor of a cross-entropy or a divergence at a temperature."""
-    return temperature**2 if batch.objective.scale_by_temperature_squared else 1.0

@@ -14,8 +14,8 @@ import torch
 from clipkd import data, distributed, files, progress
 from clipkd.config import train as configuration
 from clipkd.errors import RunStopped
-from clipkd.models.create import initial_student
-from clipkd.models.text_tower import text_sha256
+from clipkd.models.initial import initial_student
+from clipkd.models.towers import text_sha256
 from clipkd.objective.closed_set import class_vectors
 from clipkd.objective.distiller import require_fitting_teachers
 from clipkd.progress import mib
@@ -41,7 +41,7 @@ def run(config: CacheConfig) -> Path:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     accelerator = distributed.make_accelerator(config.precision)
-    student = initial_student(config) if config.student.text != "trained" else None
+    student = initial_student(config) if config.student.frozen().get("text") == "frozen" else None
     teachers = load_teachers(config, student)
     if student is not None and text_sha256(student) in [text_sha256(teacher) for teacher in teachers.encoders]:
         student = None  # its text features are stored as the teacher's

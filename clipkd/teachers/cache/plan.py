@@ -11,7 +11,7 @@ from clipkd.data import PairSet
 from clipkd.errors import require
 from clipkd.models.encoder import Encoder
 from clipkd.models.load import weight_files
-from clipkd.models.text_tower import text_sha256
+from clipkd.models.towers import text_sha256
 from clipkd.objective.closed_set import closed_set_fingerprint, read_classes
 from clipkd.teachers.cache.captions import Captions, number_captions
 from clipkd.teachers.loaded import LoadedTeachers
