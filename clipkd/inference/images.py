@@ -101,8 +101,8 @@ def encode_files(student: Student, paths: Sequence[str], batch_size: int) -> Ite
 
 def require_finite(features: np.ndarray, names: Sequence[str]) -> None:
     """Raises: ValueError naming the first image or text whose features are not finite."""
-    for name, finite in zip(names, np.isfinite(features).all(axis=1), strict=True):
-        if not finite:
+    for name, row in zip(names, features, strict=True):
+        if not np.isfinite(row).all():
             raise ValueError(
                 f"the features of {name} are not finite: the model's weights are damaged, or overflow in this format"
             )

@@ -165,10 +165,13 @@ def wrap_open_clip(model: Any, tokenizer: Any, *, name: str, model_config: dict[
     height, width = (size, size) if isinstance(size, int) else size
     try:  # a config whose parts do not fit fails here, not after the data has been opened
         with torch.no_grad():
-            dim = model.eval().encode_text(tokenizer(["a"])).shape[-1]
-            image_dim = model.encode_image(torch.zeros(1, 3, height, width)).shape[-1]
-    except RuntimeError as error:
+            text = model.eval().encode_text(tokenizer(["a"]))
+            image = model.encode_image(torch.zeros(1, 3, height, width))
+    except (RuntimeError, AssertionError) as error:  # timm asserts
         raise ValueError(f"{name}: its towers do not run: {short(error)}") from error
+    if not (isinstance(image, Tensor) and isinstance(text, Tensor)):
+        raise ValueError(f"{name}: its towers return tokens beside features; leave output_tokens out of its config")
+    dim, image_dim = text.shape[-1], image.shape[-1]
     if image_dim != dim:
         raise ValueError(f"{name}: its image features have width {image_dim}, its text features {dim}")
     return Encoder(

@@ -373,3 +373,23 @@ def test_a_tokenizer_is_named_by_its_tokens() -> None:
     others = [tokenizer_name(open_clip.SimpleTokenizer(context_length=12, clean="canonicalize")) for _ in range(2)]
     assert re.fullmatch(r"SimpleTokenizer [0-9a-f]{8}", others[0])
     assert others[0] == others[1]
+
+
+@pytest.mark.parametrize(
+    ("vision", "words"),
+    [
+        (
+            {"timm_model_name": "vit_tiny_patch16_224", "image_size": 64},
+            r"do not run: Input height \(64\) doesn't match",
+        ),
+        (
+            {"layers": 1, "width": 64, "patch_size": 16, "image_size": 32, "output_tokens": True},
+            "leave output_tokens out",
+        ),
+    ],
+)
+def test_a_tower_that_cannot_be_used_is_one_sentence(tmp_path: Path, vision: dict[str, Any], words: str) -> None:
+    text = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    (tmp_path / "x.json").write_text(json.dumps({"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}))
+    with pytest.raises(ValueError, match=rf"student\.model: x: its towers .*{words}"):
+        create_student(StudentConfig(model=str(tmp_path / "x.json")))
