@@ -89,8 +89,9 @@ class Batch(NamedTuple):
 class Views:
     """Views of all models: the student first, then the teachers."""
 
-    def __init__(self, specs: Sequence[ViewSpec]) -> None:
-        self.specs = specs
+    def __init__(self, specs: Sequence[ViewSpec], *, images_alone: bool = False) -> None:
+        """images_alone: without captions no text tower runs; text features have width 0."""
+        self.specs, self.images_alone = specs, images_alone
         self.pixel_specs = list({spec.pixels: spec for spec in specs}.values())
         """One spec per kind of pixels, the student's first."""
         self.token_specs = list({spec.tokenizer_name: spec for spec in specs}.values())
@@ -100,7 +101,8 @@ class Views:
         """One view per model; models with equal inputs share their tensors."""
         images = dict(zip([spec.pixels for spec in self.pixel_specs], batch.pixels, strict=True))
         texts = dict(zip([spec.tokenizer_name for spec in self.token_specs], batch.texts, strict=True))
-        return [View(images[spec.pixels], texts[spec.tokenizer_name]) for spec in self.specs]
+        known = torch.empty(len(batch.ids), 0, device=batch.ids.device) if self.images_alone else None
+        return [View(images[spec.pixels], texts[spec.tokenizer_name], known) for spec in self.specs]
 
 
 class Features(NamedTuple):

@@ -19,8 +19,8 @@ class SourceConfig:
     """Configuration of a Hugging Face data set that has several."""
     image_column: str = "image"
     """Image column of a Hugging Face data set, or of a table (paths, relative to the table). webdataset uses the member with an image suffix."""
-    caption_key: str = "txt"
-    """Caption. webdataset: txt for the .txt member, or a key of the .json member; other formats: the column. Of a list of captions one is drawn for each view."""
+    caption_key: str | None = "txt"
+    """Caption. webdataset: txt for the .txt member, or a key of the .json member; other formats: the column. Of a list of captions one is drawn for each view. null: images alone, without captions."""
     label_key: str | None = None
     """Class number, for objective.closed_set. webdataset: cls for the .cls member, or a key of the .json member; other formats: the column."""
     weight: float = 1.0
@@ -60,6 +60,11 @@ class DataConfig(SourceConfig):
         require(0 < self.min_crop <= 1, f"data.min_crop is {self.min_crop}; it is a share of the area in (0, 1]")
         require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}; it must be 0 or more")
         require(0 <= self.max_skipped <= 1, f"data.max_skipped is {self.max_skipped}; it is a share in [0, 1]")
+        captioned = {source.caption_key is not None for source in (self, *self.mix)}
+        require(
+            len(captioned) == 1,
+            "some sources have a caption_key and others null; set null for all of them, or for none",
+        )
         labelled = {source.label_key is not None for source in (self, *self.mix)}
         require(
             len(labelled) == 1,

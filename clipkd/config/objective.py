@@ -129,7 +129,12 @@ class ObjectiveConfig(Terms):
 
 
 def require_objective(
-    objective: ObjectiveConfig, *, has_teacher: bool, ema_momentum: float, label_key: str | None
+    objective: ObjectiveConfig,
+    *,
+    has_teacher: bool,
+    ema_momentum: float,
+    label_key: str | None,
+    has_captions: bool = True,
 ) -> None:
     """Raises: ValueError if the terms that are on ask for something that the run does not have."""
     active = objective.active()
@@ -137,6 +142,10 @@ def require_objective(
     for name, term in active.items():
         where = f"objective.{name}"
         require(has_teacher or not term.asks.teacher, f"{where} needs a teacher: set teacher.models or teacher.cache")
+        require(
+            has_captions or not (term.asks.captions or objective.needs_momentum(term)),
+            f"{where} needs captions, but data.caption_key is null; set its weight to 0, and use gkl, kl, affinity, features or icl",
+        )
         require(
             ema_momentum > 0 or not objective.needs_momentum(term),
             f"{where} uses momentum features, but optim.ema_momentum is 0; set it, e.g. 0.995",

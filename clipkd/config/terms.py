@@ -32,6 +32,12 @@ class Asks:
     """Whether it needs class labels."""
     needs: tuple[str, ...] = ()
     """Terms that must be on, too: they train the logit scale that this one shares."""
+
+    @property
+    def captions(self) -> bool:
+        """Whether it makes no sense where images stand for their captions."""
+        return not self.teacher or self.keys == "momentum" or self.teacher_logits == "sigmoid"
+
     task: bool = False
     """Whether it is a task loss, which objective.warmup_steps does not apply to."""
     warms_itself: bool = False

@@ -195,6 +195,11 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     """What is written while training."""
 
+    @property
+    def images_alone(self) -> bool:
+        """Whether the data have no captions."""
+        return self.data.caption_key is None
+
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"steps is {self.steps}; it must be 1 or more")
         require(self.batch_size >= 2, f"batch_size is {self.batch_size}; a contrastive batch needs at least 2 pairs")
@@ -216,7 +221,12 @@ class TrainConfig:
                 has_teacher=has_teacher,
                 ema_momentum=self.optim.ema_momentum,
                 label_key=self.data.label_key,
+                has_captions=not self.images_alone,
             )
+        require(
+            not self.images_alone or self.student.frozen().get("text") == "frozen",
+            "data.caption_key is null, so no text tower can learn: set student.text to teacher (or to frozen, with weights)",
+        )
         if names:  # otherwise the cache says how many there are
             require_number_of_teachers(self.objective, len(names))
 

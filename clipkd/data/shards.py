@@ -174,6 +174,8 @@ class WebdatasetPairs:
                 if stamp_of(os.fstat(file.fileno())) != rows.stamp:
                     raise ValueError("it has been written again")
                 first, *others = rows.spans[row].tolist()
+                if self.config.caption_key is None:
+                    others[0] = (0, 0)  # the image once more
                 members = [read_span(file.fileno(), *span) for span in (first if image else (0, 0), *others)]
         except (OSError, ValueError, EOFError) as error:
             message = f"the shard can no longer be read ({error})"

@@ -21,6 +21,9 @@ MAX_SAMPLE_BYTES = 1 << 28
 MAX_CHARACTERS = 2000
 """Of a caption. A tokenizer keeps far fewer, but takes minutes over one word of a hundred thousand letters."""
 
+NO_CAPTION = ("",)
+"""Captions of images alone."""
+
 NUM_PROBES = 8
 """Samples that are read before a run: if none of them can be read, an option is wrong."""
 
@@ -140,9 +143,10 @@ def probe(source: PairSource) -> None:
 
 
 def member_extensions(config: SourceConfig) -> list[tuple[str, ...]]:
-    """Extensions of a webdataset sample's image, its caption and, if labels are configured, its label."""
-    keys = [("txt", config.caption_key), ("cls", config.label_key)]
-    return [IMAGE_EXTENSIONS, *((own if key == own else "json",) for own, key in keys if key is not None)]
+    """Extensions of a webdataset sample's image, its caption (of images alone the image again) and any configured label."""
+    caption = IMAGE_EXTENSIONS if config.caption_key is None else ("txt" if config.caption_key == "txt" else "json",)
+    label = [] if config.label_key is None else [("cls" if config.label_key == "cls" else "json",)]
+    return [IMAGE_EXTENSIONS, caption, *label]
 
 
 def missing_member(key: str, extensions: tuple[str, ...]) -> Skip:
@@ -177,7 +181,9 @@ def make_pair(key: str, members: Sequence[bytes | None], config: SourceConfig) -
             raise BadSample(*missing_member(key, extensions))
     image, caption, *label = members
     assert image is not None
-    captions = as_captions(read_member(caption, config.caption_key, "caption", key), key)
+    captions = NO_CAPTION
+    if config.caption_key is not None:
+        captions = as_captions(read_member(caption, config.caption_key, "caption", key), key)
     if not label or label[0] is None:
         return Pair(key, image, captions)
     return Pair(key, image, captions, as_label(read_member(label[0], config.label_key, "label", key), key))

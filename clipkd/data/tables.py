@@ -18,7 +18,7 @@ import numpy as np
 from clipkd.config.data import SourceConfig
 from clipkd.data.rows import load_rows
 from clipkd.data.skips import BadSample, Skip, Skips
-from clipkd.data.sources import MAX_SAMPLE_BYTES, UNLABELLED, Pair, as_captions, as_label, locate
+from clipkd.data.sources import MAX_SAMPLE_BYTES, NO_CAPTION, UNLABELLED, Pair, as_captions, as_label, locate
 from clipkd.errors import short
 from clipkd.files import expand_home, sha256
 from clipkd.images import open_image
@@ -56,17 +56,26 @@ class HuggingFacePairs:
         self.shard_sizes, self.left_out, self.damaged = split_evenly(len(self.rows)), Skips(), list[Skip]()
 
     def parts(self) -> list[tuple[str, str]]:
+        from pyarrow.compute import struct_field
+
         digest = hashlib.sha256()  # the library's own fingerprint changes with the folder
-        for rows in self.rows.select_columns([self.config.caption_key]).iter(10_000):
+        caption, image = self.config.caption_key, self.config.image_column
+        if caption is None:
+            for rows in self.rows.with_format("arrow").iter(10_000):  # without reading an image
+                paths = struct_field(rows[image], "path").to_pylist()
+                digest.update(json.dumps([path and Path(path).name for path in paths]).encode())
+            return [(self.path, digest.hexdigest())]
+        for rows in self.rows.select_columns([caption]).iter(10_000):
             digest.update(json.dumps(rows, default=str).encode())
         return [(self.path, digest.hexdigest())]
 
     def read(self, index: int, *, image: bool = True) -> Pair:
         key, config = f"{self.path} row {index}", self.config
-        row = (self.rows if image else self.texts)[index]
+        row = (self.texts if self.texts.column_names and not image else self.rows)[index]
         data = stored_image(row[config.image_column], self.folders, index, key) if image else b""
         label = as_label(row[config.label_key], key) if config.label_key else UNLABELLED
-        return Pair(key, data, as_captions(row[config.caption_key], key), label)
+        captions = NO_CAPTION if config.caption_key is None else as_captions(row[config.caption_key], key)
+        return Pair(key, data, captions, label)
 
 
 def with_encoded_images(rows: Any, column: str, path: str) -> Any:
@@ -108,12 +117,16 @@ class TablePairs:
     def read(self, index: int, *, image: bool = True) -> Pair:
         number, row = locate(self.ends, index)
         table = self.config.paths[number]
-        path, caption, *label = (column[row].as_py() for column in self.tables[number].columns)
+        columns = zip(columns_of(self.config), self.tables[number].columns, strict=True)
+        values = {option: column[row].as_py() for option, column in columns}
+        path = values["image_column"]
         key = f"{table} row {row}: {path}"
         if not path:
             raise BadSample(key, "no image", f"has no path in column {self.config.image_column!r}")
         data = read_image(path, Path(table).parent, key) if image else b""
-        return Pair(key, data, as_captions(caption, key), as_label(label[0] or None, key) if label else UNLABELLED)
+        captions = as_captions(values["caption_key"], key) if "caption_key" in values else NO_CAPTION
+        label = as_label(values["label_key"] or None, key) if "label_key" in values else UNLABELLED
+        return Pair(key, data, captions, label)
 
 
 def read_image(value: str, folder: Path | None, key: str) -> bytes:

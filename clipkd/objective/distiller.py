@@ -41,21 +41,24 @@ class Distiller(nn.Module):
         queue_capacity: int = 0,
         closed_set: ClosedSet | None = None,
         device: torch.device | None = None,
+        images_alone: bool = False,
     ) -> None:
         """teacher_dim: width of the first teacher's features; None without one. queue_capacity: pairs, if objective.queue
-        is on. device: where batches will come from.
+        is on. device: where batches will come from. images_alone: without captions every image stands for its own.
 
         Raises: ValueError if the student's logit scale is out of bounds.
         """
         super().__init__()
         self.student, self.objective, self.closed_set = student, objective, closed_set
-        self.active = objective.active()
+        self.active, self.images_alone = objective.active(), images_alone
         compares = any(objective.keys_of(term) == "teacher" for term in self.active.values())
         self.image_projection: nn.Module = nn.Identity()
         self.text_projection: nn.Module = nn.Identity()
         if teacher_dim not in (None, student.dim) and compares:
             self.image_projection = nn.Linear(student.dim, teacher_dim, bias=False)
-            self.text_projection = nn.Linear(student.dim, teacher_dim, bias=False)
+            self.text_projection = self.image_projection
+            if not images_alone:
+                self.text_projection = nn.Linear(student.dim, teacher_dim, bias=False)
         self.term_modules, scales = nn.ModuleDict(), set[str]()
         for term in self.active.values():
             self.term_modules.update(TERMS[type(term)].modules(student.dim, teacher_dim or student.dim))
@@ -131,6 +134,9 @@ class Distiller(nn.Module):
     def compare(
         self, student: Features, targets: Targets, *, step: int, class_features: Float[Tensor, "k d"] | None
     ) -> Comparison:
+        if self.images_alone:
+            student = student._replace(text=student.image)
+            targets = targets._replace(teachers=tuple(one._replace(text=one.image) for one in targets.teachers))
         return Comparison(
             student=student,
             projected=self.project(student) if targets.teachers else student,

@@ -143,6 +143,7 @@ def make_distiller(config: TrainConfig, parts: Parts) -> Distiller:
         queue_capacity=config.objective.queue * config.batch_size,
         closed_set=closed_set,
         device=device,
+        images_alone=config.images_alone,
     ).to(device)
 
 

@@ -177,7 +177,8 @@ def try_steps(run: Run, findings: Findings) -> None:
     """Measure a first step, then time some more. Nothing of them is kept."""
     batches, left = run.batches(), run.config.steps - run.done
     batch = next(batches)
-    describe_retrieval(run, batch, findings)
+    if not run.config.images_alone:
+        describe_retrieval(run, batch, findings)
     run.watch.take_window()
     with count_saved() as saved:
         metrics = {name: value.item() for name, value in run.step(batch).items()}  # waits for the device

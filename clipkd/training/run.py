@@ -169,7 +169,9 @@ def build_run(config: TrainConfig, parts: Parts, *, dry: bool = False) -> Run:
         restored = checkpoint.restore(resumed, model=distiller, ema=ema and ema.model, optimizer=optimizer)
         distiller.load_memory(restored)
     start, folder = state["step"], Path(config.output)
-    views = Views([parts.student.spec, *(encoder.spec for encoder in teachers.encoders)])
+    views = Views(
+        [parts.student.spec, *(encoder.spec for encoder in teachers.encoders)], images_alone=config.images_alone
+    )
     feed = data.open_feed(
         parts.pairs,
         config,

@@ -254,6 +254,11 @@ def test_an_unknown_option_is_named_with_the_nearest_one(
             "--objective.itc.momentum_share 0.7 --objective.itc.teacher_share 0.6",
             ["objective.itc.momentum_share and teacher_share are 0.7 and 0.6", "1"],
         ),
+        ("--data.caption_key null", ["objective.info_nce needs captions", "caption_key is null"]),
+        (
+            "--data.caption_key null --objective.info_nce.weight 0 --objective.kl.weight 1 --teacher.models x",
+            ["data.caption_key is null, so no text tower can learn"],
+        ),
         ("--student.image head", ["student.image is head at random", "student.image_weights"]),
         ("--student.image_weights teacher", ["student.image_weights is teacher", "teacher.models names none"]),
         ("--optim.layer_decay 0", ["optim.layer_decay is 0"]),
@@ -312,8 +317,8 @@ def test_a_wrong_value_is_one_line_that_names_it(
         ("optim: 3\n", "line 1: optim is '3'; its options stand below it"),
         ("optim:\n  betas: [0.9]\n", "line 2: optim.betas is a list; it must be a list of 2"),
         (
-            "data: {caption_key: ~}\n",
-            "line 1: data.caption_key is '~'; it must be a word; if it is one, write it in quotes",
+            "data: {image_column: ~}\n",
+            "line 1: data.image_column is '~'; it must be a word; if it is one, write it in quotes",
         ),
         ("teacher: {models: [~]}\n", "teacher.models is '~'; it must be a word; if it is one, write it in quotes"),
         ("precision: 16\n", "precision is '16'; it must be one of auto, fp32, bf16, fp16"),

@@ -66,6 +66,30 @@ def test_captions_come_from_a_key_of_the_json(tmp_path: Path) -> None:
         webdataset(path, caption_key="caption", label_key="cls")
 
 
+def test_images_alone_come_from_tars_tables_and_plain_folders(tmp_path: Path) -> None:
+    members = [(f"{number:04}.png", plain_png(number)) for number in range(3)]
+    folder = tmp_path / "folder" / "inner"
+    folder.mkdir(parents=True)
+    for name, content in members:
+        (folder / name).write_bytes(content)
+    (tmp_path / "table.csv").write_text("image\n" + "".join(f"folder/inner/{name}\n" for name, _ in members))
+    places = {
+        "webdataset": write_tar(tmp_path / "a.tar", members),
+        "csv": tmp_path / "table.csv",
+        "huggingface": tmp_path / "folder",
+    }
+    for format, path in places.items():
+        source = webdataset(path, format=format, caption_key=None)
+        assert [source.read(number).image for number in range(len(source))] == [content for _, content in members]
+        assert source.read(0, image=False).captions == ("",)
+        assert source.identity()[0]["caption_key"] is None
+    before = source.identity()
+    (folder / "0003.png").write_bytes(plain_png(3))
+    assert webdataset(tmp_path / "folder", format="huggingface", caption_key=None).identity() != before
+    with pytest.raises(ValueError, match="some sources have a caption_key and others null"):
+        DataConfig(path="a", caption_key=None, mix=(SourceConfig(path="b"),))
+
+
 def test_incomplete_and_repeated_samples_are_left_out_and_counted(tmp_path: Path) -> None:
     members = [
         *(("0.png", plain_png(0)), ("0.txt", b"thing 0")),

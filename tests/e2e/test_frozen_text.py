@@ -67,3 +67,24 @@ def test_a_tower_stays_as_its_weights_came(
     before, after = load_file(start), saved(tmp_path / "run", 2)
     kept = {name for name, tensor in before.items() if torch.equal(after[f"student.model.{name}"], tensor)}
     assert kept == {name for name in before if not name.startswith(learns)}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_images_alone_teach_what_images_with_captions_teach(
+    clipkd: Run, data: Path, teacher: Path, mixed: Path, tmp_path: Path, micro_batches: int
+) -> None:
+    """The captions' features are equal with and without training, so that only the images' error moves a weight."""
+    arguments = (*SMALL, "--student.model", mixed, "--student.text", "teacher", "--data.path", data / "pairs")
+    arguments += ("--teacher.models", f"local-dir:{teacher}", "--objective.info_nce.weight", 0, "--steps", 2)
+    features = ("--micro_batches", micro_batches, "--objective.features.weight")
+    clipkd("train", *arguments, *features, 1, "--output", tmp_path / "captions")
+    # Without captions an image counts as its caption too, so its error counts twice.
+    clipkd("train", *arguments, *features, 0.5, "--data.caption_key", "null", "--output", tmp_path / "images")
+    alone = (*arguments, "--data.caption_key", "null", "--objective.features.weight", 0.5)
+    clipkd("cache", *alone, "--dtype", "float32", "--output", tmp_path / "cache")
+    clipkd("train", *alone, *features[:2], "--teacher.cache", tmp_path / "cache", "--output", tmp_path / "cached")
+    expected = saved(tmp_path / "captions", 2)
+    for run in ("images", "cached"):
+        found = saved(tmp_path / run, 2)
+        assert found.keys() == expected.keys()
+        assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []

@@ -191,6 +191,16 @@ def test_keys_by_hand() -> None:
         assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_without_captions_every_image_stands_for_its_own() -> None:
+    """The example above with the images on the axes; texts have no features at all."""
+    axes, none, scale = torch.eye(2), torch.empty(2, 0), torch.tensor(math.log(3))
+    student, teacher = Features(axes.flip(0), none, scale), Features(axes, none, scale)
+    term = KLTerm(weight=1.0)
+    distiller = Distiller(make_encoder(2), ObjectiveConfig(info_nce=OFF, kl=term), teacher_dim=2, images_alone=True)
+    loss, _ = distiller.loss(student, Targets((teacher,)))
+    assert loss.item() == pytest.approx(0.5 * math.log(3), abs=1e-6)
+
+
 def test_a_term_of_weight_0_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> dict[str, Tensor]:
         raise AssertionError("computed")
