@@ -3,7 +3,6 @@
 import errno
 import logging
 import os
-import re
 import signal
 import sys
 import warnings
@@ -15,6 +14,7 @@ from clipkd import __version__
 from clipkd.config.parse import parse, parse_into
 from clipkd.config.paths import require_paths
 from clipkd.errors import END_SIGNALS, Interrupted, RunStopped, one_line, raise_at_signals
+from clipkd.process import keep_freed_memory, read_launcher
 
 HELP = """usage: clipkd COMMAND [--help] …
 
@@ -55,6 +55,7 @@ def main() -> None:
         known = ", ".join(command for command in COMMANDS if " " not in command)
         print(f"clipkd: error: no command {name!r}; choose from {known}", file=sys.stderr)
         raise SystemExit(2)
+    keep_freed_memory()
     run_command(name, arguments[length:])
 
 
@@ -85,29 +86,6 @@ def run_command(name: str, arguments: list[str]) -> None:
     except KeyboardInterrupt:
         kept = f"; finished {KEPT[name]} are kept" if name in KEPT else ""
         exit_by_signal(signal.SIGINT, f"clipkd {name}{process}: interrupted{kept}")
-
-
-def read_launcher() -> int:
-    """Number of processes that a launcher started; srun's variables are taken over under torchrun's names.
-
-    Raises: ValueError if the processes could not find each other, so that each would run as if it were the only one.
-    """
-    given = os.environ
-    if "WORLD_SIZE" not in given and int(given.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        head, first = re.match(r"([^,\[]*)\[?(\d*)", given["SLURM_STEP_NODELIST"]).groups()  # type: ignore[union-attr]
-        given |= {"WORLD_SIZE": given["SLURM_STEP_NUM_TASKS"], "RANK": given["SLURM_PROCID"]}
-        given |= {"LOCAL_RANK": given["SLURM_LOCALID"], "MASTER_ADDR": given.get("MASTER_ADDR", head + first)}
-        given.setdefault("MASTER_PORT", str(20_000 + int(given["SLURM_JOB_ID"]) % 20_000))
-        given.setdefault("OMP_NUM_THREADS", given.get("SLURM_CPUS_PER_TASK", "1"))
-    if "WORLD_SIZE" not in given and "MASTER_PORT" in given and "ACCELERATE_DYNAMO_MODE" in given:
-        raise ValueError(
-            "accelerate launch starts one process on CPUs, whatever num_processes says; use torchrun --nproc_per_node N"
-        )
-    number = int(given.get("WORLD_SIZE", "1"))
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in given]
-    if number > 1 and missing:
-        raise ValueError(f"WORLD_SIZE is {number}, but {', '.join(missing)} missing; start with torchrun, or set all")
-    return number
 
 
 def print_own_warnings(name: str) -> None:

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clipkd import files
-from clipkd.cli import main, read_launcher
+from clipkd.cli import main
 from clipkd.config.objective import ObjectiveConfig
 from clipkd.config.paths import require_writable
 from clipkd.config.train import TrainConfig
+from clipkd.process import read_launcher
 from clipkd.training.assemble import list_notes, require_installed
 from tests.e2e.conftest import SMALL, Run
 
