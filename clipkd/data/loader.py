@@ -3,12 +3,14 @@
 The global batches are the same for any number of processes and loader processes, and a run can start at any step.
 """
 
+import html
 import multiprocessing
 import multiprocessing.queues
 import os
 import shutil
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -81,17 +83,32 @@ class Augment:
     """
 
     def __init__(self, config: DataConfig, views: Views, seed: int) -> None:
-        self.config, self.specs, self.seed = config, views.pixel_specs, seed
+        self.config, self.specs, self.token_specs, self.seed = config, views.pixel_specs, views.token_specs, seed
 
     def __call__(self, pair: Pair, view: int, id: int, *, num_views: int | None = None) -> Sample:
         """num_views: the pixels repeat after this many views; the caption is drawn for each view. Raises: BadSample."""
-        rng = generator(Purpose.AUGMENTATION, self.seed, view if num_views is None else view % num_views, id)
+        pixels = self.pixels(pair, view if num_views is None else view % num_views, id)
+        caption_number = int(generator(Purpose.CAPTION, self.seed, view, id).integers(len(pair.captions)))
+        caption = pair.captions[caption_number]
+        if self.has_no_tokens(caption):
+            raise BadSample(pair.key, "empty caption", f"a tokenizer leaves nothing of its caption {caption[:80]!r}")
+        return Sample(pixels, caption, caption_number, id, pair.label, pair.key)
+
+    def has_no_tokens(self, caption: str) -> bool:
+        """Whether nothing of a caption can be seen, or a tokenizer takes it for an empty one, as CLIP's does `&nbsp;`."""
+        plain = html.unescape(html.unescape(caption))
+        if any(map(str.isalnum, plain)):
+            return False  # no tokenizer drops letters and digits
+        if all(unicodedata.category(letter)[0] in "CZ" for letter in caption):  # separators, zero-width and control
+            return True
+        return any(torch.equal(*map(spec.tokenize, ([caption], [""]))) for spec in self.token_specs)
+
+    def pixels(self, pair: Pair, view: int, id: int) -> list[np.ndarray]:
+        """Raises: BadSample."""
         try:
-            pixels = self.draw_pixels(pair.image, rng)
+            return self.draw_pixels(pair.image, generator(Purpose.AUGMENTATION, self.seed, view, id))
         except BadImage as bad:
             raise BadSample(pair.key, bad.cause, str(bad)) from bad
-        caption_number = int(generator(Purpose.CAPTION, self.seed, view, id).integers(len(pair.captions)))
-        return Sample(pixels, pair.captions[caption_number], caption_number, id, pair.label, pair.key)
 
     def draw_pixels(self, data: bytes, rng: np.random.Generator) -> list[np.ndarray]:
         """One crop of an image for every view, decoded once per scale. Raises: BadImage."""

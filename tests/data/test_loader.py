@@ -2,13 +2,15 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from open_clip.tokenizer import SimpleTokenizer, canonicalize_text
 
 from clipkd.config.data import DataConfig
 from clipkd.data import loader
@@ -149,6 +151,32 @@ def test_pixels_repeat_after_the_stored_views_and_captions_do_not() -> None:
         assert np.array_equal(sample.pixels[0], taken[view % 2].pixels[0])
     assert not np.array_equal(taken[0].pixels[0], taken[1].pixels[0])
     assert len({sample.caption for sample in taken[::2]}) > 1
+
+
+def clean_siglip(texts: list[str]) -> torch.Tensor:
+    return SimpleTokenizer()([canonicalize_text(text) for text in texts])  # without punctuation
+
+
+@pytest.mark.parametrize(
+    ("tokenize", "empty", "full"),
+    [
+        (SimpleTokenizer(), ["&nbsp;", "&amp;nbsp;", "&#xFEFF;"], ["a", "7", "猫", "🎉", "&amp;", "!!!"]),
+        (clean_siglip, ["!!!", "-?"], ["a", "7", "猫", "&nbsp;"]),
+    ],
+    ids=["clip", "siglip"],
+)
+def test_a_caption_of_which_a_tokenizer_leaves_nothing_is_empty(
+    tokenize: Any, empty: list[str], full: list[str]
+) -> None:
+    views = Views([view_spec(8, tokenizer_name="other"), replace(view_spec(8), tokenize=tokenize)])
+    augment, image = Augment(DataConfig(path="x"), views, seed=0), encode(coordinates(), "PNG")
+    for caption in (*empty, "\ufeff", "\u200b\u200d", "\u3000\u00a0\u2028"):
+        with pytest.raises(BadSample) as caught:
+            augment(Pair("key", image, (caption,)), 0, 0)
+        assert caught.value.skip.cause == "empty caption"
+        assert len(augment.pixels(Pair("key", image, (caption,)), 0, 0)) == 1  # a cache stores them
+    for caption in full:
+        assert augment(Pair("key", image, (caption,)), 0, 0).caption == caption
 
 
 def augmented(source: Ramps, seed: int = 0) -> AugmentedPairs:
