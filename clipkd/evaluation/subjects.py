@@ -11,6 +11,9 @@ from clipkd.evaluation.sets import CLASS_KINDS, EvaluationSet, check_label, chec
 from clipkd.evaluation.tasks import METRICS, Task, locate
 from clipkd.models.imagenet import imagenet_prompts, imagenet_synsets
 
+COMMON_NAMES = {"data", "dataset", "eval", "evaluation", "images", "test", "val", "validation", "wds", "zeroshot"}
+"""Names of data folders that say nothing about the data: a task without a name takes the name of the parent too."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -71,7 +74,11 @@ def open_subject(task: Task, root: str | Path) -> Subject:
         raise ValueError(f"{root} holds a {data.kind} task; its metrics are {list(known)}, not {task.metric!r}")
     if task.metric == "acc5" and data.num_classes < 5:
         raise ValueError(f"{root} has {data.num_classes} classes, too few for the metric acc5")
-    name = task.name or Path(root).resolve().name
+    folder = Path(root).resolve()
+    parent = (
+        f"{folder.parent.name}/" if folder.name.lower() in COMMON_NAMES else ""
+    )  # a/zeroshot and b/zeroshot are two
+    name = task.name or parent + folder.name
     return Subject(task, name, data, task.metric or known[0])
 
 

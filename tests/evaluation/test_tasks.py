@@ -243,6 +243,11 @@ def test_one_task_takes_its_data_folder_or_the_folder_above(tmp_path: Path) -> N
         assert (subject.name, subject.data.root) == ("vtab/a", str(root))
 
 
+def test_a_folder_with_a_common_name_is_called_after_its_parent_too(tmp_path: Path) -> None:
+    roots = [str(benchmark(tmp_path / name, "0")) for name in ("a/zeroshot", "b/zeroshot", "pets")]
+    assert [subject.name for subject in open_subjects((), tuple(roots))] == ["a/zeroshot", "b/zeroshot", "pets"]
+
+
 def test_two_of_one_name_no_data_and_missing_task_files_are_refused(tmp_path: Path) -> None:
     files = tuple(task_file(tmp_path, stem, "same") for stem in "ab")
     root = str(benchmark(tmp_path / "same", "0"))
