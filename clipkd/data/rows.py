@@ -4,7 +4,6 @@
 """
 
 import glob
-import os
 import re
 import warnings
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from clipkd.errors import short
-from clipkd.files import expand_home, is_hidden
+from clipkd.files import expand_home, find_files
 from clipkd.images import suffixes
 
 BUILDERS = {
@@ -118,26 +117,20 @@ def list_files(place: Path, wanted: list[str], configuration: str | None) -> tup
         place = place / configuration
     elif configuration is not None or declared:
         raise ValueError(f"it has the configurations {sorted(declared)[:20]}; set data.configuration to one of them")
-    everything = sorted(
-        Path(folder, name)
-        for folder, folders, names in os.walk(place, followlinks=True)
-        if not folders.sort() and not is_hidden(os.path.relpath(folder, place))  # type: ignore[func-returns-value]
-        for name in names
-        if not is_hidden(name)
-    )
-    builder, files = choose_builder(everything)
+    found, _ = find_files(str(place), lambda path: Path(path).suffix.lower() in (*BUILDERS, *suffixes()))
+    builder, files = choose_builder(sorted(map(Path, found)))
     marks = {file: find_split(file.relative_to(place), wanted, named=builder != "imagefolder") for file in files}
     if not any(marks.values()):
         return builder, {wanted[0]: files}
-    found = {name: [file for file in files if same_split(marks[file], name)] for name in wanted}
-    if lacking := [name for name in wanted if not found[name]]:
+    chosen = {name: [file for file in files if same_split(marks[file], name)] for name in wanted}
+    if lacking := [name for name in wanted if not chosen[name]]:
         raise ValueError(f"it has no split {lacking[0]!r}, only {sorted(filter(None, set(marks.values())))}")
     if unmarked := [file.name for file in files if marks[file] is None]:
         warnings.warn(
             f"{place}: left out {len(unmarked)} of {len(files)} files that belong to no split, such as {unmarked[0]}",
             stacklevel=2,
         )
-    return builder, found
+    return builder, chosen
 
 
 def choose_builder(everything: list[Path]) -> tuple[str, list[Path]]:

@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import gc
-import glob
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -477,37 +476,6 @@ def parquet(path: Path, numbers: Iterable[int]) -> Path:
 
 def things(source: PairSet) -> list[int]:
     return [int(source.read(number).captions[0].removeprefix("thing ")) for number in range(len(source))]
-
-
-@pytest.mark.parametrize("name", ["data[1]", "a*b", "with space", "q?x", "ü@x:y", "{a,b}", "x%20y", "train"])
-@pytest.mark.parametrize("form", ["folder", "saved", "file", "link", "relative", "home", "here"])
-def test_a_local_name_is_never_a_pattern(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_collection: None, name: str, form: str
-) -> None:
-    for beside in ("data1", "a_old_b", "a", "b", "q2x"):
-        parquet(tmp_path / beside / "0.parquet", range(9))
-    path = parquet(tmp_path / name / "0.parquet", range(2)).parent
-    if form == "saved":
-        datasets.load_dataset("parquet", data_files=glob.escape(str(path / "0.parquet")), split="train").save_to_disk(
-            path / "s"
-        )
-        path = path / "s"
-    elif form == "file":
-        path = path / "0.parquet"
-    elif form == "link":
-        path = tmp_path / "link to it"
-        path.symlink_to(tmp_path / name)
-    elif form == "relative":
-        monkeypatch.chdir(tmp_path)
-        path = Path(name)
-    elif form == "here":
-        monkeypatch.chdir(path)
-        path = Path()
-    elif form == "home":
-        monkeypatch.setenv("HOME", str(tmp_path))
-        path = Path("~", name)
-    assert things(hugging_face(path)) == [0, 1]
-    gc.collect()
 
 
 @pytest.mark.parametrize(
