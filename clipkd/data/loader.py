@@ -97,8 +97,8 @@ class Augment:
     def has_no_tokens(self, caption: str) -> bool:
         """Whether nothing of a caption can be seen, or a tokenizer takes it for an empty one, as CLIP's does `&nbsp;`."""
         plain = html.unescape(html.unescape(caption))
-        if any(map(str.isalnum, plain)):
-            return False  # no tokenizer drops letters and digits
+        if not caption or any(map(str.isalnum, plain)):
+            return False  # images alone have no captions, and no tokenizer drops letters and digits
         if all(unicodedata.category(letter)[0] in "CZ" for letter in caption):  # separators, zero-width and control
             return True
         return any(torch.equal(*map(spec.tokenize, ([caption], [""]))) for spec in self.token_specs)

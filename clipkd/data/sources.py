@@ -161,6 +161,8 @@ def dotted_pairs(extensions: Iterable[str], wanted: Sequence[tuple[str, ...]]) -
 
     wanted: extensions of an image and of its caption, as `member_extensions` gives them.
     """
+    if wanted[1] == IMAGE_EXTENSIONS:
+        return []  # images alone: each would be a pair, also the mask beside an image
     stems: list[dict[str, None]] = [
         {ext.rpartition(".")[0]: None for ext in extensions if "." in ext and ext.rpartition(".")[2] in names}
         for names in wanted[:2]

@@ -175,7 +175,7 @@ def test_a_caption_of_which_a_tokenizer_leaves_nothing_is_empty(
             augment(Pair("key", image, (caption,)), 0, 0)
         assert caught.value.skip.cause == "empty caption"
         assert len(augment.pixels(Pair("key", image, (caption,)), 0, 0)) == 1  # a cache stores them
-    for caption in full:
+    for caption in (*full, ""):  # of images alone
         assert augment(Pair("key", image, (caption,)), 0, 0).caption == caption
 
 

@@ -124,6 +124,12 @@ def test_a_name_with_several_dots_ends_at_its_last_one_where_the_first_one_would
     assert left_out == [{}, {}]
 
 
+def test_a_mask_beside_an_image_is_no_pair_where_images_need_no_caption(tmp_path: Path) -> None:
+    members = [(f"{n}.{end}", plain_png(n)) for n in range(20) for end in ("png", "mask.png")]
+    source = webdataset(write_tar(tmp_path / "a.tar", members), caption_key=None)
+    assert (len(source), source.left_out.counts) == (20, {})
+
+
 def test_a_pair_that_stands_in_another_pairs_sample_is_counted_by_name(tmp_path: Path) -> None:
     members = [member for n in range(20) for name in ("a{}", "a{}.v2") for member in pair_members([n], name)]
     path = write_tar(tmp_path / "a.tar", members)
