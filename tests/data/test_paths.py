@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import datasets
+import datasets.config
+import numpy as np
 import pytest
 
 from clipkd.config.data import DataConfig
@@ -92,7 +93,7 @@ def evaluated(task: str | None = None) -> Callable[[str], list[int]]:
 
 
 def predicted(path: str) -> list[int]:
-    return [to_rgb(open_image(name)).getpixel((0, 0))[0] for name in find_images([path])]  # type: ignore[index]
+    return [int(np.asarray(to_rgb(open_image(name)))[0, 0, 0]) for name in find_images([path])]
 
 
 TASK = "layout: huggingface\nlabel_column: label\nclassnames: [thing]\ntemplates: ['{c}']\n"
