@@ -1,6 +1,7 @@
 """The command line: `clipkd COMMAND`, `python -m clipkd COMMAND` or `accelerate launch -m clipkd COMMAND`."""
 
 import errno
+import io
 import logging
 import os
 import signal
@@ -42,6 +43,8 @@ KEPT = {"train": "checkpoints", "cache": "shards", "eval": "results"}
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without UTF-8 must not end a command
+        sys.stdout.reconfigure(errors="replace")
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")

@@ -177,7 +177,7 @@ def test_a_label_beyond_the_classes_is_named(here: Run, data: Path, teacher: Pat
 def test_unknown_command_in_a_process_of_its_own() -> None:
     done = subprocess.run([sys.executable, "-m", "clipkd", "frobnicate"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    commands = "check, cache, train, report, eval, export, predict, bench, demo"
+    commands = "check, cache, inherit, train, report, eval, export, predict, bench, demo"
     assert done.stderr == f"clipkd: error: no command 'frobnicate'; choose from {commands}\n"
 
 
@@ -189,3 +189,9 @@ def test_without_posix_only_training_is_refused() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     line = "clipkd train: error: clipkd train needs Linux or macOS; on Windows use WSL\n"
     assert (done.returncode, done.stderr[-len(line) :]) == (2, line)
+
+
+def test_a_terminal_without_utf8_gets_question_marks() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-m", "clipkd", "--help"], env=environment, capture_output=True, timeout=60)
+    assert (done.returncode, b"COMMAND [--help] ?" in done.stdout) == (0, True)
