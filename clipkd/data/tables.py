@@ -56,7 +56,7 @@ class HuggingFacePairs:
         self.shard_sizes, self.left_out, self.damaged = split_evenly(len(self.rows)), Skips(), list[Skip]()
 
     def parts(self) -> list[tuple[str, str]]:
-        from pyarrow.compute import struct_field
+        from pyarrow.compute import struct_field  # type: ignore[attr-defined]
 
         digest = hashlib.sha256()  # the library's own fingerprint changes with the folder
         caption, image = self.config.caption_key, self.config.image_column

@@ -205,7 +205,7 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_the_same_command_contin
 
     def full(file: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{file}"))
-        if path.name == f"{name}.{os.getpid()}.tmp":
+        if path.name.startswith(f"{name}.") and path.suffix == ".tmp":
             assert path.stat().st_size > 0
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(file)
