@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,15 @@ def collectives(rank: int) -> tuple[dict[str, Tensor], dict]:
     constant = distributed.gather_constant(rows)
     with pytest.raises(ValueError, match="contiguous"):  # the rules are in force
         dist.all_gather([torch.empty(2, 3).T, torch.empty(2, 3).T], torch.ones(3, 2))
+    distiller = make_distiller(OBJECTIVES["teacher keys"], dtype=torch.float64)
     facts = {
         "world_size": distributed.world_size(),
         "rank": distributed.rank(),
         "objects": distributed.gather_objects({"rank": rank}),
         "agreed": agreed(rank),
         "together": distributed.together(lambda: rank),
-        "problem": problem_of_the_last(rank),
-        "uneven": uneven_batch(rank),
+        "problem": message(lambda: distributed.together(lambda: rank if rank == 0 else int("no number"))),
+        "uneven": message(lambda: take_loss(distiller, *make_batch(dtype=torch.float64, num=4 + rank))),
         "exchanges": [exchanges(rank, micro_batches) for micro_batches in (1, 2, 4)],
         "constant_requires_grad": constant.requires_grad,
     }
@@ -119,21 +121,10 @@ def dropped(rank: int) -> dict[str, Tensor]:
     return found
 
 
-def uneven_batch(rank: int) -> str:
-    """What each process hears of batches of different sizes."""
-    distiller = make_distiller(OBJECTIVES["teacher keys"], dtype=torch.float64)
-    view, targets = make_batch(dtype=torch.float64, num=4 + rank)
+def message(call: Callable[[], object]) -> str:
+    """Of the ValueError that this process gets."""
     try:
-        take_loss(distiller, view, targets)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def problem_of_the_last(rank: int) -> str:
-    """What each process hears of an error that only the last one has."""
-    try:
-        distributed.together(lambda: rank if rank == 0 else int("no number"))
+        call()
     except ValueError as error:
         return str(error)
     return ""
