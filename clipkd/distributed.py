@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, PartialState
+from accelerate.utils import DynamoBackend, parse_flag_from_env
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
@@ -28,7 +28,13 @@ def join_processes() -> PartialState:
     """
     # PartialState alone ignores ACCELERATE_USE_CPU and a lack of GPUs: each process would run as if it were the only one.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=on_cpu, **process_group_options(on_cpu=on_cpu))
+    # fp32 means fp32: cuDNN's convolutions would use TF32 by default, and NVIDIA's containers set it for products.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    state = PartialState(cpu=on_cpu, **process_group_options(on_cpu=on_cpu))
+    if state.device is not None and state.device.type == "cuda" and state.device.index is not None:
+        # Of tasks that see one GPU each Accelerate takes the right one, but would give DDP the number of the task.
+        state.local_process_index = state.device.index
+    return state
 
 
 def process_group_options(*, on_cpu: bool) -> dict[str, Any]:
@@ -47,15 +53,25 @@ def make_accelerator(precision: str, *, trackers: Sequence[str] = (), folder: st
 
     Raises: ValueError if Accelerate's own settings contradict the configuration.
     """
+    device = join_processes().device
+    if device is not None and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"clipkd trains on CPUs and NVIDIA GPUs, not on {device.type}; set ACCELERATE_USE_CPU=true")
     accelerator = Accelerator(
-        mixed_precision=resolve_precision(precision, join_processes().device),
+        mixed_precision=resolve_precision(precision, device),
         log_with=list(trackers) or None,
         project_dir=folder,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             "Accelerate is set to accumulate gradients, which loses negatives; unset it (accelerate config) and set "
             "micro_batches"
+        )
+    dynamo = accelerator.state.dynamo_plugin
+    if dynamo is not None and dynamo.backend != DynamoBackend.NO:
+        raise ValueError(
+            "Accelerate is set to compile the model (dynamo), which passes over part of a step; unset it (accelerate config) "
+            "and set objective.compile"
         )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ValueError(

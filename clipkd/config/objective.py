@@ -46,8 +46,8 @@ class ObjectiveConfig(Terms):
     """Steps over which the weights of all terms but info_nce and sigmoid, and the shares of itc's softened targets, rise linearly to their values."""
     logit_scale: LogitScaleConfig = field(default_factory=LogitScaleConfig)
     """Logit-scale policy."""
-    tile_size: int = 2048
-    """At most tile_size² logits of a kind are formed at once (at least a row); more come in parts, to the same numbers."""
+    tile_size: int | None = None
+    """At most tile_size² logits of a kind are formed at once (at least a row); more come in parts, to the same numbers. null: 2,048 on a CPU, 2,048 to 8,192 by a GPU's memory."""
     compile: bool = False
     """Fuse what is done to the logits (torch.compile; not for itc and gd): faster after the first steps, which compile."""
 
@@ -97,7 +97,10 @@ class ObjectiveConfig(Terms):
     def __post_init__(self) -> None:
         for name, term in self.terms().items():
             term.check(name)
-        require(self.tile_size >= 1, f"objective.tile_size is {self.tile_size}; it must be 1 or more")
+        require(
+            self.tile_size is None or self.tile_size >= 1,
+            f"objective.tile_size is {self.tile_size}; it must be 1 or more",
+        )
         require(self.queue >= 0, f"objective.queue is {self.queue}; it must be 0 or more")
         require(self.warmup_steps >= 0, f"objective.warmup_steps is {self.warmup_steps}; it must be 0 or more")
         self.logit_scale.check()

@@ -46,12 +46,12 @@ class Embedder:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Hash of all that features depend on: weights, architecture, preprocessing, tokens, precision, library versions."""
+        """Hash of all that features depend on: weights, architecture, preprocessing, tokens, precision, kind of device."""
         encoder = self.encoder
         tokens = encoder.spec.tokenize(list(PROBES)).tolist()
         versions = [importlib.metadata.version(name) for name in ("open_clip_torch", "torchvision", "transformers")]
         about = [FEATURES_VERSION, self.weights_sha256, encoder.architecture(), encoder.preprocess_config, tokens]
-        return files.sha256_of([*about, self.precision, versions])
+        return files.sha256_of([*about, self.precision, self.device.type, versions])
 
     @torch.inference_mode()
     def images(self, data: EvaluationSet, title: str) -> Float[Tensor, "n d"]:

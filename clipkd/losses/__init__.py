@@ -4,7 +4,7 @@ from clipkd.losses.contrastive import info_nce, info_nce_gradients, sigmoid_loss
 from clipkd.losses.features import feature_mse
 from clipkd.losses.fused import QueryStatistics, query_statistics
 from clipkd.losses.gkl import RowStatistics, gkl, row_statistics, row_weights
-from clipkd.losses.panels import TILE_SIZE, compile_tile, in_panels, panel_height
+from clipkd.losses.panels import compile_tile, in_panels, panel_height
 from clipkd.losses.soft_targets import (
     SoftTargetStatistics,
     log_mean_softmax,
@@ -13,7 +13,6 @@ from clipkd.losses.soft_targets import (
 )
 
 __all__ = [
-    "TILE_SIZE",
     "QueryStatistics",
     "RowStatistics",
     "SoftTargetStatistics",

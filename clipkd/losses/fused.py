@@ -72,8 +72,8 @@ def query_statistics(
         wmse = 0.5 * (row_weights(rows.log_weight_mass) * rows.variance).sum()
         gkl = ce_weight * rows.ce.mean() + mse_weight * wmse
 
-    At most tile_size² logits are formed at once (TILE_SIZE² by default), but at least the m logits of one query: a row is
-    never split, so no running sums are merged. Gather the keys of other processes before the call.
+    At most tile_size² logits are formed at once (by default 2,048² on a CPU, more on a GPU), but at least the m logits of
+    one query: a row is never split, so no running sums are merged. Gather the keys of other processes before the call.
 
     matmul_dtype: the type to which matrix products round their inputs, float16 for speed; sums and logits stay float32
     at least, under autocast too. compiled: see `compile_tile`.
@@ -98,7 +98,7 @@ def query_statistics(
     teacher = teacher_queries.to(dtype), teacher_keys.to(dtype), scalar(teacher_logit_scale)
     options = Options(
         powers=Powers(temperature, weight_temperature, gamma),
-        panel_height=panel_height(len(keys), tile_size=tile_size),
+        panel_height=panel_height(len(keys), queries.device, tile_size),
         matmul_dtype=matmul_dtype,
         compiled=compiled,
         needs_gradient=torch.is_grad_enabled() and any(each.requires_grad for each in student),

@@ -5,6 +5,7 @@ width d.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -15,16 +16,26 @@ from torch.utils.checkpoint import checkpoint
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-TILE_SIZE = 2048
-"""Square root of the largest number of logits that are formed at once: 16 MB per matrix in float32."""
+TILE_SIZE, LARGEST_TILE_SIZE = 2048, 8192
+"""Square root of the largest number of logits that are formed at once: 16 MB per matrix in float32, and 268 MB."""
 
 
-def panel_height(num_columns: int, *, tile_size: int | None = None) -> int:
-    """Rows of num_columns logits that make at most tile_size² of them, at least one.
+@functools.cache
+def default_tile_size(device: torch.device) -> int:
+    """TILE_SIZE on a CPU. On a GPU, where small panels take longer to launch than to compute, a power of two whose matrix
+    takes at most 1/200 of the memory: 4,096 from 14 GB, 8,192 from 54 GB."""
+    if device.type != "cuda":
+        return TILE_SIZE
+    side = math.sqrt(torch.cuda.get_device_properties(device).total_memory / (200 * 4))
+    return min(max(TILE_SIZE, 2 ** int(math.log2(side))), LARGEST_TILE_SIZE)
+
+
+def panel_height(num_columns: int, device: torch.device, tile_size: int | None = None) -> int:
+    """Rows of num_columns logits that make at most tile_size² of them (by default what suits the device), at least one.
 
     Raises: ValueError for a tile_size below 1.
     """
-    tile_size = TILE_SIZE if tile_size is None else tile_size
+    tile_size = default_tile_size(device) if tile_size is None else tile_size
     if tile_size < 1:
         raise ValueError(f"tile_size is {tile_size}; it must be 1 or more")
     return max(1, tile_size**2 // max(1, num_columns))

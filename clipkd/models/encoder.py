@@ -1,5 +1,6 @@
 """Encoder: unit-norm features, logit scale and preprocessing of any CLIP."""
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Callable
@@ -41,7 +42,7 @@ class Encoder(nn.Module):
         """short_text_tower: a text tower for fewer tokens than the context, for towers that do not attend to padding."""
         super().__init__()
         self.model, self.name, self.dim = model, name, dim
-        self.dtype = torch.float32
+        self.dtype, self.memory_format = torch.float32, torch.contiguous_format
         self.frozen: dict[Tower, Literal["frozen", "head"]] = {}
         """Towers that do not train, or of which the projection alone does."""
         self.loaded: set[str] = set()
@@ -84,11 +85,18 @@ class Encoder(nn.Module):
 
     def encode_image(self, images: Float[Tensor, "b 3 h w"] | UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Of normalised images, or of bytes, which are normalised here."""
+        images = images.contiguous(memory_format=self.memory_format)
         images = self.spec.normalize(images) if images.dtype == torch.uint8 else images
-        return F.normalize(self.image_tower(self.model, images.to(self.dtype)).float(), dim=-1)
+        return self.encode(self.image_tower, images.to(self.dtype))
 
     def encode_text(self, texts: Int[Tensor, "b t"]) -> Float[Tensor, "b d"]:
-        return F.normalize(self.text_tower(self.model, texts).float(), dim=-1)
+        return self.encode(self.text_tower, texts)
+
+    def encode(self, tower: Callable[[Any, Tensor], Tensor], inputs: Tensor) -> Float[Tensor, "b d"]:
+        # Weights held in half precision need no autocast, which would compute float16 in bfloat16.
+        own = self.dtype != torch.float32
+        with torch.autocast(inputs.device.type, enabled=False) if own else contextlib.nullcontext():
+            return F.normalize(tower(self.model, inputs).float(), dim=-1)
 
     def encode_prompts(self, texts: Int[Tensor, "b t"]) -> Float[Tensor, "b d"]:
         """encode_text without the padding behind the longest text, for texts much shorter than the context.
@@ -101,7 +109,7 @@ class Encoder(nn.Module):
 
     def encode_short(self, texts: Int[Tensor, "b t"]) -> Float[Tensor, "b d"]:
         assert self.short_text_tower is not None
-        return F.normalize(self.short_text_tower(self.model, texts).float(), dim=-1)
+        return self.encode(self.short_text_tower, texts)
 
     def freeze(self, tower: Tower, *, head: bool = False) -> None:
         """Stop a tower's gradients and keep it in eval mode, also when the rest trains; with `head` its projection trains.
@@ -140,6 +148,13 @@ class Encoder(nn.Module):
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             if tensor.is_floating_point() and not name.endswith(("logit_scale", "logit_bias")):
                 tensor.data = tensor.data.to(dtype)
+        return self
+
+    def prefer_channels_last(self) -> "Encoder":
+        """Hold the weights of a convolutional tower in the layout in which convolutions are fastest."""
+        if sum(isinstance(part, nn.Conv2d) for part in self.model.modules()) > 1:  # a plain ViT has one
+            self.memory_format = torch.channels_last
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
     def features(self, view: View) -> Features:

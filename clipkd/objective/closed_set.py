@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from clipkd import distributed
 from clipkd.config.terms import ClosedSetTerm
 from clipkd.evaluation import zeroshot
 from clipkd.models.encoder import Encoder
@@ -25,8 +26,15 @@ class ClosedSet:
         self.prior = ClassPrior(len(teacher_classes), device=teacher_classes.device) if class_prior else None
 
     def prompts_at(self, step: int) -> Int[Tensor, "k t"]:
-        """The prompts that the student trains on at a step: the templates take turns."""
-        return self.prompts[step % len(self.prompts)]
+        """This process's share of the prompts that the student trains on at a step: the templates take turns.
+
+        Shares are equal in number: the last prompt may stand in several, and `Distiller.loss` cuts the rest off.
+        """
+        prompts, ranks = self.prompts[step % len(self.prompts)], distributed.world_size()
+        if ranks == 1:
+            return prompts
+        share = torch.arange(-(-len(prompts) // ranks), device=prompts.device)
+        return prompts[(share + distributed.rank() * len(share)).clamp(max=len(prompts) - 1)]
 
 
 def open_closed_set(

@@ -165,7 +165,7 @@ class Comparison:
 
         compute takes as many tensors as are given here, fewer rows of each, and must not gather anything.
         """
-        height = losses.panel_height(num_columns, tile_size=self.objective.tile_size)
+        height = losses.panel_height(num_columns, self.student.image.device, self.objective.tile_size)
         return losses.in_panels(compute, rows, height=height)
 
     def tile(self, function: F) -> F:

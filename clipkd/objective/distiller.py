@@ -98,7 +98,7 @@ class Distiller(nn.Module):
         return any(self.objective.needs_momentum(term) for term in self.active.values())
 
     def prompts_at(self, step: int) -> Int[Tensor, "k t"] | None:
-        """Class prompts that the student reads at a step, if the objective has any."""
+        """Class prompts that the student reads at a step on this process, if the objective has any."""
         return None if self.closed_set is None else self.closed_set.prompts_at(step)
 
     def forward(
@@ -113,7 +113,7 @@ class Distiller(nn.Module):
         """Weighted sum of the terms that are on, and all that is worth a curve (unweighted, detached).
 
         Both are this process's share of the batch: the mean over processes is the loss of the global batch. step:
-        completed optimizer steps, for warm-ups and ramps.
+        completed optimizer steps, for warm-ups and ramps. class_features: of this process's share of the class prompts.
 
         Raises: ValueError if the processes bring different numbers of pairs.
         """
@@ -137,6 +137,8 @@ class Distiller(nn.Module):
         if self.images_alone:
             student = student._replace(text=student.image)
             targets = targets._replace(teachers=tuple(one._replace(text=one.image) for one in targets.teachers))
+        if class_features is not None and self.closed_set is not None:
+            class_features = distributed.gather(class_features)[: len(self.closed_set.teacher_classes)]
         return Comparison(
             student=student,
             projected=self.project(student) if targets.teachers else student,
@@ -222,7 +224,7 @@ class Distiller(nn.Module):
         """Size of a process's largest matrix of batch logits once the queue is full, and how much of it is formed at once."""
         rows = batch_size // distributed.world_size()
         columns = batch_size + (0 if self.queue is None else self.queue.capacity)
-        height = min(rows, losses.panel_height(columns, tile_size=self.objective.tile_size))
+        height = min(rows, losses.panel_height(columns, self.student.logit_scale.device, self.objective.tile_size))
         return f"{rows:,} × {columns:,} logits, {height:,} rows at a time"
 
     def memory(self) -> dict[str, Tensor]:

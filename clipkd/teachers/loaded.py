@@ -95,7 +95,7 @@ def copy_towers(config: StudentConfig, teacher: Encoder, student: Encoder) -> No
 def load_teacher(model: str) -> Encoder:
     """Load one teacher with its weights as they are stored."""
     with torch.random.fork_rng(devices=[]):  # later random numbers must not depend on whether a teacher is loaded
-        return load_model(model).requires_grad_(False)
+        return load_model(model).requires_grad_(False).prefer_channels_last()
 
 
 def identify(encoder: Encoder, dtype: str) -> dict[str, Any]:

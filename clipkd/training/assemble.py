@@ -45,7 +45,7 @@ def open_parts(config: TrainConfig, attempt: Callable[[Callable[[], Any]], Any])
     attempt(lambda: require_installed(config))
     parts: dict[str, Any] = {
         "accelerator": attempt(lambda: make_accelerator(config)),
-        "student": (student := attempt(lambda: initial_student(config))),
+        "student": (student := attempt(lambda: initial_student(config).prefer_channels_last())),
     }
     cached = config.teacher.cache is not None
     late = cached or all(source.format == "csv" for source in (config.data, *config.data.mix))
@@ -86,15 +86,18 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def require_installed(config: TrainConfig) -> None:
-    """Raises: ValueError if a tracker's package or, for objective.compile on a CPU, a C++ compiler is missing."""
+    """Raises: ValueError if a tracker's package or, for objective.compile, a compiler is missing."""
     for tracker in config.log.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise ValueError(f"log.trackers names {tracker}, which is not installed: pip install 'clipkd[{tracker}]'")
-    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
     device = torch.device(distributed.join_processes().device or "cpu")
-    if config.objective.compile and device.type == "cpu" and not any(map(shutil.which, filter(None, compilers))):
+    # Triton compiles its launchers on a GPU, in C.
+    language, variable, names = (
+        ("C++", "CXX", ["g++", "clang++", "c++"]) if device.type == "cpu" else ("C", "CC", ["gcc", "clang"])
+    )
+    if config.objective.compile and not any(map(shutil.which, filter(None, [os.environ.get(variable), *names]))):
         raise ValueError(
-            "objective.compile needs a C++ compiler on a CPU (g++ or clang++); install one, or leave it out"
+            f"objective.compile needs a {language} compiler ({names[0]} or {names[1]}); install one, or leave it out"
         )
 
 

@@ -164,7 +164,6 @@ def describe_memory(run: Run) -> None:
     gradients = num_bytes(distiller, trained=True)
     sizes = {"weights": num_bytes(distiller), "gradients": gradients, "AdamW": 2 * gradients}
     sizes |= {} if ema is None else {"average": num_bytes(ema.model)}
-    sizes |= {"DDP": gradients} if distributed.world_size() > 1 else {}
     sizes |= {"teachers": sum(map(num_bytes, teachers))} if teachers else {}
     tell("memory", ", ".join(f"{name} {mib(size)}" for name, size in sizes.items()))
 

@@ -117,4 +117,8 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
         name, key = path.rsplit("/", 1)
         if name not in parameters:
             raise ValueError(f"the checkpoint's optimizer knows a parameter {name!r} that this model lacks")
-        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
+        # Moments in the memory layout of their parameter, which fused kernels take for granted.
+        like = parameters[name] if value.shape == parameters[name].shape else value
+        optimizer.state[parameters[name]][key] = torch.empty_like(
+            like, dtype=value.dtype, device=parameters[name].device, requires_grad=False
+        ).copy_(value)

@@ -49,14 +49,17 @@ class Evaluator:
             for weights, encoder in self.encoders.items():
                 row = self.measure(encoder, subject)
                 rows.append(row | {"model": str(self.folder), "weights": weights, "step": step})
-        if distributed.rank() == 0:
-            if self.is_best(rows) and run_folder.checkpoint_folder(self.folder, step).is_dir():
-                progress.console.print(f"step {step} is the best so far: {checkpoint.keep_best(self.folder, step)}")
-            for row in rows:
-                files.append_row(self.folder / "results.jsonl", row)
-                who = f"step {step}{', moving average' if row['weights'] == 'ema' else ''}"
-                progress.console.print(f"{who}: {describe_result(row)}", soft_wrap=True, markup=False)
+        distributed.together(lambda: self.write(step, rows) if distributed.rank() == 0 else None)
         return rows
+
+    def write(self, step: int, rows: Rows) -> None:
+        """Call on the main process."""
+        if self.is_best(rows) and run_folder.checkpoint_folder(self.folder, step).is_dir():
+            progress.console.print(f"step {step} is the best so far: {checkpoint.keep_best(self.folder, step)}")
+        for row in rows:
+            files.append_row(self.folder / "results.jsonl", row)
+            who = f"step {step}{', moving average' if row['weights'] == 'ema' else ''}"
+            progress.console.print(f"{who}: {describe_result(row)}", soft_wrap=True, markup=False)
 
     def measure(self, encoder: Encoder, subject: Subject) -> dict[str, Any]:
         training, started = encoder.training, time.perf_counter()

@@ -43,8 +43,10 @@ class Ledger:
         self.skips, self.read, self.opened = data.Skips(), 0, 0
         self.num_damaged += together.counts[data.DAMAGED_SHARD]
         self.num_skipped += together.num_samples
-        if together and self.path is not None and distributed.rank() == 0:
-            files.append_row(self.path, together.row(step))
+        if together and (path := self.path) is not None:
+            distributed.together(
+                lambda: files.append_row(path, together.row(step)) if distributed.rank() == 0 else None
+            )
         return together
 
     def describe_damage(self, max_skipped: float) -> str:

@@ -46,8 +46,8 @@ class Recorder:
         values = torch.stack([value.detach().float().to(self.accelerator.device) for value in metrics.values()])
         row = {"step": step, "epoch": epoch, "world_size": distributed.world_size()}
         row |= dict(zip(metrics, distributed.mean(values).tolist(), strict=True)) | others
-        if self.accelerator.is_main_process:
-            files.append_row(self.folder / "metrics.jsonl", row)
+        is_main = self.accelerator.is_main_process
+        distributed.together(lambda: files.append_row(self.folder / "metrics.jsonl", row) if is_main else None)
         self.accelerator.log(row, step=step)
         self.bar.note = describe(row, self.terms)
 

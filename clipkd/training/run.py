@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from clipkd.training.recorder import Recorder
 from clipkd.training.resume import find_checkpoint, require_same_run
 from clipkd.views import Batch, Views
 
+SLOW_SAVE = 20.0
+"""Seconds after which a save endangers the end of a run by a signal."""
 RECORDS = ("metrics.jsonl", "results.jsonl", "skipped.jsonl")
 
 
@@ -112,26 +115,36 @@ class Run:
             self.ledger.share(self.done)
             # Of streamed shards: the first one that each reader has not read completely.
             places = distributed.gather_objects(self.feed.places)
-            if distributed.rank() == 0:
-                scaler, ema = self.learner.accelerator.scaler, self.learner.ema
-                state = {
-                    "seconds": self.watch.seconds,
-                    "stream": {reader: place for part in places for reader, place in part.items()},
-                    "config": configuration.to_dict(self.config),
-                    "identity": self.identity,
-                    "scaler": None if scaler is None else scaler.state_dict(),
-                }
-                checkpoint.save(
-                    self.folder,
-                    self.done,
-                    model=self.learner.distiller,
-                    ema=ema and ema.model,
-                    optimizer=self.learner.optimizer,
-                    memory=self.learner.distiller.memory(),
-                    state=state | self.ledger.state(),
+            stream = {reader: place for part in places for reader, place in part.items()}
+            started = time.monotonic()
+            distributed.together(lambda: self.write_checkpoint(stream) if distributed.rank() == 0 else None)
+            if (seconds := time.monotonic() - started) > SLOW_SAVE and distributed.rank() == 0:
+                warnings.warn(
+                    f"the checkpoint took {seconds:.0f} s, and launchers kill a run 30 s after SIGTERM; set "
+                    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT, or give the run a faster disk",
+                    stacklevel=2,
                 )
-                checkpoint.prune(self.folder, self.config.checkpoint.keep)
-            distributed.barrier()
+
+    def write_checkpoint(self, stream: dict[int, int]) -> None:
+        """Call on the main process. stream: of streamed shards, each reader's place."""
+        scaler, ema = self.learner.accelerator.scaler, self.learner.ema
+        state = {
+            "seconds": self.watch.seconds,
+            "stream": stream,
+            "config": configuration.to_dict(self.config),
+            "identity": self.identity,
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        checkpoint.save(
+            self.folder,
+            self.done,
+            model=self.learner.distiller,
+            ema=ema and ema.model,
+            optimizer=self.learner.optimizer,
+            memory=self.learner.distiller.memory(),
+            state=state | self.ledger.state(),
+        )
+        checkpoint.prune(self.folder, self.config.checkpoint.keep)
 
 
 def open_run(config: TrainConfig) -> Run:

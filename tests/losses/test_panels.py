@@ -4,13 +4,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from clipkd.losses import in_panels, panel_height
+from clipkd.losses.panels import default_tile_size
 
+CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 
 
@@ -41,10 +44,22 @@ def test_panels_are_computed_once_and_again_for_their_gradient() -> None:
 
 
 def test_a_panel_has_at_most_a_tile_of_logits_but_at_least_a_row() -> None:
-    assert [panel_height(columns, tile_size=10) for columns in (1, 30, 100, 101)] == [100, 3, 1, 1]
-    assert panel_height(4096) == 1024
+    assert [panel_height(columns, CPU, 10) for columns in (1, 30, 100, 101)] == [100, 3, 1, 1]
+    assert panel_height(4096, CPU) == 1024
     with pytest.raises(ValueError, match="tile_size is 0"):
-        panel_height(10, tile_size=0)
+        panel_height(10, CPU, 0)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "tile_size"), [(8, 2048), (16, 4096), (24, 4096), (40, 4096), (80, 8192), (141, 8192)]
+)
+def test_a_tile_on_a_gpu_follows_its_memory(gigabytes: int, tile_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    total = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: total)
+    default_tile_size.cache_clear()
+    assert panel_height(2048, torch.device("cuda:0")) == tile_size**2 // 2048
+    assert panel_height(2048, torch.device("cuda:0"), 1024) == 512  # what is set holds
+    default_tile_size.cache_clear()
 
 
 @pytest.mark.slow

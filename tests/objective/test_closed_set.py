@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from clipkd import distributed
 from clipkd.config.terms import ClosedSetTerm
 from clipkd.models.encoder import Encoder
 from clipkd.objective.closed_set import ClosedSet, class_vectors, open_closed_set, read_classes
@@ -54,6 +55,17 @@ def test_a_file_without_two_different_classes_is_refused(tmp_path: Path, text: s
         read_classes(ClosedSetTerm(classes=path))
     with pytest.raises(FileNotFoundError, match=rf"^objective\.closed_set\.classes: no file {tmp_path}; "):
         read_classes(ClosedSetTerm(classes=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "shares"), [(1, [[0, 1, 2, 3, 4]]), (2, [[0, 1, 2], [3, 4, 4]]), (4, [[0, 1], [2, 3], [4, 4], [4, 4]])]
+)
+def test_processes_share_the_prompts(ranks: int, shares: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    closed_set = ClosedSet([torch.arange(5)[:, None]], torch.eye(5), class_prior=False)
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    for rank, share in enumerate(shares):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        assert closed_set.prompts_at(0)[:, 0].tolist() == share
 
 
 def encoder(texts: Sequence[str], vectors: Tensor, *, first_token: int = 0) -> Encoder:

@@ -1,10 +1,12 @@
 """Two processes on halves of a batch against one process on the whole: gloo on CPU, in real subprocesses."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -42,6 +44,25 @@ def test_several_processes_wait_an_hour_and_objects_stay_off_the_gpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert distributed.process_group_options(on_cpu=on_cpu) == expected
     assert distributed.TIMEOUT.total_seconds() == 3600
+
+
+def test_what_of_accelerate_s_settings_would_break_a_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # as in a fresh process
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    with pytest.raises(ValueError, match=r"set to compile the model \(dynamo\).*set objective\.compile"):
+        distributed.make_accelerator("fp32")
+    monkeypatch.setattr(distributed, "PartialState", lambda **_: SimpleNamespace(device=torch.device("mps")))
+    with pytest.raises(ValueError, match="not on mps; set ACCELERATE_USE_CPU=true"):
+        distributed.make_accelerator("fp32")
+
+
+def test_a_task_that_sees_one_gpu_gives_ddp_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = SimpleNamespace(device=torch.device("cuda:0"), local_process_index=3)
+    monkeypatch.setattr(distributed, "PartialState", lambda **_: state)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert distributed.join_processes().local_process_index == 0
+    assert not torch.backends.cudnn.allow_tf32
 
 
 OWN = [[[3.0], [30.0]], [[300.0], [3000.0]]]
@@ -102,12 +123,29 @@ def test_two_processes_give_the_loss_and_gradients_of_one(
 ) -> None:
     frozen = how.startswith("frozen text")
     whole = steps(name, dtype, frozen_text=frozen)
+    assert_equal_together(processes, f"{name}/{how}/", whole, tolerance)
+    assert ("memory/queue/ids" in whole) == (name.startswith("queued") or name == "ramped")
+    assert sum(key.startswith("gradient/") for key in whole) >= (4 if frozen else 7)
+    assert any("token_embedding" in key for key in whole) != frozen
+    uses_projection = name in ("teacher keys", "features alone", "relations", "queued teacher keys", "queued sigmoid")
+    assert ("gradient/image_projection.weight" in whole) == uses_projection
+    assert ("gradient/student.model.logit_scale" in whole) == (name != "features alone")
+    assert whole["metric/loss"] > 0.1
+
+
+@pytest.mark.parametrize("name", two_processes.RECIPES)
+def test_two_processes_take_every_recipe_s_steps_of_one(processes: list[Seen], name: str) -> None:
+    assert len(two_processes.RECIPES) >= 11
+    assert_equal_together(processes, f"{name}/recipe/", steps(name, torch.float64), 1e-12)
+
+
+def assert_equal_together(processes: list[Seen], prefix: str, whole: dict[str, Tensor], tolerance: float) -> None:
+    """Series are the mean over the processes; gradients and memory are the same on each."""
     halves = [
-        {key.split("/", 2)[2]: value for key, value in tensors.items() if key.startswith(f"{name}/{how}/")}
+        {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         for tensors, _ in processes
     ]
     assert [set(half) for half in halves] == [set(whole)] * 2
-    assert ("memory/queue/ids" in whole) == (name.startswith("queued") or name == "ramped")
     for key, expected in whole.items():
         if key.startswith("memory/"):  # pushed from gathered batches: the same bits on every process
             assert all(torch.equal(half[key], expected) for half in halves), key
@@ -118,12 +156,6 @@ def test_two_processes_give_the_loss_and_gradients_of_one(
             for half in halves:  # DDP leaves the same average on every process
                 error = (half[key] - expected).norm().item()
                 assert error <= tolerance * max(expected.norm().item(), 1e-3), f"{key}: {error}"
-    assert sum(key.startswith("gradient/") for key in whole) >= (4 if frozen else 7)
-    assert any("token_embedding" in key for key in whole) != frozen
-    uses_projection = name in ("teacher keys", "features alone", "relations", "queued teacher keys", "queued sigmoid")
-    assert ("gradient/image_projection.weight" in whole) == uses_projection
-    assert ("gradient/student.model.logit_scale" in whole) == (name != "features alone")
-    assert whole["metric/loss"] > 0.1
 
 
 def test_gradients_are_exchanged_though_the_last_micro_batch_has_no_class_prompts(processes: list[Seen]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from clipkd.config import terms
 from clipkd.config.objective import LogitScaleConfig, ObjectiveConfig
+from clipkd.config.parse import parse
 from clipkd.models.encoder import Encoder
 from clipkd.objective.closed_set import ClosedSet
 from clipkd.objective.comparison import Targets
@@ -80,6 +81,13 @@ OBJECTIVES = {
     ),
 }
 NUM_CLASSES = 5
+TEACHERLESS = ("albef", "demo", "demo_teacher")
+
+
+def objective_of(recipe: str) -> ObjectiveConfig:
+    """The objective of a file of configs/, as `clipkd train` reads it."""
+    teacher = [] if recipe in TEACHERLESS else ["--teacher.models", "x"]
+    return parse(["--config", recipe, *teacher]).objective
 
 
 class Towers(nn.Module):
@@ -223,13 +231,13 @@ def steps(
     rank: int = 0,
     world_size: int = 1,
     number: int = 3,
-    tile_size: int = ObjectiveConfig().tile_size,
+    tile_size: int | None = None,
     micro_batches: int = 1,
     pairs: int = PAIRS,
     frozen_text: bool = False,
 ) -> dict[str, Tensor]:
     """Series, gradients and memory after some steps on one process's share of the batches."""
-    objective = dataclasses.replace(OBJECTIVES[name], tile_size=tile_size)
+    objective = dataclasses.replace(OBJECTIVES.get(name) or objective_of(name), tile_size=tile_size)
     distiller = make_distiller(objective, dtype=dtype, frozen_text=frozen_text)
     model = distiller if world_size == 1 else nn.parallel.DistributedDataParallel(distiller)
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01)

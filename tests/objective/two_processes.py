@@ -14,12 +14,15 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from clipkd import distributed
+from clipkd.config import shipped
 from clipkd.training import grad_cache
 from clipkd.views import join
 from tests.objective.tiny_clip import OBJECTIVES, make_batch, make_distiller, needs, share, steps, take_loss
 from tests.processes import joined
 
 WORLD_SIZE = 2
+RECIPES = sorted({path.stem for path in shipped.RECIPES.rglob("*.yaml")} - {"lit"})
+"""All but lit, which needs files of weights and has openclip's loss."""
 
 
 def collectives(rank: int) -> tuple[dict[str, Tensor], dict]:
@@ -154,6 +157,9 @@ def compute(rank: int) -> tuple[dict[str, Tensor], dict]:
         for form, options in forms.items():
             result = steps(name, torch.float64, rank=rank, world_size=WORLD_SIZE, **options)
             tensors |= {f"{name}/{form}/{key}": value for key, value in result.items()}
+    for name in RECIPES:
+        result = steps(name, torch.float64, rank=rank, world_size=WORLD_SIZE)
+        tensors |= {f"{name}/recipe/{key}": value for key, value in result.items()}
     tensors |= dropped(rank)
     # More parts than classes: the last brings no prompts, and DDP waits for the text tower all the same.
     result = steps("closed set", torch.float64, rank=rank, world_size=WORLD_SIZE, micro_batches=8, pairs=16)

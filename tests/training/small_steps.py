@@ -1,5 +1,7 @@
 """A learner of the demo's models for any options of `clipkd train`, with batches of random pixels, and no data set."""
 
+import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,9 @@ from torch import Tensor
 
 from clipkd.config.parse import parse
 from clipkd.config.train import StudentConfig, TrainConfig
+from clipkd.models.encoder import Encoder
 from clipkd.models.initial import create_student, initial_student
+from clipkd.models.students import find_student_config
 from clipkd.objective.memory import MovingAverage
 from clipkd.teachers.loaded import LoadedTeachers
 from clipkd.training.assemble import Parts, make_distiller, make_optimizer
@@ -36,12 +40,19 @@ def read(options: Sequence[str]) -> TrainConfig:
     return parse([*options, *sizes])
 
 
+def create_teacher() -> Encoder:
+    """Of another width and resolution than the demo's student, with random weights."""
+    found = find_student_config("demo-teacher")
+    assert found is not None
+    sizes = found[1] | {"embed_dim": 96, "vision_cfg": found[1]["vision_cfg"] | {"image_size": 40}}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "teacher.json").write_text(json.dumps(sizes))
+        return create_student(StudentConfig(model=f"{folder}/teacher.json"))
+
+
 def make_teachers(config: TrainConfig) -> LoadedTeachers:
-    """Random weights of another width, and of another resolution."""
     torch.manual_seed(1)
-    encoders = [create_student(StudentConfig(model="demo-teacher")).eval() for _ in config.teacher.names]
-    for encoder in encoders:
-        encoder.requires_grad_(False)
+    encoders = [create_teacher().eval().requires_grad_(False).prefer_channels_last() for _ in config.teacher.names]
     return LoadedTeachers(encoders, [{} for _ in encoders], config.micro_batches)
 
 

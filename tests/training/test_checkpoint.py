@@ -43,6 +43,27 @@ def differing(one: nn.Module, other: nn.Module) -> list[str]:
     return [name for name, tensor in one.state_dict().items() if not torch.equal(tensor, found[name])]
 
 
+def test_moments_come_back_in_the_layout_of_their_weights(tmp_path: Path) -> None:
+    """A fused kernel reads weights and moments in the order of their memory."""
+    models = [nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last) for _ in range(2)]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.1, fused=True) for model in models]
+
+    def step(number: int) -> None:
+        torch.manual_seed(7)
+        models[number](torch.randn(2, 3, 5, 5)).square().mean().backward()
+        optimizers[number].step()
+        optimizers[number].zero_grad()
+
+    step(0)
+    checkpoint.restore(
+        save(tmp_path, 1, (models[0], optimizers[0])), model=models[1], ema=None, optimizer=optimizers[1]
+    )
+    step(0)
+    step(1)
+    assert differing(*models) == []
+    assert optimizers[1].state[models[1].weight]["exp_avg"].stride() == models[1].weight.stride()
+
+
 def test_a_checkpoint_is_safetensors_and_json_that_others_may_read(tmp_path: Path) -> None:
     folder = save(tmp_path, 12, train(*make(), 1, seed=0), make()[0])
     assert folder == tmp_path / "checkpoints" / "step_000012"

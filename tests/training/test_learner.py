@@ -1,17 +1,28 @@
 """A step that is not finite touches nothing, is known before anything reads the step's outcome, and names its samples."""
 
+import copy
 import json
+import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipkd import distributed
+from clipkd.config.parse import parse
+from clipkd.progress import Stopwatch
+from clipkd.training import run as run_module
+from clipkd.training.assemble import require_installed
 from clipkd.training.learner import Learner
+from clipkd.training.ledger import Ledger
+from clipkd.training.run import Run
 from clipkd.views import Features
+from tests.objective.tiny_clip import make_encoder
 from tests.training.small_steps import make_batch, make_learner, read, with_all_memory
 
 
@@ -118,6 +129,62 @@ def test_under_fp16_a_loss_that_is_not_finite_fails_and_an_infinite_gradient_low
     learner.step(make_batch(learner.views, 1), 1)
     with pytest.raises(FloatingPointError, match=r"step 2: the loss is [0-9]"):
         learner.finish_step()
+
+
+def test_a_teacher_in_half_precision_computes_in_its_own_and_a_convolutional_one_channels_last() -> None:
+    """Autocast would compute float16 in bfloat16. Layout: bytes and floats, equal to the usual one."""
+    seen: list[tuple[torch.dtype, bool]] = []
+
+    class Tower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+
+        def forward(self, images: Tensor) -> Tensor:
+            found = self.layers(images)
+            seen.append((found.dtype, found.is_contiguous(memory_format=torch.channels_last)))
+            return found.mean(dim=(2, 3))
+
+    plain = make_encoder()
+    plain.model.visual, plain.image_tower = Tower(), lambda towers, images: towers.visual(images)
+    encoder = copy.deepcopy(plain).prefer_channels_last()
+    pixels = torch.randint(0, 256, (2, 3, 9, 9), dtype=torch.uint8)
+    for images in (pixels, encoder.spec.normalize(pixels)):
+        torch.testing.assert_close(encoder.encode_image(images), plain.encode_image(images), rtol=0, atol=1e-6)
+    assert seen == [(torch.float32, True), (torch.float32, False)] * 2
+    seen.clear()
+    encoder.hold_in(torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert encoder.encode_image(pixels).dtype == torch.float32
+        assert encoder.encode_text(torch.zeros(2, 3, dtype=torch.int64)).dtype == torch.float32
+    assert seen == [(torch.float16, True)]
+    assert make_encoder().prefer_channels_last().memory_format == torch.contiguous_format
+
+
+def test_a_slow_save_is_warned_of(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(learner.config, learner, SimpleNamespace(places={}), Ledger(None, {}), None, None, {}, 1, Stopwatch(0.0))  # type: ignore[arg-type]
+    monkeypatch.setattr(run_module, "SLOW_SAVE", 0.0)
+    with pytest.warns(UserWarning, match=r"the checkpoint took \d+ s, .* set TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        run.save()
+    monkeypatch.setattr(run_module, "SLOW_SAVE", 1000.0)
+    run.save()
+
+
+@pytest.mark.parametrize(("device", "compilers"), [("cpu", ("g++", "clang++", "c++")), ("cuda", ("gcc", "clang"))])
+def test_the_compiler_that_a_device_needs_is_asked_for(
+    device: str, compilers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, there = parse(["--objective.compile", "true"]), list[str]()
+    monkeypatch.setattr(distributed, "join_processes", lambda: SimpleNamespace(device=device))
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    there[:] = {"g++", "clang++", "c++", "gcc", "clang"} - set(compilers)
+    with pytest.raises(ValueError, match=rf"needs a C(\+\+)? compiler \({re.escape(compilers[0])} or "):
+        require_installed(config)
+    for name in compilers:
+        there[:] = [name]
+        require_installed(config)
 
 
 def test_a_label_beyond_the_closed_set_is_named(learner: Learner) -> None:
