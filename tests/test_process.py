@@ -14,8 +14,8 @@ from clipkd import process
 if sys.argv[1] == "keep":
     process.keep_freed_memory()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(100):
-    np.ones(1 << 19)
+for _ in range(200):
+    np.ones(1 << 17)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 

@@ -14,7 +14,8 @@ def require_paths(config: TrainConfig) -> None:
     found = [
         (f"{name}.path", path) for name, each in sources.items() for path in each.paths if each.format != "huggingface"
     ]
-    local = [("teacher.models", model.removeprefix("local-dir:")) for model in config.teacher.names]
+    teachers = () if config.teacher.cache else config.teacher.names  # a cache stands for them
+    local = [("teacher.models", model.removeprefix("local-dir:")) for model in teachers]
     evaluated = config.evaluation.data
     local += [("evaluation.data", path) for path in ((evaluated,) if isinstance(evaluated, str) else evaluated)]
     found += [

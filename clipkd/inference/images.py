@@ -34,10 +34,11 @@ def find_images(names: Iterable[str]) -> dict[str, bool]:
         if not (os.path.isfile(name) or os.path.isdir(name)):
             raise ValueError(f"no image or folder {name}")
         paths, left_out = find_files(name, is_image) if os.path.isdir(name) else ([name], [])
+        if not paths:
+            found = f" ({describe_left_out(left_out)})" if left_out else ""
+            raise ValueError(f"{name} holds no images that Pillow knows{found}; name another folder, or files")
         if left_out:
             report(f"left out: {describe_left_out(left_out)}")
-        if not paths:
-            raise ValueError(f"{name} holds no images that Pillow knows; name another folder, or files")
         for path in paths:
             first.setdefault(os.path.realpath(path), path)
     return {path: real in named for real, path in first.items()}

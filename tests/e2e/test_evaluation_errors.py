@@ -67,7 +67,7 @@ def test_what_is_there_is_not_evaluated_again(clipkd: Run, teacher: Path, clip_f
     def evaluate(*options: object, models: tuple[Path, ...] = (teacher,)) -> tuple[list[bool], list[dict[str, Any]]]:
         words = ("--data", data, "--output", results, "--num_workers", 0, *options)
         lines = clipkd("eval", "--model", *models, *words).stdout.splitlines()
-        return ["evaluated before" in line for line in lines if " data: " in line], rows_of(results)
+        return ["evaluated before" in line for line in lines if "data: " in line], rows_of(results)
 
     before, first = evaluate()
     files = {path: path.stat().st_mtime_ns for path in results.rglob("*")}

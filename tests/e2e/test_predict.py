@@ -34,8 +34,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ending = {"RGBA": "webp", "CMYK": "jpg", "RGB": "JPG"}.get(mode, "png")
         image = Image.fromarray(rng.integers(0, 255, (7, 5, 4), dtype=np.uint8), "RGBA").resize((40 + 9 * number, 61))
         image.convert(mode).save(folder / ("inner" if number % 3 else "") / f"{number:02d}.{ending}")
-    (folder / "notes.txt").write_text("no image\n")
-    (folder / ".hidden.png").write_bytes(b"no image either")
     return folder
 
 
@@ -44,23 +42,13 @@ def files(folder: Path) -> list[str]:
 
 
 @torch.inference_mode()
-def on_white(image: Image.Image) -> Image.Image:
-    """As training shows what is transparent: blended by hand."""
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    colours = np.asarray(image.convert("RGBA")).astype(np.float64)
-    opacity = colours[..., 3:] / 255
-    blended = opacity * colours[..., :3] + (1 - opacity) * 255
-    return Image.fromarray(np.round(blended).astype(np.uint8))
-
-
 def open_clip_features(model: Path, paths: Sequence[str], texts: Sequence[str]) -> tuple:
     """The model, and unit-norm features, by open_clip alone."""
     clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{model}")
     tokenize = open_clip.get_tokenizer(f"local-dir:{model}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of the transparency of a palette
-        images = torch.stack([preprocess(on_white(Image.open(path))) for path in paths])  # type: ignore[operator]
+        images = torch.stack([preprocess(Image.open(path).convert("RGB")) for path in paths])  # type: ignore[operator]
     clip.eval()
     return clip, clip.encode_image(images, normalize=True), clip.encode_text(tokenize(list(texts)), normalize=True)
 
@@ -200,7 +188,12 @@ def test_undecodable_images_are_named_and_left_out(
     (folder / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n")
     Image.new("1", (9000, 9000)).save(folder / "vast.png")
     (folder / "gone.png").symlink_to(folder / "nothing")
-    bad = {"cut.jpg": "truncated", "empty.png": "none of JPEG", "script.png": "none of JPEG", "vast.png": "9000 × 9000"}
+    bad = {
+        "cut.jpg": "truncated",
+        "empty.png": "no such format",
+        "script.png": "no such format",
+        "vast.png": "9000 × 9000",
+    }
     bad["gone.png"] = "No such file"
     search = ("predict", written["softmax"])
     done = clipkd(*search, folder, "--query", QUERY, "--json")
@@ -239,7 +232,7 @@ def test_a_file_name_that_is_not_utf8_is_found(
         (("{model}", "{images}", "--labels", "a"), ("labels has only 'a'", "100 %", "--query")),
         (("{model}", "{images}", "--query", "a", "--template", "photo"), ("template is 'photo'", "{c}")),
         (("{model}", "/no/such.jpg", "--query", "a"), ("no image or folder /no/such.jpg",)),
-        (("{model}", "{model}/onnx", "--query", "a"), ("onnx holds no images", ".webp")),
+        (("{model}", "{model}/onnx", "--query", "a"), ("onnx holds no images", "no image")),
         (("/no/such/model", "{images}", "--query", "a"), ("/no/such/model", "no such folder")),
         (("{images}", "{images}", "--query", "a"), ("no model that clipkd knows", "open_clip_config.json")),
         (("onnx:{model}", "{images}", "--query", "a", "--format", "torch"), ("names its format", "--format torch")),
