@@ -84,7 +84,9 @@ def parse_into(
             arguments[place] = json.dumps(read, ensure_ascii=False)
     namespace = parser.parse_args(spell_out(kind, arguments))
     if idle := getattr(kind, "trains", False) and has_idle_teacher(namespace):
-        namespace = parser.parse_args(spell_out(kind, ["--config", str(recipe("losses/gkl")), *arguments]))
+        added = ["--config", str(recipe("losses/gkl"))]
+        added += ["--objective.info_nce.weight", "0"] if namespace.data.caption_key is None else []
+        namespace = parser.parse_args(spell_out(kind, [*added, *arguments]))
     try:
         values = {name: value for name, value in vars(parser.instantiate(namespace)).items() if name != "config"}
         config = kind(**values | {name: tuple(values[name]) for name in positional if isinstance(values[name], list)})
@@ -94,7 +96,8 @@ def parse_into(
         print(to_yaml(config), end="")  # type: ignore[arg-type]
         raise SystemExit(0)
     if idle and os.environ.get("RANK", "0") == "0":
-        print(f"clipkd {command}: no distillation term is named, so the recipe gkl is used", file=sys.stderr)
+        alone = " without info_nce, which needs captions" if namespace.data.caption_key is None else ""
+        print(f"clipkd {command}: no distillation term is named, so the recipe gkl is used{alone}", file=sys.stderr)
     return config
 
 
