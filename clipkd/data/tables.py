@@ -82,14 +82,13 @@ def with_encoded_images(rows: Any, column: str, path: str) -> Any:
     """The rows with a column of images as {bytes, path}. Raises: ValueError if the column can hold no images."""
     import datasets
 
-    kind = rows.features[column]
+    kind, where = rows.features[column], f"{path}: the column {column!r} holds"
+    if isinstance(kind, datasets.List | datasets.LargeList | list):
+        raise ValueError(f"{where} lists; a pair has one image, so write a row for each")
     try:
-        if isinstance(kind, datasets.List | datasets.LargeList | list):
-            raise ValueError("lists; a pair has one image, so write a row for each")
         return rows.cast_column(column, datasets.Image(decode=False))
-    except (ValueError, TypeError, NotImplementedError) as error:
-        reason = short(error) if str(error).startswith("lists;") else f"{kind!r:.80}, not images"
-        raise ValueError(f"{path}: the column {column!r} holds {reason}") from error
+    except (ValueError, TypeError, NotImplementedError) as error:  # which of them depends on the kind of column
+        raise ValueError(f"{where} {kind!r:.80}, not images") from error
 
 
 def stored_image(image: Mapping[str, Any] | None, folders: Sequence[tuple[int, Path]], row: int, key: str) -> bytes:

@@ -131,9 +131,8 @@ class Learner:
     def update(self, step: int, loss: Tensor, targets: Targets, keys: tuple[str, ...]) -> Tensor:
         """Clip the gradients and update the weights; returns the norm before that."""
         norm, failed = self.clip(loss)
-        self.optimizer.optimizer.found_inf = (
-            failed.float()
-        )  # 1: the fused kernel leaves weights, moments and their count
+        # 1 makes the fused kernel leave weights, moments and their count as they are.
+        self.optimizer.optimizer.found_inf = failed.float()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.distiller.clamp_logit_scales()
