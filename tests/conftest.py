@@ -1,7 +1,9 @@
 """Shapes in annotations are checked while the tests run, and what several files share."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -19,6 +21,26 @@ jaxtyping.install_import_hook(
 
 # The tensors are small: on a busy machine two threads wait for each other sixty times longer than they compute.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def vocabulary() -> Iterator[None]:
+    """Unpack open_clip's vocabulary once for each context, since that takes longer than most tests."""
+    kept: dict[str, dict[str, Any]] = {}
+    tokenizers: Any = sys.modules.get("open_clip.tokenizer")  # an import would take longer where no test needs it
+    with pytest.MonkeyPatch.context() as patch:
+        if tokenizers is not None:
+            make = tokenizers.SimpleTokenizer.__init__
+
+            def make_once(tokenizer: Any, *arguments: Any, **options: Any) -> None:
+                key = repr((arguments, options))
+                if key not in kept:
+                    make(tokenizer, *arguments, **options)
+                    kept[key] = dict(vars(tokenizer))
+                vars(tokenizer).update(kept[key])
+
+            patch.setattr(tokenizers.SimpleTokenizer, "__init__", make_once)
+        yield
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import open_clip
 import pytest
 from accelerate.state import AcceleratorState
 
@@ -15,23 +13,9 @@ from tests.teachers.world import Made, World, make_world
 
 @pytest.fixture(scope="package", autouse=True)
 def cpu() -> Iterator[None]:
-    """Run commands on the CPU and leave nothing of Accelerate's state behind.
-
-    open_clip's vocabulary is unpacked once for each context, since that takes longer than everything else.
-    """
-    kept: dict[str, dict[str, Any]] = {}
-    make = open_clip.SimpleTokenizer.__init__
-
-    def make_once(tokenizer: open_clip.SimpleTokenizer, *arguments: Any, **options: Any) -> None:
-        key = repr((arguments, options))
-        if key not in kept:
-            make(tokenizer, *arguments, **options)
-            kept[key] = dict(vars(tokenizer))
-        vars(tokenizer).update(kept[key])
-
+    """Run commands on the CPU and leave nothing of Accelerate's state behind."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(open_clip.SimpleTokenizer, "__init__", make_once)
         AcceleratorState._reset_state(reset_partial_state=True)
         yield
     AcceleratorState._reset_state(reset_partial_state=True)
