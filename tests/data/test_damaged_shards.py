@@ -14,14 +14,13 @@ from PIL import Image
 
 from clipkd.config.data import DataConfig, SourceConfig
 from clipkd.data.loader import Augment, AugmentedPairs
-from clipkd.data.open import open_pairs
 from clipkd.data.skips import BadSample, Skip
-from clipkd.data.sources import Pair, PairSet
+from clipkd.data.sources import Pair
 from clipkd.data.stream import key_id, read_shard
 from clipkd.data.tar_index import index_whole_tar
 from clipkd.images import BadImage, open_image, to_rgb
 from clipkd.views import Views
-from tests.data.samples import encode, view_spec, write_tar
+from tests.data.samples import encode, open_set, view_spec, write_tar
 
 BLOCK = tarfile.BLOCKSIZE
 NUM_SAMPLES = 8
@@ -233,10 +232,7 @@ TRIALS: dict[Damage, int] = {
 }
 
 
-def open_all(path: Path) -> PairSet:
-    pairs = open_pairs(DataConfig(path=str(path), max_skipped=1))
-    assert isinstance(pairs, PairSet)
-    return pairs
+open_all = functools.partial(open_set, max_skipped=1)
 
 
 def read_indexed(path: Path) -> tuple[int, bool]:
@@ -338,10 +334,8 @@ def test_a_nested_json_is_a_bad_sample_and_a_long_text_is_cut(tmp_path: Path, de
     parts = [
         (f"{n}.{end}", data) for n, text in enumerate(texts) for end, data in (("jpg", picture(0)), ("json", text))
     ]
-    config = DataConfig(path=str(write_tar(tmp_path / "s.tar", parts)), caption_key="caption")
-    pairs = open_pairs(config)
-    assert isinstance(pairs, PairSet)
-    given = AugmentedPairs(pairs, Augment(config, Views([view_spec(4)]), seed=0))
+    pairs = open_set(write_tar(tmp_path / "s.tar", parts), caption_key="caption")
+    given = AugmentedPairs(pairs, Augment(DataConfig(path="x"), Views([view_spec(4)]), seed=0))
     for number, lengths in enumerate([{5}, {5, 1999}, {1999}, {5, 1999}]):
         taken = given[0, number]
         assert len(taken.caption) in lengths

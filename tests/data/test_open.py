@@ -4,6 +4,7 @@ Run as a program, this file is one of two real processes: test_open.py RANK FOLD
 """
 
 import hashlib
+import itertools
 import json
 import sys
 from collections import Counter
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from clipkd.config.data import DataConfig
@@ -19,6 +19,7 @@ from clipkd.data import tar_index
 from clipkd.data.loader import Feed
 from clipkd.data.open import open_feed, open_pairs
 from clipkd.views import Batch, Views
+from tests.data import samples
 from tests.data.samples import as_process, encode, train_config, view_spec, write_tar
 from tests.processes import joined, run_two
 
@@ -27,6 +28,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 wo
 
 BATCH_SIZE = 8
 VIEWS = Views([view_spec(4)])
+Rows = list[list[Any]]
+"""Of one batch: key, id, tokens and a hash of the pixels of each sample."""
 
 
 def picture(number: int) -> bytes:
@@ -38,15 +41,12 @@ def picture(number: int) -> bytes:
 
 def write_shards(folder: Path, sizes: list[int]) -> list[str]:
     """Shards of so many samples; returns their keys."""
-    keys, number = [], 0
-    for shard, size in enumerate(sizes):
-        path, members = folder / f"{shard:05}.tar", []
-        for _ in range(size):
-            members += [(f"s{number:04}.png", picture(number)), (f"s{number:04}.txt", f"thing {number}".encode())]
-            keys.append(f"{path}/s{number:04}")
-            number += 1
-        write_tar(path, members)
-    return keys
+    numbers = itertools.count()
+    return [
+        f"{path}/s{next(numbers):04}"
+        for path, size in zip(samples.write_shards(folder, sizes, picture), sizes, strict=True)
+        for _ in range(size)
+    ]
 
 
 def take(feed: Feed[Batch], steps: int) -> list[Batch]:
@@ -59,7 +59,7 @@ def take(feed: Feed[Batch], steps: int) -> list[Batch]:
 
 def read(
     path: Path | str, steps: int, *, world_size: int = 1, start: int = 0, workers: int = 0, **options: Any
-) -> list[Batch]:
+) -> list[Rows]:
     """Global batches as so many processes see them, each joined in rank order."""
     data = DataConfig(**{"path": str(path), "num_workers": workers, **options})
     config, shares = train_config(data, batch_size=BATCH_SIZE, steps=steps, seed=3), []
@@ -67,35 +67,25 @@ def read(
     for rank in range(world_size):
         with as_process(rank, world_size):
             feed = open_feed(pairs, config, VIEWS, start=start)
-        shares.append(take(feed, steps - start))
-    return [join(parts) for parts in zip(*shares, strict=True)]
+        shares.append(describe(take(feed, steps - start)))
+    return [[*itertools.chain(*parts)] for parts in zip(*shares, strict=True)]
 
 
-def join(parts: tuple[Batch, ...]) -> Batch:
-    return Batch(
-        pixels=(torch.cat([part.pixels[0] for part in parts]),),
-        texts=(torch.cat([part.texts[0] for part in parts]),),
-        ids=torch.cat([part.ids for part in parts]),
-        labels=torch.cat([part.labels for part in parts]),
-        keys=tuple(key for part in parts for key in part.keys),
-        skipped=tuple(skip for part in parts for skip in part.skipped),
-    )
+def describe(batches: list[Batch]) -> list[Rows]:
+    return [
+        [
+            [key, id, tokens, hashlib.sha256(image.numpy().tobytes()).hexdigest()]
+            for key, id, tokens, image in zip(
+                batch.keys, batch.ids.tolist(), batch.texts[0].tolist(), batch.pixels[0], strict=True
+            )
+        ]
+        for batch in batches
+    ]
 
 
-def keys_of(batches: list[Batch]) -> list[str]:
-    return [key for batch in batches for key in batch.keys]
-
-
-def assert_same(batches: list[Batch], expected: list[Batch]) -> None:
-    for ours, its in zip(batches, expected, strict=True):
-        assert (ours.ids.tolist(), ours.keys, ours.skipped) == (its.ids.tolist(), its.keys, its.skipped)
-        assert torch.equal(ours.pixels[0], its.pixels[0])
-        assert torch.equal(ours.texts[0], its.texts[0])
-
-
-def assert_every_epoch_holds(batches: list[Batch], expected: list[str]) -> None:
+def assert_every_epoch_holds(batches: list[Rows], expected: list[str]) -> None:
     """Each stretch of an epoch's length holds exactly these keys; an epoch begun at the end holds each at most once."""
-    seen, epoch = keys_of(batches), Counter(expected)
+    seen, epoch = [key for batch in batches for key, *_ in batch], Counter(expected)
     assert len(seen) == BATCH_SIZE * len(batches) >= 2 * len(expected)
     for start in range(0, len(seen) - len(expected) + 1, len(expected)):
         assert Counter(seen[start : start + len(expected)]) == epoch, f"epoch that starts at place {start}"
@@ -116,8 +106,8 @@ def test_every_sample_of_an_epoch_of_shards_comes_once_on_any_number_of_processe
     reference = read(tmp_path, steps)
     assert_every_epoch_holds(reference, expected)
     for world_size, workers in SETTINGS[1:]:
-        assert_same(read(tmp_path, steps, workers=workers, world_size=world_size), reference)
-    assert_same(read(tmp_path, steps, workers=3, world_size=2, start=4), reference[4:])
+        assert read(tmp_path, steps, workers=workers, world_size=world_size) == reference
+    assert read(tmp_path, steps, workers=3, world_size=2, start=4) == reference[4:]
 
 
 # Two real processes.
@@ -152,17 +142,6 @@ def main(rank: int, folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def describe(batches: list[Batch]) -> list[list[list[Any]]]:
-    """Key, id and a hash of the pixels of each sample."""
-    return [
-        [
-            [key, id, hashlib.sha256(image.numpy().tobytes()).hexdigest()]
-            for key, id, image in zip(batch.keys, batch.ids.tolist(), batch.pixels[0], strict=True)
-        ]
-        for batch in batches
-    ]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gloo")
@@ -187,7 +166,7 @@ def test_two_real_processes_share_the_batches_of_one(processes: list[dict[str, A
     first, second = (found["batches"] for found in processes)
     assert {len(share) for share in [*first, *second]} == {BATCH_SIZE // RANKS}
     alone = read(folder / "whole", STEPS)
-    assert [[*ours, *its] for ours, its in zip(first, second, strict=True)] == describe(alone)
+    assert [[*ours, *its] for ours, its in zip(first, second, strict=True)] == alone
     shards = [f"{folder}/whole/{shard:05}.tar" for shard, size in enumerate(SIZES) for _ in range(size)]
     assert_every_epoch_holds(alone, [f"{shard}/s{number:04}" for number, shard in enumerate(shards)])
 

@@ -2,22 +2,29 @@
 
 import gc
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import datasets.config
 import numpy as np
 import pytest
 
-from clipkd.config.data import DataConfig
-from clipkd.data.open import open_pairs
-from clipkd.data.sources import PairSet
 from clipkd.evaluation.sets import Images
 from clipkd.evaluation.subjects import open_subjects
 from clipkd.images import open_image, to_rgb
 from clipkd.inference.images import find_images
-from tests.data.samples import pair_members, plain_png, write_tar
+from tests.data.samples import (
+    open_set,
+    pair_members,
+    plain_png,
+    things,
+    write_benchmark,
+    write_images,
+    write_parquet,
+    write_table,
+    write_tar,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
@@ -25,62 +32,35 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-    datasets.disable_progress_bars()
-
-
 def write_shard(folder: Path, numbers: Iterable[int]) -> Path:
     return write_tar(folder / "0.tar", pair_members(numbers))
 
 
-def write_table(folder: Path, numbers: Iterable[int]) -> Path:
-    write_album(folder, numbers)
-    (folder / "t.csv").write_text("image,txt\n" + "".join(f"{n}.png,thing {n}\n" for n in numbers))
-    return folder / "t.csv"
+def write_csv(folder: Path, numbers: Iterable[int]) -> Path:
+    return write_table(folder / "t.csv", numbers, "txt")
 
 
-def write_parquet(folder: Path, numbers: Iterable[int]) -> Path:
-    folder.mkdir(parents=True)
-    images = [{"bytes": plain_png(number), "path": None} for number in numbers]
-    columns = {"image": images, "txt": [f"thing {number}" for number in numbers], "label": [0 for _ in numbers]}
-    with (folder / "rows.parquet").open("wb") as file:
-        datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).to_parquet(file)
-    return folder / "rows.parquet"
+def write_rows(folder: Path, numbers: Iterable[int]) -> Path:
+    return write_parquet(folder / "rows.parquet", numbers, "txt")
 
 
 def write_album(folder: Path, numbers: Iterable[int]) -> Path:
-    folder.mkdir(parents=True)
-    for number in numbers:
-        (folder / f"{number}.png").write_bytes(plain_png(number))
-    return folder / f"{min(numbers)}.png"
+    return folder / write_images(folder, numbers)[0]
 
 
 def write_classes(folder: Path, numbers: Iterable[int]) -> Path:
-    write_prompts(folder)
+    write_benchmark(folder, classnames="thing\n")
+    shutil.rmtree(folder / "test")
     return write_album(folder / "val" / "thing", numbers)
 
 
-def write_benchmark(folder: Path, numbers: Iterable[int]) -> Path:
-    write_prompts(folder)
+def write_webdataset(folder: Path, numbers: Iterable[int]) -> Path:
     members = [(f"{n}.{end}", data) for n in numbers for end, data in (("png", plain_png(n)), ("cls", b"0"))]
-    return write_tar(folder / "test" / "0.tar", members)
-
-
-def write_prompts(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    (folder / "classnames.txt").write_text("thing\n")
-    (folder / "zeroshot_classification_templates.txt").write_text("{c}\n")
+    return write_benchmark(folder, members, classnames="thing\n")
 
 
 def pairs(format: str) -> Callable[[str], list[int]]:
-    def read(path: str) -> list[int]:
-        source = open_pairs(DataConfig(path=path, format=format))  # type: ignore[arg-type]
-        assert isinstance(source, PairSet)
-        return [int(source.read(number).captions[0].removeprefix("thing ")) for number in range(len(source))]
-
-    return read
+    return lambda path: things(open_set(path, format=format))
 
 
 def evaluated(task: str | None = None) -> Callable[[str], list[int]]:
@@ -100,11 +80,11 @@ TASK = "layout: huggingface\nlabel_column: label\nclassnames: [thing]\ntemplates
 
 KINDS: dict[str, tuple[Callable[[Path, Iterable[int]], Path], Callable[[str], list[int]], bool]] = {
     "train webdataset": (write_shard, pairs("webdataset"), True),
-    "train csv": (write_table, pairs("csv"), True),
-    "train parquet": (write_parquet, pairs("huggingface"), True),
-    "eval webdataset": (write_benchmark, evaluated(), False),
+    "train csv": (write_csv, pairs("csv"), True),
+    "train parquet": (write_rows, pairs("huggingface"), True),
+    "eval webdataset": (write_webdataset, evaluated(), False),
     "eval classes": (write_classes, evaluated(), False),
-    "eval parquet": (write_parquet, evaluated("task.yaml"), True),
+    "eval parquet": (write_rows, evaluated("task.yaml"), True),
     "predict": (write_album, predicted, True),
 }
 """What writes numbers into a folder and returns its file, what reads them back, and whether the file alone is data."""

@@ -24,14 +24,16 @@ from clipkd.data import stream
 from clipkd.data.loader import Feed
 from clipkd.data.open import open_feed, open_pairs
 from clipkd.data.skips import Skip
-from clipkd.data.sources import Pair, PairSet
+from clipkd.data.sources import Pair
 from clipkd.data.stream import StreamedShards, key_id, read_shard
 from clipkd.errors import RunStopped
 from clipkd.views import Batch, Views
+from tests.data import samples
 from tests.data.samples import (
     as_process,
     coordinates,
     encode,
+    open_set,
     pair_members,
     plain_png,
     take,
@@ -48,12 +50,7 @@ VIEWS = Views([view_spec(4)])
 
 def write_shards(folder: Path, sizes: list[int], scheme: str = "pipe:cat ") -> list[str]:
     """Shards of so many samples; returns what to set data.path to."""
-    ends = list(itertools.accumulate(sizes, initial=0))
-    paths = [folder / f"{shard:05}.tar" for shard in range(len(sizes))]
-    return [
-        f"{scheme}{write_tar(path, pair_members(range(*ends[shard : shard + 2]), 's{:04}'))}"
-        for shard, path in enumerate(paths)
-    ]
+    return [f"{scheme}{path}" for path in samples.write_shards(folder, sizes)]
 
 
 def open_stream(
@@ -137,8 +134,7 @@ def test_a_stream_gives_the_pairs_of_the_indexed_reading(
     url = {"pipe": f"pipe:cat {path}", "file": f"file://{path}"}.get(scheme)
     url = url or f"{request.getfixturevalue('server')}/0.tar"
     streamed, skipped = read(url, **options)
-    indexed = open_pairs(DataConfig(path=str(path), **options))  # type: ignore[arg-type]
-    assert isinstance(indexed, PairSet)
+    indexed = open_set(path, **options)
     assert len(streamed) == len(indexed) == 4
     for number, pair in enumerate(streamed):
         expected = indexed.read(number)

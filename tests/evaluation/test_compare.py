@@ -4,6 +4,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from clipkd.evaluation.compare import (
 )
 from clipkd.evaluation.measure import ClassScores, Measured, measure_classes
 from clipkd.evaluation.results import Results
-from clipkd.evaluation.sets import EvaluationSet, Span
 from clipkd.evaluation.subjects import Subject
 from clipkd.evaluation.tasks import Task
+from tests.evaluation.test_measure import classified
 
 Table = dict[str, list[Any]]
 
@@ -201,14 +202,9 @@ def test_a_folder_of_several_models_needs_a_choice(tmp_path: Path) -> None:
     assert rows == [{"task": "x", **compared(FIRST, SECOND)}]
 
 
-def classified(labels: list[int], names: list[str], metric: str = "acc1") -> Subject:
-    pictures = [Span(f"0/s{place}", Path("0.tar")) for place in range(len(labels))]
-    data = EvaluationSet("here", "classification", pictures, labels, classnames=names, templates=["{c}"])
-    return Subject(Task(), "x", data, metric)
-
-
 def test_a_student_beside_its_teacher_by_hand() -> None:
-    about = classified([0, 1, 2, 2], ["cat", "dog", "eel", "fox"], "mean_per_class_recall")
+    data = replace(classified([0, 1, 2, 2]), classnames=["cat", "dog", "eel", "fox"], templates=["{c}"])
+    about = Subject(Task(), "x", data, "mean_per_class_recall")
     classes = torch.eye(4)
 
     def seen(guesses: list[int], scale: float) -> Measured:

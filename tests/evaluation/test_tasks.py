@@ -10,7 +10,7 @@ import pytest
 from clipkd.evaluation.subjects import Subject, open_subject, open_subjects
 from clipkd.evaluation.tasks import METRICS, Task, find_data, find_task_files, load_task
 from clipkd.models.imagenet import imagenet_prompts, imagenet_synsets
-from tests.data.samples import plain_png, write_tar
+from tests.data.samples import picture_rows, plain_png, write_benchmark
 
 FILES = sorted((Path(__file__).parents[2] / "eval" / "tasks").glob("*.yaml"))
 IMAGENET = Task(prompts="imagenet")  # layout and split follow from the folders
@@ -19,16 +19,9 @@ ROWS = {"layout": "huggingface", "classnames": ("a", "b"), "templates": ("{c}",)
 
 def benchmark(root: Path, *contents: str, extension: str = "cls") -> Path:
     """Three classes, or captions, in CLIP_benchmark's layout."""
-    (root / "test").mkdir(parents=True)
-    (root / "test" / "nshards.txt").write_text("1")
-    (root / "classnames.txt").write_text("cat\ndog\neel\n")
-    (root / "zeroshot_classification_templates.txt").write_text("a {c}\n")
-    if extension == "txt":
-        (root / "dataset_type.txt").write_text("retrieval")
-    images = [(f"s{n}.png", plain_png(n)) for n in range(len(contents))]
-    found = [(f"s{n}.{extension}", text.encode()) for n, text in enumerate(contents)]
-    write_tar(root / "test" / "0.tar", sorted(images + found))
-    return root
+    parts = [((f"s{n}.{extension}", text.encode()), (f"s{n}.png", plain_png(n))) for n, text in enumerate(contents)]
+    kind = "retrieval" if extension == "txt" else ""
+    return write_benchmark(root, [*sum(parts, ())], classnames="cat\ndog\neel\n", templates="a {c}\n", kind=kind)
 
 
 def class_folders(root: Path, names: Iterable[str]) -> Path:
@@ -40,9 +33,7 @@ def class_folders(root: Path, names: Iterable[str]) -> Path:
 
 
 def stored(path: Path, column: str, values: list[Any], feature: Any) -> Path:
-    images = [{"bytes": plain_png(0), "path": None}] * len(values)
-    features = datasets.Features({"image": datasets.Image(), column: feature})
-    datasets.Dataset.from_dict({"image": images, column: values}, features=features).save_to_disk(str(path))
+    picture_rows([0] * len(values), features={column: feature}, **{column: values}).save_to_disk(str(path))
     return path
 
 
