@@ -40,7 +40,7 @@ def test_open_clip_losses_equal_the_installed_classes() -> None:
     torch.testing.assert_close(peers.info_nce(image, text, a), ClipLoss()(image, text, a))
     torch.testing.assert_close(peers.siglip(image, text, a, bias), SigLipLoss()(image, text, a, bias))
     hard, soft = DistillClipLoss()(image, text, a, t_image, t_text, b)
-    torch.testing.assert_close(peers.open_clip_distill(image, text, a, t_image, t_text, b), hard + soft)
+    torch.testing.assert_close(peers.open_clip_distill((image, text, a), (t_image, t_text, b)), hard + soft)
     ensemble = (soft + DistillClipLoss()(image, text, a, image, text, a)[1]) / 2
     two_teachers = peers.mobileclip(image, text, a, [(t_image, t_text, b), (image, text, a)], 0.75)
     torch.testing.assert_close(two_teachers, 0.25 * hard + 0.75 * ensemble)
@@ -50,17 +50,18 @@ def test_open_clip_losses_equal_the_installed_classes() -> None:
 
 def test_losses_of_two_orthogonal_pairs_by_hand() -> None:
     scale, zero, ce = number(LN3), number(0.0), math.log(4 / 3)  # every softmax is (3/4, 1/4)
-    assert peers.soft_bce(EYE, EYE, scale, zero, EYE, EYE, scale, zero).item() == pytest.approx(0.75 * ce + 1.5 * LN2)
-    student = (EYE, EYE, scale, EYE, EYE.flip(0), scale)  # its projected texts are exchanged, all else is right
+    right = (EYE, EYE, scale)
+    assert peers.soft_bce(right, zero, right, zero).item() == pytest.approx(0.75 * ce + 1.5 * LN2)
+    student = (right, (EYE, EYE.flip(0)), scale)  # its projected texts are exchanged, all else is right
     expected = {"task": ce, "crd": 0.0, "icl": ce / 2 + LN2, "fd": 1.0, "total": 1.5 * ce + LN2 + 2000}
-    kd = peers.clip_kd(*student, EYE, EYE, scale)
+    kd = peers.clip_kd(*student, right)
     assert {name: part.item() for name, part in kd.items()} == pytest.approx(expected, abs=1e-12)
-    rd = peers.clip_rd(*student, EYE, EYE, scale, scale, number(2 * LN3))  # texts' softmaxes are (1/10, 9/10)
+    rd = peers.clip_rd(*student, right, scale, number(2 * LN3))  # texts' softmaxes are (1/10, 9/10)
     vrd = 0.1 * math.log(0.1 / 0.75) + 0.9 * math.log(0.9 / 0.25) + ce + math.log(10)
     expected |= {"vrd": vrd, "xrd": LN3 / 2, "total": expected["total"] + vrd + LN3 / 2}
     assert {name: part.item() for name, part in rd.items()} == pytest.approx(expected, abs=1e-12)
     keep_student = (torch.cat([EYE, 0 * EYE], dim=1), number([0, 0]))  # a fusion's weight and bias
-    fused = peers.augmented_feature(EYE, EYE, EYE.flip(0), EYE, *keep_student, *keep_student, scale)
+    fused = peers.augmented_feature((EYE, EYE), (EYE.flip(0), EYE), keep_student, keep_student, scale)
     assert fused.item() == pytest.approx(ce)
 
 
@@ -72,7 +73,7 @@ def test_gradient_distillation_equals_the_closed_form() -> None:
     image, text, t_image, t_text, a, b = (x.requires_grad_() for x in [*features(4), number(10.0), number(30.0)])
     pairs = ((image, text, t_image, t_text), (text, image, t_text, t_image))
     expected = sum(2 * F.mse_loss(closed(q, k, a), closed(tq, tk, b).detach()) for q, k, tq, tk in pairs)
-    losses = (peers.gradient_distillation(image, text, a, t_image, t_text, b), expected)
+    losses = (peers.gradient_distillation((image, text, a), (t_image, t_text, b)), expected)
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*(torch.autograd.grad(loss, (image, text, a)) for loss in losses))
 

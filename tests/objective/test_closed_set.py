@@ -21,24 +21,16 @@ def class_file(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_imagenet_has_a_thousand_names_and_eighty_templates() -> None:
+def test_classes_and_templates_come_from_imagenet_a_file_or_the_options(tmp_path: Path) -> None:
     names, templates = read_classes(ClosedSetTerm(classes="imagenet"))
     assert (len(names), len(templates), len(set(templates))) == (1000, 80, 80)
     assert (names[0], names[1], names[-1]) == ("tench", "goldfish", "toilet paper")
     assert templates[0] == "a bad photo of a {c}."
     assert all(template.count("{c}") == 1 for template in templates)
-
-
-def test_a_file_names_one_class_per_line_in_its_order(tmp_path: Path) -> None:
-    path = class_file(tmp_path, "\n red panda \n\ncat\n  \nøre\n")
+    path, own = class_file(tmp_path, "\n red panda \n\ncat\n  \nøre\n"), ("{c}!", "my {c}")
     assert read_classes(ClosedSetTerm(classes=path)) == (["red panda", "cat", "øre"], ["a photo of a {c}."])
-
-
-def test_templates_of_ones_own_stand_in_for_the_others(tmp_path: Path) -> None:
-    own = ("{c}!", "my {c}")
-    assert read_classes(ClosedSetTerm(classes=class_file(tmp_path, "cat\ndog\n"), templates=own))[1] == list(own)
-    names, templates = read_classes(ClosedSetTerm(classes="imagenet", templates=own))
-    assert (len(names), templates) == (1000, list(own))
+    for classes in (path, "imagenet"):
+        assert read_classes(ClosedSetTerm(classes=classes, templates=own))[1] == list(own)
 
 
 @pytest.mark.parametrize(
@@ -103,11 +95,3 @@ def test_the_teachers_class_vectors_by_hand(tmp_path: Path) -> None:
     # cat: (1, 0) and (0, 1); dog: (0.6, 0.8) and (0.6, -0.8).
     torch.testing.assert_close(bank.teacher_classes, torch.tensor([[0.5**0.5, 0.5**0.5], [1.0, 0.0]]))
     assert not bank.teacher_classes.requires_grad
-
-
-def test_a_class_prior_is_kept_on_request_and_starts_uniform(tmp_path: Path) -> None:
-    options = (["cat", "dog", "eel", "owl"], ["a {c}"], torch.ones(4, 3))
-    prior = open_set(tmp_path, *options, class_prior=True).prior
-    assert prior is not None
-    assert prior.rows(torch.tensor([3, 0])).tolist() == [[0.25] * 4] * 2
-    assert open_set(tmp_path, *options, class_prior=False).prior is None

@@ -2,15 +2,12 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clipkd.config.objective import LogitScaleConfig, ObjectiveConfig
 from clipkd.config.terms import GKLTerm
 from clipkd.models.cost import count_saved
-from clipkd.models.students import tower_of
 from clipkd.objective.distiller import Distiller
-from clipkd.objective.memory import MovingAverage
-from clipkd.training import grad_cache, optim
 from tests.objective.tiny_clip import (
     OBJECTIVES,
     OFF,
@@ -26,11 +23,6 @@ from tests.objective.tiny_clip import (
 DOUBLE = torch.float64
 
 
-def weights(distiller: Distiller, tower: str) -> dict[str, Tensor]:
-    state = distiller.student.model.state_dict()
-    return {name: tensor.clone() for name, tensor in state.items() if tower_of(name) == tower}
-
-
 def wide_text(*, frozen: bool) -> Distiller:
     """Texts pass through 4096 numbers per token and a dropout."""
     distiller = make_distiller(OBJECTIVES["teacher keys"], dtype=torch.float32)
@@ -41,37 +33,6 @@ def wide_text(*, frozen: bool) -> Distiller:
     if frozen:
         distiller.student.freeze("text")
     return distiller
-
-
-@pytest.mark.parametrize("micro_batches", [1, 3])
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_training_leaves_the_text_tower_bit_by_bit(name: str, micro_batches: int) -> None:
-    """Several steps of AdamW, whose weight decay would reach a parameter without any gradient."""
-    distiller = make_distiller(OBJECTIVES[name], dtype=DOUBLE, frozen_text=True)
-    average = MovingAverage(distiller.student, 0.7)
-    groups = optim.parameter_groups(distiller.named_parameters(), weight_decay=0.5, logit_scale_lr=1.0)
-    text = {id(p) for name, p in distiller.student.model.named_parameters() if tower_of(name) == "text"}
-    assert not text & {id(parameter) for group in groups for parameter in group["params"]}
-    optimizer = torch.optim.AdamW(groups, lr=0.01)
-    before = {tower: weights(distiller, tower) for tower in ("image", "text")}
-    for step in range(3):
-        view, targets = make_batch(dtype=DOUBLE, number=step)
-        targets = needs(name, targets)
-        if micro_batches == 1:
-            take_loss(distiller, view, targets, step)[0].backward()
-        else:
-            grad_cache.backward(
-                distiller, view, targets, step=step, micro_batches=micro_batches, reseed=torch.manual_seed
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        distiller.finish_step()
-        average.update()
-    assert len(before["text"]) == 3
-    for weight, value in before["text"].items():
-        assert torch.equal(weights(distiller, "text")[weight], value), weight
-        assert torch.equal(average.model.model.state_dict()[weight], value), weight
-    assert all(not torch.equal(weights(distiller, "image")[weight], value) for weight, value in before["image"].items())
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -54,19 +54,6 @@ def test_one_update_by_hand_over_parameters_and_buffers() -> None:
     assert average[0].weight.unique().tolist() == [20.0]
 
 
-def test_a_moving_student_is_averaged_as_a_loop_over_its_history_would() -> None:
-    model = student()
-    moving = MovingAverage(model, 0.7)
-    start = model[0].weight[1, 2].item()
-    history = []
-    for step in range(6):
-        model[0].weight.data.add_(0.1 * (step + 1))
-        history.append(model[0].weight[1, 2].item())
-        moving.update()
-    expected = 0.7**6 * start + sum(0.3 * 0.7 ** (5 - i) * value for i, value in enumerate(history))
-    assert moving.model[0].weight[1, 2].item() == pytest.approx(expected, rel=1e-13)
-
-
 # The queue
 
 
@@ -112,22 +99,6 @@ def test_half_precision_features_are_kept_in_float32_without_their_graph() -> No
     assert not any(tensor.requires_grad for tensor in queue.tensors().values())
 
 
-def test_a_loaded_queue_continues_bit_for_bit_and_leaves_the_checkpoint_as_it_was() -> None:
-    queue, loaded = FeatureQueue(5, WIDTHS, device=CPU), FeatureQueue(5, WIDTHS, device=CPU)
-    queue.push(*batch(range(7)))
-    saved = {name: tensor.clone() for name, tensor in queue.tensors().items()}
-    stored = {name: tensor.clone() for name, tensor in saved.items()}
-    loaded.push(*batch(range(50, 53)))
-    loaded.load(stored)
-    for numbers in (range(0), range(7, 10), range(10, 21), range(21, 22)):
-        queue.push(*batch(numbers))
-        loaded.push(*batch(numbers))
-        assert loaded.tensors().keys() == queue.tensors().keys()
-        for name, tensor in queue.tensors().items():
-            assert torch.equal(loaded.tensors()[name], tensor), name
-    assert all(torch.equal(stored[name], tensor) for name, tensor in saved.items())
-
-
 @pytest.mark.parametrize(("capacity", "widths"), [(4, WIDTHS), (5, {"image": 3}), (5, {"image": 3, "text": 4})])
 def test_a_queue_of_another_capacity_or_other_rings_is_refused(capacity: int, widths: dict[str, int]) -> None:
     queue = FeatureQueue(5, WIDTHS, device=CPU)
@@ -164,22 +135,6 @@ def test_class_prior_of_two_classes_by_hand() -> None:
     assert rows.isfinite().all()
 
 
-def test_class_prior_equals_a_mean_per_class_by_loops() -> None:
-    generator = torch.Generator().manual_seed(1)
-    prior, seen = ClassPrior(5, device=CPU), {label: [] for label in range(-1, 5)}
-    for size in (1, 6, 0, 9, 4):
-        labels = torch.randint(-1, 4, (size,), generator=generator)  # class 4 never
-        probabilities = torch.randn(size, 5, generator=generator).softmax(dim=1)
-        prior.update(labels, probabilities)
-        for label, row in zip(labels.tolist(), probabilities.tolist(), strict=True):
-            seen[label].append(row)
-        for label, row in enumerate(prior.rows(torch.arange(5)).tolist()):
-            rows = seen[label] or [[0.2] * 5]
-            means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-            assert row == pytest.approx(means, rel=1e-6)
-    assert all(len(seen[label]) > 1 for label in range(-1, 4))
-
-
 def test_class_prior_of_many_samples_still_grows() -> None:
     prior = ClassPrior(2, device=CPU)
     many = 2.0**25  # in float32, adding 1 changes nothing
@@ -189,17 +144,6 @@ def test_class_prior_of_many_samples_still_grows() -> None:
     assert prior.tensors()["sums"].tolist() == [[many + 0.75, 0.25], [0, 0]]
 
 
-def test_a_loaded_class_prior_continues_bit_for_bit_and_one_of_other_classes_is_refused() -> None:
-    generator = torch.Generator().manual_seed(2)
-    prior, loaded = ClassPrior(4, device=CPU), ClassPrior(4, device=CPU)
-    labels = torch.tensor([3, 0, 3])
-    prior.update(labels, torch.randn(3, 4, generator=generator).softmax(dim=1).requires_grad_())
-    loaded.load({name: tensor.clone() for name, tensor in prior.tensors().items()})
-    probabilities = torch.randn(3, 4, generator=generator).softmax(dim=1)
-    for each in (prior, loaded):
-        each.update(labels, probabilities)
-    for name, tensor in prior.tensors().items():
-        assert torch.equal(loaded.tensors()[name], tensor), name
-        assert not tensor.requires_grad
+def test_a_class_prior_of_other_classes_is_refused() -> None:
     with pytest.raises(ValueError, match="not one of 4 classes"):
-        prior.load(ClassPrior(5, device=CPU).tensors())
+        ClassPrior(4, device=CPU).load(ClassPrior(5, device=CPU).tensors())

@@ -103,10 +103,8 @@ def test_every_file_has_its_test() -> None:
 
 def test_openclip() -> None:
     setting = Setting("openclip")
-    t = setting.teacher
     setting.agree(
-        lambda image, text, scale, _: peers.open_clip_distill(image, text, scale, t.image, t.text, t.logit_scale),
-        soft_ce=True,
+        lambda image, text, scale, _: peers.open_clip_distill((image, text, scale), setting.teacher[:3]), soft_ce=True
     )
 
 
@@ -114,20 +112,19 @@ def test_openclip() -> None:
 @pytest.mark.parametrize("name", ["clip_kd", "clip_rd"])
 def test_clip_kd_and_clip_rd(name: str, width: int) -> None:
     setting = Setting(name, teacher_width=width)
-    t = setting.teacher
 
     def oracle(image: Tensor, text: Tensor, scale: Tensor, p: dict[str, Tensor]) -> Tensor:
-        student = (image, text, scale, project(image, p, "image"), project(text, p, "text"), own_scale(p, "cross"))
-        teacher = (t.image, t.text, t.logit_scale)
+        projected = (project(image, p, "image"), project(text, p, "text"))
+        models = ((image, text, scale), projected, own_scale(p, "cross"), setting.teacher[:3])
         if name == "clip_kd":
-            return peers.clip_kd(*student, *teacher)["total"]
-        return peers.clip_rd(*student, *teacher, own_scale(p, "image"), own_scale(p, "text"))["total"]
+            return peers.clip_kd(*models)["total"]
+        return peers.clip_rd(*models, own_scale(p, "image"), own_scale(p, "text"))["total"]
 
     setting.agree(oracle)
     metrics, _ = setting.ours()
     parts = {"info_nce", "kl", "icl", "features"} | ({"vrd", "xrd"} if name == "clip_rd" else set())
     assert parts <= metrics.keys()
-    assert setting.leaves[2] != t.logit_scale
+    assert setting.leaves[2] != setting.teacher.logit_scale
 
 
 def test_tinyclip() -> None:
@@ -162,9 +159,9 @@ def test_mobileclip_with_two_teachers(lam: float, scales: tuple[float, float], o
     )
 
 
-@pytest.mark.parametrize("filled", [0, 3, 10])
-def test_gkl_on_teacher_keys_with_a_queue(filled: int) -> None:
-    setting = Setting("gkl", teacher_width=TEACHER_WIDTH)
+@pytest.mark.parametrize(("filled", "temperature"), [(0, 1), (3, 1), (10, 2)])
+def test_gkl_on_teacher_keys_with_a_queue(filled: int, temperature: int) -> None:
+    setting = Setting("gkl", "--objective.gkl.temperature", str(temperature), teacher_width=TEACHER_WIDTH)
     t, term = setting.teacher, setting.objective.gkl
     queue = setting.distiller.queue
     assert queue is not None

@@ -61,20 +61,16 @@ def assert_equal(loss: Tensor, expected: Tensor, student: Features, distiller: D
 
 def test_gradient_distillation_equals_the_gradients_that_autograd_finds() -> None:
     distiller, student, targets = make(gd=GDTerm(weight=1.0))
-    t = targets.teachers[0]
-    expected = peers.gradient_distillation(
-        *project(distiller, student), student.logit_scale, t.image, t.text, t.logit_scale
-    )
+    expected = peers.gradient_distillation((*project(distiller, student), student.logit_scale), targets.teachers[0][:3])
     assert_equal(distiller.loss(student, targets)[0], expected, student, distiller)
 
 
 def test_augmented_feature_distillation() -> None:
     distiller, student, targets = make(afd=AFDTerm(weight=1.0))
-    t = targets.teachers[0]
     fusion: list[Any] = [distiller.term_modules[f"{side}_fusion"] for side in ("image", "text")]
-    weights = [tensor for layer in fusion for tensor in (layer.weight, layer.bias)]
+    layers = [(layer.weight, layer.bias) for layer in fusion]
     scale = distiller.scales["fusion_logit_scale"].exp()
-    expected = peers.augmented_feature(*project(distiller, student), t.image, t.text, *weights, scale)
+    expected = peers.augmented_feature(project(distiller, student), targets.teachers[0][:2], *layers, scale)
     assert_equal(distiller.loss(student, targets)[0], expected, student, distiller)
     assert scale.item() == pytest.approx(1 / 0.07, rel=1e-6)
 
@@ -84,8 +80,7 @@ def test_sigmoid_losses_with_hard_and_soft_labels() -> None:
         keys="student", sigmoid=SigmoidTerm(weight=2.0), soft_bce=SoftBCETerm(weight=3.0)
     )
     t = targets.teachers[0]
-    own = (student.image, student.text, student.logit_scale, student.logit_bias)
-    expected = 2 * peers.siglip(*own) + 3 * peers.soft_bce(*own, t.image, t.text, t.logit_scale, t.logit_bias)
+    expected = 2 * peers.siglip(*student) + 3 * peers.soft_bce(student[:3], student.logit_bias, t[:3], t.logit_bias)
     assert_equal(distiller.loss(student, targets)[0], expected, student, distiller)
 
 

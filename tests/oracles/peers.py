@@ -5,7 +5,7 @@ whole batch, in float64, and lets autograd through. Nothing here knows the packa
 
 Conventions: image and text features are unit-norm [B, d], row i of one belongs to row i of the other; `t_` marks the
 teacher's; a scale is the number that multiplies the cosines, 1/τ, not its logarithm. Papers and code that learn the
-logarithm of a scale leave the exp() to the caller.
+logarithm of a scale leave the exp() to the caller. A `Model` is image features, text features and scale.
 """
 
 import copy
@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Model = tuple[Tensor, Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
 
 
 def _own_partner(logits: Tensor) -> Tensor:
@@ -37,36 +40,22 @@ def info_nce(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return (_own_partner(scale * image @ text.T) + _own_partner(scale * text @ image.T)) / 2
 
 
-def _soft_targets(
-    image: Tensor, text: Tensor, scale: Tensor | float, t_image: Tensor, t_text: Tensor, t_scale: Tensor | float
-) -> Tensor:
+def _soft_targets(student: Model, teacher: Model) -> Tensor:
     """Mean of both directions of −mean_i Σ_j softmax(teacher_i)_j log softmax(student_i)_j."""
-    logits, targets = scale * image @ text.T, t_scale * t_image @ t_text.T
+    logits, targets = (scale * image @ text.T for image, text, scale in (student, teacher))
     pairs = ((logits, targets), (logits.T, targets.T))
-    return sum((F.cross_entropy(s, F.softmax(t, dim=1)) for s, t in pairs), start=image.new_zeros(())) / 2
+    return sum((F.cross_entropy(s, F.softmax(t, dim=1)) for s, t in pairs), start=logits.new_zeros(())) / 2
 
 
-def open_clip_distill(
-    image: Tensor, text: Tensor, scale: Tensor, t_image: Tensor, t_text: Tensor, t_scale: Tensor
-) -> Tensor:
+def open_clip_distill(student: Model, teacher: Model) -> Tensor:
     """InfoNCE + ½ (soft CE image→text + soft CE text→image), 1:1, as open_clip's trainer sums its two losses.
 
     Source: open_clip `open_clip/loss.py`, DistillClipLoss.
     """
-    return info_nce(image, text, scale) + _soft_targets(image, text, scale, t_image, t_text, t_scale)
+    return info_nce(*student) + _soft_targets(student, teacher)
 
 
-def clip_kd(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    projected_image: Tensor,
-    projected_text: Tensor,
-    cross_scale: Tensor,
-    t_image: Tensor,
-    t_text: Tensor,
-    t_scale: Tensor,
-) -> dict[str, Tensor]:
+def clip_kd(student: Model, projected: Pair, cross_scale: Tensor, teacher: Model) -> dict[str, Tensor]:
     """CLIP-KD: task + CRD + ICL + 2000 FD. The entries are unweighted, `total` is weighted.
 
     task = InfoNCE(I, T, s)
@@ -79,14 +68,12 @@ def clip_kd(
     Departure: the code multiplies by its learned cross scale without exp(), though it initialises it to log(1/0.07);
     the paper's 1/τ is meant here, so `cross_scale` is the multiplier itself.
     """
-    task = info_nce(image, text, scale)
-    crd_image = _kl(scale * image @ text.T, t_scale * t_image @ t_text.T)
-    crd_text = _kl(scale * text @ image.T, t_scale * t_text @ t_image.T)
-    crd = (crd_image + crd_text) / 2
-    icl_image = _own_partner(cross_scale * projected_image @ t_text.T)
-    icl_text = _own_partner(cross_scale * projected_text @ t_image.T)
-    icl = (icl_image + icl_text) / 2
-    fd = F.mse_loss(projected_image, t_image) + F.mse_loss(projected_text, t_text)
+    logits, targets = (scale * image @ text.T for image, text, scale in (student, teacher))
+    image, text, (t_image, t_text, _) = *projected, teacher
+    task = info_nce(*student)
+    crd = (_kl(logits, targets) + _kl(logits.T, targets.T)) / 2
+    icl = (_own_partner(cross_scale * image @ t_text.T) + _own_partner(cross_scale * text @ t_image.T)) / 2
+    fd = F.mse_loss(image, t_image) + F.mse_loss(text, t_text)
     return {"task": task, "crd": crd, "icl": icl, "fd": fd, "total": task + crd + icl + 2000 * fd}
 
 
@@ -99,9 +86,7 @@ def _contrastive_gradients(queries: Tensor, keys: Tensor, scale: Tensor) -> tupl
     return by_query, by_key
 
 
-def gradient_distillation(
-    image: Tensor, text: Tensor, scale: Tensor, t_image: Tensor, t_text: Tensor, t_scale: Tensor
-) -> Tensor:
+def gradient_distillation(student: Model, teacher: Model) -> Tensor:
     """CLIP-KD's GD: the student's contrastive gradients on its features resemble the teacher's on its own.
 
     Σ over {∂L_i→t/∂I, ∂L_i→t/∂T, ∂L_t→i/∂T, ∂L_t→i/∂I} of MSE(student's, teacher's), where L is the one-direction
@@ -113,52 +98,33 @@ def gradient_distillation(
     division: it makes the gradients smaller by about scale². The code takes the student's features after projection
     to the teacher's width where widths differ; so must the caller.
     """
-    total = image.new_zeros(())
-    for queries, keys, t_queries, t_keys in ((image, text, t_image, t_text), (text, image, t_text, t_image)):
-        student = _contrastive_gradients(queries, keys, scale)
-        teacher = _contrastive_gradients(t_queries, t_keys, t_scale)
-        for mine, wanted in zip(student, teacher, strict=True):
+    total = student[0].new_zeros(())
+    for queries, keys in ((0, 1), (1, 0)):
+        found = (_contrastive_gradients(model[queries], model[keys], model[2]) for model in (student, teacher))
+        for mine, wanted in zip(*found, strict=True):
             total = total + F.mse_loss(mine, wanted.detach())
     return total
 
 
 def augmented_feature(
-    projected_image: Tensor,
-    projected_text: Tensor,
-    t_image: Tensor,
-    t_text: Tensor,
-    image_weight: Tensor,
-    image_bias: Tensor,
-    text_weight: Tensor,
-    text_bias: Tensor,
-    fusion_scale: Tensor,
+    projected: Pair, teacher: Pair, image_layer: Pair, text_layer: Pair, fusion_scale: Tensor
 ) -> Tensor:
     """CLIP-KD's AFD: InfoNCE of fused features, normalise(W [student; teacher] + b), student first.
 
-    `*_weight` is [out, student + teacher width] and `*_bias` [out], as of nn.Linear. Unweighted.
+    A layer is a weight [out, student + teacher width] and a bias [out], as of nn.Linear. Unweighted.
 
     Source: arXiv 2307.12732; winycg/CLIP-KD `src/open_clip/loss.py`, KDClipLoss.
     Departures: `fusion_scale` is the multiplier itself, where the code lacks the exp(); and the width of the student's
     features after projection is what W must fit (the code sizes W by the width before it, so it runs at equal widths
     only).
     """
-    image = F.linear(torch.cat([projected_image, t_image], dim=1), image_weight, image_bias)
-    text = F.linear(torch.cat([projected_text, t_text], dim=1), text_weight, text_bias)
-    return info_nce(F.normalize(image, dim=1), F.normalize(text, dim=1), fusion_scale)
+    both = zip(projected, teacher, (image_layer, text_layer), strict=True)
+    image, text = (F.normalize(F.linear(torch.cat([own, its], dim=1), *layer), dim=1) for own, its, layer in both)
+    return info_nce(image, text, fusion_scale)
 
 
 def clip_rd(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    projected_image: Tensor,
-    projected_text: Tensor,
-    cross_scale: Tensor,
-    t_image: Tensor,
-    t_text: Tensor,
-    t_scale: Tensor,
-    image_scale: Tensor,
-    text_scale: Tensor,
+    student: Model, projected: Pair, cross_scale: Tensor, teacher: Model, image_scale: Tensor, text_scale: Tensor
 ) -> dict[str, Tensor]:
     """CLIP-RD: CLIP-KD (its CRD is called HRD) + VRD + XRD. The entries are unweighted, `total` has 2000 FD, else 1.
 
@@ -175,30 +141,17 @@ def clip_rd(
     takes the task and HRD on the projected features; CLIP-KD, and this function, on the student's own (pass the
     projected ones twice for the code's way).
     """
-    parts = clip_kd(image, text, scale, projected_image, projected_text, cross_scale, t_image, t_text, t_scale)
+    parts = clip_kd(student, projected, cross_scale, teacher)
+    image, text, (t_image, t_text, _) = *projected, teacher
 
-    teacher_to_student_image = image_scale * t_image @ projected_image.T
-    teacher_to_student_text = text_scale * t_text @ projected_text.T
-    student_to_teacher_image = image_scale * projected_image @ t_image.T
-    student_to_teacher_text = text_scale * projected_text @ t_text.T
-    vrd_kl_from = _kl(teacher_to_student_image, teacher_to_student_text)
-    vrd_kl_to = _kl(student_to_teacher_image, student_to_teacher_text)
-    vrd_kl = (vrd_kl_from + vrd_kl_to) / 2
-    vrd_ce_image = (_own_partner(teacher_to_student_image) + _own_partner(student_to_teacher_image)) / 2
-    vrd_ce_text = (_own_partner(teacher_to_student_text) + _own_partner(student_to_teacher_text)) / 2
-    vrd = vrd_kl + vrd_ce_image + vrd_ce_text
+    from_image, from_text = image_scale * t_image @ image.T, text_scale * t_text @ text.T  # teacher → student
+    to_image, to_text = from_image.T, from_text.T
+    vrd = (_kl(from_image, from_text) + _kl(to_image, to_text)) / 2
+    vrd = vrd + sum(map(_own_partner, (from_image, to_image, from_text, to_text))) / 2
 
-    teacher_image_student_text = cross_scale * t_image @ projected_text.T
-    teacher_text_student_image = cross_scale * t_text @ projected_image.T
-    student_image_teacher_text = cross_scale * projected_image @ t_text.T
-    student_text_teacher_image = cross_scale * projected_text @ t_image.T
-    xrd = (
-        _kl(teacher_image_student_text, teacher_text_student_image)
-        + _kl(teacher_text_student_image, teacher_image_student_text)
-        + _kl(student_text_teacher_image, student_image_teacher_text)
-        + _kl(student_image_teacher_text, student_text_teacher_image)
-    ) / 4
-
+    teacher_image, teacher_text = cross_scale * t_image @ text.T, cross_scale * t_text @ image.T
+    pairs = ((teacher_image, teacher_text), (teacher_text.T, teacher_image.T))
+    xrd = sum((_kl(a, b) + _kl(b, a) for a, b in pairs), start=vrd.new_zeros(())) / 4
     return {**parts, "vrd": vrd, "xrd": xrd, "total": parts["total"] + vrd + xrd}
 
 
@@ -210,16 +163,10 @@ def tinyclip(image: Tensor, text: Tensor, t_image: Tensor, t_text: Tensor, scale
     Departures: none at the second step and after. The code sets the student's scale to 50 after each step, so its
     first step has the scale of the checkpoint. The terms of its learned pruning masks are another matter.
     """
-    return _soft_targets(image, text, scale, t_image, t_text, scale)
+    return _soft_targets((image, text, torch.tensor(scale)), (t_image, t_text, torch.tensor(scale)))
 
 
-def mobileclip(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    teachers: list[tuple[Tensor, Tensor, Tensor]],
-    lam: float,
-) -> Tensor:
+def mobileclip(image: Tensor, text: Tensor, scale: Tensor, teachers: list[Model], lam: float) -> Tensor:
     """MobileCLIP, one caption: (1 − λ) InfoNCE + λ · ½ Σ over directions of CE(mean_k softmax(teacher k), student).
 
     A teacher is (image features, text features, scale). The paper's mean over teachers of KL(teacher k || student)
@@ -256,22 +203,14 @@ def siglip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return _pairwise(scale * image @ text.T + bias, torch.eye(len(image)))
 
 
-def soft_bce(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    t_image: Tensor,
-    t_text: Tensor,
-    t_scale: Tensor,
-    t_bias: Tensor,
-) -> Tensor:
+def soft_bce(student: Model, bias: Tensor, teacher: Model, t_bias: Tensor) -> Tensor:
     """SigLIP's loss with the teacher's probabilities σ(s_t I_t·T_t + b_t) in place of the labels 1 and 0.
 
     Source: binary cross-entropy, on the logits and with the normaliser of SigLIP (arXiv 2303.15343). There is no released
     code behind this one.
     """
-    return _pairwise(scale * image @ text.T + bias, torch.sigmoid(t_scale * t_image @ t_text.T + t_bias).detach())
+    logits, targets = (scale * image @ text.T for image, text, scale in (student, teacher))
+    return _pairwise(logits + bias, torch.sigmoid(targets + t_bias).detach())
 
 
 def gkl(
@@ -298,11 +237,8 @@ def gkl(
     """
     teacher_gaps = teacher_logits[:, :, None] - teacher_logits[:, None, :]
     student_gaps = student_logits[:, :, None] - student_logits[:, None, :]
-    if class_prior is None:
-        weights = F.softmax(teacher_logits / weight_temperature, dim=1)
-    else:
-        weights = class_prior
-    weights = (weights**gamma).detach()
+    own = F.softmax(teacher_logits / weight_temperature, dim=1)
+    weights = ((own if class_prior is None else class_prior) ** gamma).detach()
     pairs = weights[:, :, None] * weights[:, None, :]
     weighted_mse = ((teacher_gaps - student_gaps) ** 2 * pairs).sum() / pairs.sum() / 4
 
