@@ -148,9 +148,6 @@ def test_options_arrive_with_their_values_and_types() -> None:
     assert parse([]) == TrainConfig()
     config = parse(["--optim.betas", "0.8", "0.9", "--evaluation.data", "one", "two"])
     assert (config.optim.betas, config.evaluation.data) == ((0.8, 0.9), ("one", "two"))
-
-
-def test_lists_of_teachers_scales_and_templates_arrive_as_tuples() -> None:
     config = parse(THREE_TEACHERS)
     assert config.teacher.models == config.teacher.names == ("x", "y@openai", "z")
     assert parse(["--teacher.models", "x", "--objective.kl.weight", "1"]).teacher.names == ("x",)
@@ -195,7 +192,6 @@ def test_help_has_a_short_usage_and_lists_every_option_once(capsys: pytest.Captu
     assert len(usage.splitlines()) <= 2
     shown = re.findall(r"^  --([\w.]+)", text, re.M)
     assert sorted(shown) == sorted(["config", "print_config", *leaves(TrainConfig)])
-    assert len(shown) - 2 <= 80
 
 
 def test_later_files_and_then_the_command_line_win(tmp_path: Path) -> None:
@@ -353,9 +349,3 @@ def test_words_of_a_file_stay_words(tmp_path: Path) -> None:
     file.write_text(f"name: 017\nclassnames: {words}\ntemplates: ['{{c}}']\nchance: 1e-1\nnum_images: ~\n")
     task = load_task(file)
     assert (task.name, task.classnames, task.chance, task.num_images) == ("017", tuple(BITES), 0.1, None)
-
-
-def test_nothing_is_assigned_after_loading() -> None:
-    config = parse([])
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.objective.gkl.weight = 1.0  # type: ignore[misc]

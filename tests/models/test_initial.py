@@ -147,14 +147,19 @@ def test_a_student_continues_from_an_open_clip_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("side", ["image", "text"])
 @pytest.mark.parametrize("layout", [False, True], ids=["CLIP", "CustomTextCLIP"])
 @pytest.mark.parametrize("mode", ["frozen", "head"])
-def test_frozen_parts_take_no_gradient(side: Any, layout: bool, mode: str) -> None:
+def test_frozen_parts_take_no_gradient_and_never_train(side: Any, layout: bool, mode: str) -> None:
     student = build_open_clip("student", {**PLAIN, "custom_text": layout}).train()
+    assert not student.text_is_frozen
     student.freeze(side, head=mode == "head")
     asks = {name: parameter.requires_grad for name, parameter in student.model.named_parameters()}
     frozen = {name for name, ask in asks.items() if not ask}
     own = {name for name in asks if tower_of(name) == side}
     assert frozen == {name for name in own if mode == "frozen" or not is_projection(name)}
     assert len(own - frozen) == (mode == "head")
+    for training in (True, False, True):
+        student.train(training)
+        modes = {(tower_of(n), m.training) for n, m in student.model.named_modules() if n}
+        assert modes == {(tower, training and tower != side) for tower in ("image", "text")}
 
 
 @pytest.mark.parametrize(

@@ -322,34 +322,24 @@ def test_a_teacher_held_in_half_precision_keeps_its_scale_and_its_features(
 PROMPTS = ["a cat", "a photo of a dog.", "x"]
 
 
-def lengths_seen(encoder: Encoder, embedding: nn.Module) -> list[int]:
-    """Tokens per text that the text tower is given by encode_prompts, without its padding."""
-    seen: list[int] = []
-    texts = encoder.spec.tokenize(PROMPTS)
-    with torch.inference_mode():
-        whole = encoder.encode_text(texts)
-        encoder.encode_prompts(texts)
-        handle = embedding.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape[1]))
-        short = encoder.encode_prompts(texts)
-        handle.remove()
-    assert (whole - short).abs().max() < 1e-6
-    return seen
-
-
-def test_a_causal_text_tower_is_given_no_padding(clip_folder: Path) -> None:
-    student = create_student(StudentConfig(model="demo-student")).eval()
-    full = student.spec.tokenize(PROMPTS).shape[1]
-    (seen,) = lengths_seen(student, student.model.token_embedding)  # type: ignore[arg-type]
-    assert seen < full
-    transformers_model = load(str(clip_folder))
-    (seen,) = lengths_seen(transformers_model, transformers_model.model.text_model.embeddings.token_embedding)  # type: ignore[union-attr]
-    assert seen < transformers_model.spec.tokenize(PROMPTS).shape[1]
-
-
-def test_a_tower_that_looks_at_the_padding_is_given_all_of_it(siglip_folder: Path) -> None:
-    siglip = load(str(siglip_folder))
-    (seen,) = lengths_seen(siglip, siglip.model.text_model.embeddings.token_embedding)  # type: ignore[union-attr]
-    assert seen == siglip.spec.tokenize(PROMPTS).shape[1]
+def test_a_causal_text_tower_is_given_no_padding_and_one_that_looks_at_it_all(
+    clip_folder: Path, siglip_folder: Path
+) -> None:
+    for encoder, causal in ((student(), True), (load(str(clip_folder)), True), (load(str(siglip_folder)), False)):
+        seen: list[int] = []
+        texts = encoder.spec.tokenize(PROMPTS)
+        (embedding,) = (m for n, m in encoder.model.named_modules() if n.endswith("token_embedding"))
+        with torch.inference_mode():
+            whole = encoder.encode_text(texts)
+            encoder.encode_prompts(texts)
+            handle = embedding.register_forward_hook(
+                lambda _module, given, _, seen=seen: seen.append(given[0].shape[1])
+            )
+            short = encoder.encode_prompts(texts)
+            handle.remove()
+        assert (whole - short).abs().max() < 1e-6
+        (length,) = seen
+        assert (length < texts.shape[1]) == causal
 
 
 def test_equal_weights_of_another_architecture_are_told_apart() -> None:

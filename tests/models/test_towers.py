@@ -9,17 +9,12 @@ import open_clip
 import pytest
 import torch
 
-from clipkd.config.objective import ObjectiveConfig
-from clipkd.config.terms import GKLTerm
-from clipkd.config.train import StudentConfig, TeacherConfig, TrainConfig
 from clipkd.models.create import build_open_clip
 from clipkd.models.encoder import Encoder
 from clipkd.models.hugging_face import as_open_clip
-from clipkd.models.initial import initial_student
 from clipkd.models.load import load_model as load
 from clipkd.models.students import MODEL_CONFIGS, tower_of
 from clipkd.models.towers import copy_tower
-from clipkd.teachers.loaded import load_teachers
 
 CAPTIONS = ["a photo of a cat", "Two dogs, running!", "far too long for the context of this small model, " * 3, ""]
 CONFIG: dict[str, Any] = json.loads((MODEL_CONFIGS / "demo-student.json").read_text())
@@ -56,25 +51,6 @@ def test_the_copy_gives_the_teachers_text_features_bit_by_bit(student_layout: bo
     with torch.no_grad():  # a copy: the teacher may be rounded, the student may not follow
         next(p for name, p in teacher.model.named_parameters() if tower_of(name) == "text").zero_()
     assert torch.equal(student.encode_text(tokens), expected)
-
-
-def test_freezing_reaches_the_text_tower_alone() -> None:
-    for layout in (False, True):
-        student = make(0, custom_text=layout).train()
-        assert not student.text_is_frozen
-        student.freeze("text")
-        asks = {
-            tower: {p.requires_grad for n, p in student.model.named_parameters() if tower_of(n) == tower}
-            for tower in ("image", "text", None)
-        }
-        assert asks == {"image": {True}, "text": {False}, None: {True}}
-        for mode in (True, False, True):
-            student.train(mode)
-            modes = {
-                tower: {m.training for n, m in student.model.named_modules() if n and tower_of(n) == tower}
-                for tower in ("image", "text")
-            }
-            assert modes == {"image": {mode}, "text": {False}}
 
 
 @pytest.mark.parametrize(
@@ -138,26 +114,3 @@ def test_a_teacher_from_the_hub_is_compared_by_the_config_that_lies_there(monkey
         copy_tower(teacher, student, "text", option="student.text is teacher")
     stored["text_cfg"]["heads"] = 2
     copy_tower(teacher, student, "text", option="student.text is teacher")
-
-
-@pytest.mark.parametrize("text", ["trained", "frozen", "teacher"])
-def test_a_run_has_the_tower_it_is_configured_for(text: Any, tmp_path: Path) -> None:
-    """The teacher's as it is stored, though the teacher is then held in bfloat16."""
-    torch.save(make(5).model.state_dict(), tmp_path / "start.pt")
-    (tmp_path / "teacher.json").write_text(json.dumps(CONFIG))
-    torch.save(make(6).model.state_dict(), tmp_path / "teacher.pt")
-    config = TrainConfig(
-        student=StudentConfig(model=f"demo-student@{tmp_path / 'start.pt'}", text=text),
-        teacher=TeacherConfig(models=f"{tmp_path / 'teacher.json'}@{tmp_path / 'teacher.pt'}", dtype="bf16"),
-        objective=ObjectiveConfig(gkl=GKLTerm(weight=1.0)),
-    )
-    student = initial_student(config)
-    (teacher,) = load_teachers(config, student).encoders
-    assert student.training
-    assert student.text_is_frozen == (text != "trained")
-    assert teacher.dtype == torch.bfloat16
-    expected = make(6 if text == "teacher" else 5).model.state_dict()
-    found = student.model.state_dict()
-    assert [n for n in found if tower_of(n) == "text" and not torch.equal(found[n], expected[n])] == []
-    images = make(5).model.state_dict()
-    assert [n for n in found if tower_of(n) == "image" and not torch.equal(found[n], images[n])] == []

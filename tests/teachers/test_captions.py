@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from clipkd.data import BadSample, Pair
-from clipkd.teachers.cache.captions import Captions, number_captions
+from clipkd.teachers.cache.captions import number_captions
 from clipkd.teachers.cache.plan import cut
 from clipkd.teachers.store.manifest import Shard
 
@@ -50,20 +50,6 @@ class FakePairs:
         return Pair(str(index), b"", tuple(found))
 
 
-def numbered(captions: list[list[str] | None], sizes: list[int]) -> tuple[Any, Captions, list[Shard]]:
-    """Pairs, their numbered captions, and shards of these sizes, whose texts are counted here by a dictionary."""
-    pairs: Any = FakePairs(captions)
-    starts = [0, *itertools.accumulate(sizes)][:-1]
-    found, shards = number_captions(pairs, list(zip(starts, sizes, strict=True))), []
-    known: dict[str, int] = {}
-    for first, rows in zip(starts, sizes, strict=True):
-        before = len(known)
-        for text in itertools.chain.from_iterable(part or [] for part in captions[first : first + rows]):
-            known.setdefault(text, len(known))
-        shards.append(Shard(first, rows, before, len(known) - before))
-    return pairs, found, shards
-
-
 def test_captions_are_numbered_as_a_dictionary_would_number_them() -> None:
     """Several per sample, repeated in samples, in shards and across, and samples without any that can be read."""
     rng = np.random.default_rng(1)
@@ -74,10 +60,14 @@ def test_captions_are_numbered_as_a_dictionary_would_number_them() -> None:
             None if trial == 0 or rng.random() < 0.2 else rng.choice(words, rng.integers(1, 5)).tolist()
             for _ in range(sum(sizes))
         ]
-        pairs, found, shards = numbered(captions, sizes)
-        known: dict[str, int] = {}
-        for text in itertools.chain.from_iterable(part or [] for part in captions):
-            known.setdefault(text, len(known))
+        pairs: Any = FakePairs(captions)
+        ranges = list(zip(itertools.accumulate(sizes, initial=0), sizes, strict=False))
+        found, known, shards = number_captions(pairs, ranges), dict[str, int](), []
+        for first, rows in ranges:
+            before = len(known)
+            for text in itertools.chain.from_iterable(part or [] for part in captions[first : first + rows]):
+                known.setdefault(text, len(known))
+            shards.append(Shard(first, rows, before, len(known) - before))
         assert (len(found.firsts), len(found.texts)) == (len(known), sum(len(part or []) for part in captions))
         assert [text for shard in shards for text in found.read_texts(shard, pairs)] == list(known)
         for shard in shards:

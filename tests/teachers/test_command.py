@@ -11,10 +11,8 @@ import pytest
 import torch
 
 from clipkd import cli
-from clipkd.config.train import StudentConfig
 from clipkd.errors import RunStopped
 from clipkd.models.load import load_model
-from clipkd.models.towers import text_sha256
 from clipkd.teachers.cache import command
 from clipkd.teachers.cache.command import CacheConfig
 from clipkd.teachers.cache.encode import FeatureEncoder
@@ -99,17 +97,6 @@ def test_class_vectors_are_the_teachers_and_are_rebuilt_when_damaged(world: Worl
     assert list(find_faults(folder, read_manifest(folder), trust=False)) == ["classes.npy"]
     command.run(config)
     assert content_of(folder) == before
-
-
-def test_a_frozen_text_tower_is_stored_unless_a_teacher_has_it(world: World, tmp_path: Path) -> None:
-    kinds = {"samples", "image.0", "text.0", "image.1", "text.1"}
-    mine = write_model(tmp_path, "mine", seed=5)
-    for weights, own in ((mine, {"text.student"}), (world.teachers["first"], set())):
-        student = StudentConfig(model=weights, text="frozen")
-        found = read_manifest(command.run(world.config(tmp_path / f"made{len(own)}", views=1, student=student)))
-        assert set(found.shards[0].files) == kinds | own
-        assert (found.student is None) == (not own)
-        assert found.student is None or found.student.text_sha256 == text_sha256(load_model(mine))
 
 
 # What is refused

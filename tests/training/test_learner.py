@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,8 +64,13 @@ def spoil(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learner.teachers, "features", once)
 
 
+@pytest.mark.parametrize(
+    "end",
+    [lambda learner: learner.finish_step(), lambda learner: learner.step(make_batch(learner.views, 2), 2)],
+    ids=["its own end", "the next step"],
+)
 def test_a_step_that_is_not_finite_touches_nothing_and_names_its_samples(
-    learner: Learner, monkeypatch: pytest.MonkeyPatch
+    learner: Learner, monkeypatch: pytest.MonkeyPatch, end: Callable[[Learner], None]
 ) -> None:
     before = state(learner)
     assert {"memory/queue/num_pushed", "memory/class_prior/sums", "student.model.logit_scale/step"} <= before.keys()
@@ -72,7 +78,7 @@ def test_a_step_that_is_not_finite_touches_nothing_and_names_its_samples(
     batch = make_batch(learner.views, 1)
     learner.step(batch, 1)
     with pytest.raises(FloatingPointError, match=r"step 2: the loss is nan.*teacher.models\[0\]'s image features"):
-        learner.finish_step()
+        end(learner)
     assert differing(state(learner), before) == set()
     record = json.loads((Path(learner.config.output) / "nonfinite_step_000002.json").read_text())
     assert record["keys"] == list(batch.keys)
@@ -81,17 +87,6 @@ def test_a_step_that_is_not_finite_touches_nothing_and_names_its_samples(
     changed = differing(state(learner), before)
     assert {"memory/queue/num_pushed", "memory/class_prior/sums", "student.model.logit_scale/step"} <= changed
     assert len(changed) > 0.9 * len(before)
-
-
-def test_the_next_step_ends_a_run_whose_last_one_was_not_finite(
-    learner: Learner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = state(learner)
-    spoil(learner, monkeypatch)
-    learner.step(make_batch(learner.views, 1), 1)
-    with pytest.raises(FloatingPointError, match="step 2: "):
-        learner.step(make_batch(learner.views, 2), 2)
-    assert differing(state(learner), before) == set()
 
 
 def test_under_fp16_a_loss_that_is_not_finite_fails_and_an_infinite_gradient_lowers_the_scale(
@@ -185,10 +180,3 @@ def test_the_compiler_that_a_device_needs_is_asked_for(
     for name in compilers:
         there[:] = [name]
         require_installed(config)
-
-
-def test_a_label_beyond_the_closed_set_is_named(learner: Learner) -> None:
-    batch = make_batch(learner.views, 1)
-    labels = torch.arange(len(batch.labels)) % 4
-    with pytest.raises(ValueError, match=r"shard.tar/1-3 has class 3 .* names 3, numbered from 0"):
-        learner.step(batch._replace(labels=labels), 1)
