@@ -12,10 +12,9 @@ the student's with a gradient. The forms take turns step by step, so that a busy
     expanded             O(B·N) on whole matrices as in the paper's appendix (NeurIPS 2024, Algorithm 2; arXiv 2305.13948 and
                          2503.08038), with the square expanded
     plain                clipkd.losses.gkl on whole logit matrices, float32 at least
-    fused                clipkd.losses.query_statistics; fused_compiled: its panels through torch.compile; fused_half: that,
-                         with matrix products of float16 inputs
+    fused                clipkd.losses.query_statistics; fused_compiled: its panels through torch.compile
     open_clip_soft_ce    another objective, on student keys without a queue: open_clip's DistillClipLoss, contrastive + soft
-                         CE; fused_soft_ce: the same by query_statistics
+                         CE; fused_soft_ce: the same as the recipe openclip has it, query_statistics and info_nce in panels
 
 Peak memory is what a step takes beyond its inputs, its gradients included: on a GPU torch.cuda.max_memory_allocated, on a CPU
 the resident set of a fresh process (Linux; else null), both reset after a first step, less what was there. The first step
@@ -126,7 +125,8 @@ def expanded_gkl(student: Tensor, teacher: Tensor) -> Tensor:
     return CE_WEIGHT * ce + MSE_WEIGHT * squares.sum() / mass.square().sum() / 4
 
 
-def weigh(rows: losses.RowStatistics) -> Tensor:
+def weigh(rows: losses.SoftTargetStatistics) -> Tensor:
+    assert isinstance(rows, losses.RowStatistics)
     wmse = 0.5 * (losses.row_weights(rows.log_weight_mass) * rows.variance).sum()
     return CE_WEIGHT * rows.ce.mean() + MSE_WEIGHT * wmse
 
@@ -139,13 +139,22 @@ def fused(inputs: Inputs, **options: Any) -> Tensor:
 
 
 def fused_soft_ce(inputs: Inputs) -> Tensor:
-    scales = {"logit_scale": inputs["logit_scale"], "teacher_logit_scale": SCALE, "tile_size": inputs["tile_size"]}
-    image, text, t_image, t_text = (inputs[name] for name in ("image", "text", "image_keys", "text_keys"))
-    pairs, values = torch.arange(len(image), device=image.device), []
-    for features in ((image, text, t_image, t_text), (text, image, t_text, t_image)):
-        rows = losses.query_statistics(*features, **scales, positives=pairs)
-        assert rows.info_nce is not None
-        values.append((rows.ce + rows.info_nce).mean())
+    scale, tile_size, values = inputs["logit_scale"], inputs["tile_size"], []
+    image, text, t_image, t_text = (
+        inputs[name].to(scale.dtype) for name in ("image", "text", "image_keys", "text_keys")
+    )
+    pairs, height = (
+        torch.arange(len(image), device=image.device),
+        losses.panel_height(len(image), image.device, tile_size),
+    )
+    scales = {"logit_scale": scale, "teacher_logit_scale": SCALE, "tile_size": tile_size}
+    for queries, keys, *teacher in ((image, text, t_image, t_text), (text, image, t_text, t_image)):
+
+        def contrast(queries: Tensor, own: Tensor, keys: Tensor = keys) -> dict[str, Tensor]:
+            return {"value": losses.info_nce(scale * queries @ keys.T, own)}
+
+        values.append(losses.query_statistics(queries, keys, *teacher, **scales).ce)
+        values[-1] = values[-1] + losses.in_panels(contrast, (queries, pairs), height=height)["value"]
     return torch.stack(values).mean()
 
 
@@ -162,7 +171,6 @@ VARIANTS: dict[str, Callable[[Inputs], Tensor]] = {
     "plain": partial(whole, partial(losses.gkl, ce_weight=CE_WEIGHT, mse_weight=MSE_WEIGHT, gamma=GAMMA)),
     "fused": fused,
     "fused_compiled": partial(fused, compiled=True),
-    "fused_half": partial(fused, compiled=True, matmul_dtype=torch.float16),
     "open_clip_soft_ce": open_clip_soft_ce,
     "fused_soft_ce": fused_soft_ce,
 }

@@ -25,7 +25,7 @@ READMES = {
         ("compare_losses", "losses.jsonl", 40),
         ("bench_data", "data.jsonl", 8),
         ("bench_eval", "eval_speed.jsonl", 4),
-        ("bench_loss", "loss.jsonl", 20),
+        ("bench_loss", "loss.jsonl", 15),
         ("equal_seconds", "equal_seconds.jsonl", 8),
         ("bench_train", "train.jsonl", 8),
     ],

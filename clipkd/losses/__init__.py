@@ -2,7 +2,7 @@
 
 from clipkd.losses.contrastive import info_nce, info_nce_gradients, sigmoid_loss, soft_label_bce
 from clipkd.losses.features import feature_mse
-from clipkd.losses.fused import QueryStatistics, query_statistics
+from clipkd.losses.fused import query_statistics
 from clipkd.losses.gkl import RowStatistics, gkl, row_statistics, row_weights
 from clipkd.losses.panels import compile_tile, in_panels, panel_height
 from clipkd.losses.soft_targets import (
@@ -13,7 +13,6 @@ from clipkd.losses.soft_targets import (
 )
 
 __all__ = [
-    "QueryStatistics",
     "RowStatistics",
     "SoftTargetStatistics",
     "compile_tile",

@@ -16,13 +16,13 @@ def statistics(compiled: bool) -> dict[str, Tensor]:
     _, targets = make_batch(dtype=torch.float64)
     image, text = targets.teachers[0].image, targets.teachers[0].text
     scale, results = torch.tensor(8.0, dtype=torch.float64, requires_grad=True), {}
-    for kind, positives in (("constant", None), ("moving", torch.arange(len(image)))):
+    for kind, gamma in (("constant", 0.4), ("moving", None)):
         queries, keys = image.clone().requires_grad_(), text.clone().requires_grad_(kind == "moving")
-        options: dict[str, Any] = {"logit_scale": scale, "teacher_logit_scale": 5.0, "gamma": 0.4, "tile_size": 6}
-        options |= {"positives": positives, "temperature": 1.5}
+        options: dict[str, Any] = {"logit_scale": scale, "teacher_logit_scale": 5.0, "gamma": gamma, "tile_size": 6}
+        options["temperature"] = 1.5
         rows: Any = query_statistics(queries, keys, text, image, compiled=compiled, **options)
-        values = torch.stack([rows.ce, rows.variance, rows.ce if rows.info_nce is None else rows.info_nce])
-        leaves = [queries, scale] if positives is None else [queries, scale, keys]
+        values = torch.stack([rows.ce, rows.kl if gamma is None else rows.variance])
+        leaves = [queries, scale] if kind == "constant" else [queries, scale, keys]
         found = [values.detach(), *torch.autograd.grad(values.square().sum(), leaves)]
         results |= {f"fused {kind} {number}": each for number, each in enumerate(found)}
     return results

@@ -8,12 +8,8 @@ Features = tuple[Tensor, Tensor, Tensor, Tensor]
 SCALES = (1.0, 10.0, 100.0)
 TEMPERATURES = (0.5, 1.0, 4.0)
 GAMMAS = (0.0, 0.05, 0.5, 1.0)
-GRID = [
-    (TEMPERATURES[(i + j) % 3], TEMPERATURES[(i + 2 * j) % 3], gamma, scale)
-    for i, gamma in enumerate(GAMMAS)
-    for j, scale in enumerate(SCALES)
-]
-"""Temperature, weight temperature, gamma and scale: every two values of two of them meet."""
+GRID = [(TEMPERATURES[(i + j) % 3], gamma, scale) for i, gamma in enumerate(GAMMAS) for j, scale in enumerate(SCALES)]
+"""Temperature, gamma and scale: every two values of two of them meet."""
 
 
 def random_features(num_queries: int, num_keys: int, *, dtype: torch.dtype = torch.float64) -> Features:

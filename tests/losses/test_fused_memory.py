@@ -23,12 +23,15 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("keys", "forward", "backward"), [(False, 4, 0), (True, 2, 4)])
-def test_constant_keys_cost_four_products_per_panel_and_no_gradient_two(
-    keys: bool, forward: int, backward: int
+@pytest.mark.parametrize(
+    ("gamma", "keys", "forward", "backward"), [(None, False, 3, 0), (None, True, 2, 4), (1.0, False, 4, 0)]
+)
+def test_constant_keys_cost_a_product_per_panel_and_statistic_and_no_gradient_two(
+    gamma: float | None, keys: bool, forward: int, backward: int
 ) -> None:
     features = random_features(12, 9)
-    queries, options = features[0].requires_grad_(), {"logit_scale": 9.0, "teacher_logit_scale": 7.0, "tile_size": 6}
+    queries = features[0].requires_grad_()
+    options: dict[str, Any] = {"logit_scale": 9.0, "teacher_logit_scale": 7.0, "tile_size": 6, "gamma": gamma}
     features[1].requires_grad_(keys)
     with Products() as products:
         loss = query_statistics(*features, **options).ce.sum()
@@ -42,7 +45,9 @@ def test_constant_keys_cost_four_products_per_panel_and_no_gradient_two(
     assert products.count == 3 * 2
 
 
-def measure(num_queries: int, num_keys: int, *, keys: bool, tile_size: int = 64) -> tuple[int, int]:
+def measure(
+    num_queries: int, num_keys: int, *, keys: bool, gamma: float | None, tile_size: int = 64
+) -> tuple[int, int]:
     """Bytes alive at the peak, forward and backward, and bytes kept for the backward pass beside the inputs."""
     features = random_features(num_queries, num_keys)
     for leaf in features[: 1 + keys]:
@@ -54,25 +59,26 @@ def measure(num_queries: int, num_keys: int, *, keys: bool, tile_size: int = 64)
             kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    options: dict[str, Any] = {"logit_scale": 9.0, "teacher_logit_scale": 9.0, "tile_size": tile_size}
-    options["positives"] = torch.arange(num_queries)
+    options: dict[str, Any] = {"logit_scale": 9.0, "teacher_logit_scale": 9.0, "tile_size": tile_size, "gamma": gamma}
     with LiveBytes() as live:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             rows: Any = query_statistics(*features, **options)
-            loss = (rows.ce + rows.variance + rows.info_nce).sum()
+            loss = (rows.ce if gamma is None else rows.ce + rows.variance).sum()
         loss.backward()
     return live.peak, sum(kept.values())
 
 
+@pytest.mark.parametrize(("gamma", "statistics"), [(None, 1), (0.3, 2)])
 @pytest.mark.parametrize("keys", [False, True], ids=["constant keys", "moving keys"])
-def test_memory_is_linear_in_the_queries(keys: bool) -> None:
+def test_memory_is_linear_in_the_queries(keys: bool, gamma: float | None, statistics: int) -> None:
     width, tile = 32, 8 * 64**2
     for n, m in ((128, 192), (256, 384), (512, 768)):
-        peak, kept = measure(n, m, keys=keys)
-        assert peak <= 10 * tile + 8 * width * (8 * n + 3 * m)
-        assert kept <= 8 * n * (3 * width + 20)  # three vectors and a few numbers per query
-    whole, _ = measure(512, 768, keys=keys, tile_size=10_000)
+        peak, kept = measure(n, m, keys=keys, gamma=gamma)
+        assert peak <= (3 + 2 * statistics) * tile + 8 * width * (8 * n + 3 * m)
+        assert kept <= 8 * n * (statistics * width + 1)  # a vector per statistic and query
+    whole, kept = measure(512, 768, keys=keys, gamma=gamma, tile_size=10_000)
     assert whole > 5 * 8 * 512 * 768, "one panel, for which this measure shows the matrices"
+    assert kept <= 8 * 512 * (768 * statistics + 1)
 
 
 @pytest.mark.slow
@@ -84,7 +90,7 @@ def test_16k_queries_and_32k_keys_take_less_than_3_gb() -> None:
     leaves = [text.clone().requires_grad_(), torch.tensor(100.0, requires_grad=True)]
     options: dict[str, Any] = {"logit_scale": leaves[1], "teacher_logit_scale": 100.0, "gamma": 0.3}
     with LiveBytes() as live:
-        rows = [query_statistics(leaves[0], keys, own, keys, **options) for own in (text, teacher)]
+        rows: list[Any] = [query_statistics(leaves[0], keys, own, keys, **options) for own in (text, teacher)]
         loss = torch.stack([each.ce.mean() + 0.1 * each.variance.mean() for each in rows]).sum()
         found = torch.autograd.grad(loss, leaves)
     assert live.peak < 3e9

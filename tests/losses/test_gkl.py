@@ -34,27 +34,26 @@ def loop_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> 
     return total / len(student)
 
 
-def loop_squared_error(student: Tensor, teacher: Tensor, weight_temperature: float, gamma: float) -> Tensor:
+def loop_squared_error(student: Tensor, teacher: Tensor, gamma: float) -> Tensor:
     """¼ Σ_i Σ_jk w_ij w_ik ((t_ij − t_ik) − (s_ij − s_ik))² / Σ_ijk w_ij w_ik, by the triple loop that is published."""
     squares, normaliser = student.new_zeros(()), student.new_zeros(())
     for s, t in zip(student, teacher, strict=True):
-        w = power(t.detach(), weight_temperature, gamma)
+        w = power(t.detach(), 1.0, gamma)
         for j, k in itertools.product(range(len(s)), repeat=2):
             squares = squares + w[j] * w[k] * ((t[j] - t[k]) - (s[j] - s[k])) ** 2
             normaliser = normaliser + w[j] * w[k]
     return squares / normaliser / 4
 
 
-@pytest.mark.parametrize(("temperature", "weight_temperature", "gamma", "scale"), GRID)
+@pytest.mark.parametrize(("temperature", "gamma", "scale"), GRID)
 def test_value_and_student_gradient_equal_the_published_triple_loop(
-    temperature: float, weight_temperature: float, gamma: float, scale: float
+    temperature: float, gamma: float, scale: float
 ) -> None:
     student, teacher = random_logits(2, scale=scale, seed=1)
     by_loop, ours = student.clone().requires_grad_(), student.clone().requires_grad_()
     expected = 0.7 * loop_cross_entropy(by_loop, teacher, temperature)
-    expected = expected + 1.9 * loop_squared_error(by_loop, teacher, weight_temperature, gamma)
-    powers = {"gamma": gamma, "temperature": temperature, "weight_temperature": weight_temperature}
-    value = gkl(ours, teacher, ce_weight=0.7, mse_weight=1.9, **powers)
+    expected = expected + 1.9 * loop_squared_error(by_loop, teacher, gamma)
+    value = gkl(ours, teacher, ce_weight=0.7, mse_weight=1.9, gamma=gamma, temperature=temperature)
     (expected_gradient,) = torch.autograd.grad(expected, by_loop)
     (gradient,) = torch.autograd.grad(value, ours)
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
@@ -77,7 +76,7 @@ def test_a_temperature_softens_both_sides_and_no_square_multiplies_it() -> None:
     # Halved by T = 2, these are the logits of the case by hand.
     student, teacher = torch.tensor([[5.0, 5.0]]), torch.tensor([[2 * LN3, 0.0]])
     value = gkl(student, teacher, ce_weight=3.0, mse_weight=1.0, gamma=0.0, temperature=2.0)
-    assert value.item() == pytest.approx(3 * LN2 + LN3**2 / 2, rel=1e-6)  # ½ Var at weight temperature 1, uniform
+    assert value.item() == pytest.approx(3 * LN2 + LN3**2 / 2, rel=1e-6)  # ½ Var without a temperature, uniform
     rows = row_statistics(student, teacher, temperature=2.0)
     assert rows.kl.item() == pytest.approx(0.75 * LN3 - LN2, rel=1e-6)
 
@@ -85,7 +84,7 @@ def test_a_temperature_softens_both_sides_and_no_square_multiplies_it() -> None:
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_gradient_is_that_of_finite_differences_and_sums_to_zero(gamma: float) -> None:
     student, teacher = random_logits(2, scale=3.0, seed=6)
-    options = {"ce_weight": 1.3, "mse_weight": 0.6, "gamma": gamma, "temperature": 2.0, "weight_temperature": 0.5}
+    options = {"ce_weight": 1.3, "mse_weight": 0.6, "gamma": gamma, "temperature": 2.0}
     student.requires_grad_()
     assert torch.autograd.gradcheck(lambda s: gkl(s, teacher, **options), student)
     (gradient,) = torch.autograd.grad(gkl(student, teacher, **options), student)
@@ -95,7 +94,7 @@ def test_gradient_is_that_of_finite_differences_and_sums_to_zero(gamma: float) -
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_invariances(gamma: float) -> None:
     student, teacher = random_logits(2, 5, 6, scale=10.0, seed=8)
-    options = {"temperature": 2.0, "weight_temperature": 0.5, "gamma": gamma}
+    options = {"temperature": 2.0, "gamma": gamma}
     expected = vars(row_statistics(student, teacher, **options))
     shift = torch.tensor([[-3.0], [0.5], [40.0], [7.0], [0.0]], dtype=torch.float64)
     rows, columns = torch.tensor([3, 0, 4, 1, 2]), torch.tensor([5, 2, 0, 1, 4, 3])
@@ -126,7 +125,7 @@ def test_divergence_and_variance_vanish_only_where_logits_agree_up_to_a_row_cons
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_theorem_1(scale: float) -> None:
-    """At T = T_w = γ = 1: ∂KL/∂s = ∂CE/∂s, ∂KL/∂t = ∂(½ Var)/∂t and ∂(½ Var)/∂s = −∂KL/∂t (arXiv 2305.13948)."""
+    """At T = γ = 1: ∂KL/∂s = ∂CE/∂s, ∂KL/∂t = ∂(½ Var)/∂t and ∂(½ Var)/∂s = −∂KL/∂t (arXiv 2305.13948)."""
     student, teacher = (leaf.requires_grad_() for leaf in random_logits(2, scale=scale, seed=CLOSE_RACE))
     to_student, to_teacher = peers.dkl_gradients(student, teacher, ce_weight=1.3, mse_weight=0.6)
     rows = row_statistics(student, teacher)
@@ -148,10 +147,9 @@ def test_soft_target_and_pair_weights_are_constants() -> None:
     torch.testing.assert_close(to_student, -to_teacher, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("weight_temperature", TEMPERATURES)
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("kind", ["clustered", "far"])
-def test_float32_is_good_to_1e5_at_logit_scale_100(kind: str, gamma: float, weight_temperature: float) -> None:
+def test_float32_is_good_to_1e5_at_logit_scale_100(kind: str, gamma: float) -> None:
     if kind == "clustered":
         student, teacher = clustered_logits(1), clustered_logits(2)
     else:  # probabilities down to e^(-400): zero in float32, so that their powers would be zero as well
@@ -159,9 +157,8 @@ def test_float32_is_good_to_1e5_at_logit_scale_100(kind: str, gamma: float, weig
 
     def compute(dtype: torch.dtype) -> tuple[RowStatistics, Tensor]:
         leaf = student.to(dtype, copy=True).requires_grad_()
-        options = {"gamma": gamma, "weight_temperature": weight_temperature}
-        value = gkl(leaf, teacher.to(dtype), ce_weight=1.0, mse_weight=1.0, **options)
-        return row_statistics(leaf, teacher.to(dtype), **options), torch.autograd.grad(value, leaf)[0].double()
+        value = gkl(leaf, teacher.to(dtype), ce_weight=1.0, mse_weight=1.0, gamma=gamma)
+        return row_statistics(leaf, teacher.to(dtype), gamma=gamma), torch.autograd.grad(value, leaf)[0].double()
 
     (rows, gradient), (exact_rows, exact) = compute(torch.float32), compute(torch.float64)
     assert (gradient - exact).norm() <= 1e-5 * exact.norm()
@@ -198,7 +195,7 @@ def test_gkl_with_a_class_prior_equals_the_published_form(temperature: float, ga
     rows = row_statistics(student, teacher, temperature=temperature, gamma=gamma, pair_prior=prior.log())
     value = 0.7 * rows.ce.mean() + 1.9 * 0.5 * (row_weights(rows.log_weight_mass) * rows.variance).sum()
     options = {"ce_weight": 0.7, "mse_weight": 1.9, "gamma": gamma, "temperature": temperature}
-    oracle = peers.gkl(student, teacher, **options, weight_temperature=1.0, class_prior=prior)
+    oracle = peers.gkl(student, teacher, **options, class_prior=prior)
     assert value.item() == pytest.approx(oracle.item(), rel=1e-12)
     (gradient,), (expected,) = torch.autograd.grad(value, student), torch.autograd.grad(oracle, student)
     assert (gradient - expected).norm() <= 1e-12 * expected.norm()
@@ -234,7 +231,6 @@ def test_half_precision_input_is_computed_in_float32(dtype: torch.dtype) -> None
     ("options", "words"),
     [
         ({"temperature": math.nan}, r"^temperature is .*positive"),
-        ({"weight_temperature": -1.0}, r"^weight_temperature is .*positive"),
         ({"gamma": -0.1}, "gamma"),
         ({"student_logits": torch.zeros(2, 4)}, r"\(2, 4\).*\(2, 3\)"),
     ],

@@ -79,7 +79,7 @@ def test_gradient_distillation_equals_the_closed_form() -> None:
 
 
 def test_gkl_by_hand_and_by_the_theorem() -> None:
-    once = {"ce_weight": 1.0, "mse_weight": 1.0, "gamma": 1.0, "temperature": 1.0, "weight_temperature": 1.0}
+    once = {"ce_weight": 1.0, "mse_weight": 1.0, "gamma": 1.0, "temperature": 1.0}
     hand = (math.log(4) + math.log(4 / 3)) / 2 + LN3**2 / 8  # targets 1/2, predictions 3/4 and 1/4
     assert peers.gkl(LN3 * EYE[:1], 0 * EYE[:1], **once).item() == pytest.approx(hand)
     student, teacher = (3 * x.requires_grad_() for x in features(2))

@@ -63,7 +63,7 @@ def test_every_series_equals_its_restatement_over_both_directions(name: str) -> 
         return {"kl": soft_ce - entropy, "soft_ce": soft_ce, "teacher_entropy": entropy}
 
     def gkl(ce_weight: float, mse_weight: float) -> Tensor:
-        options = {"gamma": objective.gkl.gamma, "temperature": 1.0, "weight_temperature": 1.0}
+        options = {"gamma": objective.gkl.gamma, "temperature": 1.0}
         both = (peers.gkl(*way, ce_weight=ce_weight, mse_weight=mse_weight, **options) for way in ways)
         return torch.stack([*both]).mean()
 

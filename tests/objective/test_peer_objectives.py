@@ -176,7 +176,7 @@ def test_gkl_on_teacher_keys_with_a_queue(filled: int, temperature: int) -> None
             student = scale * project(query, p, side) @ keys.T
             teacher = t.logit_scale * getattr(t, side) @ keys.T
             options = {name: getattr(term, name) for name in ("ce_weight", "mse_weight", "gamma", "temperature")}
-            loss = loss + peers.gkl(student, teacher, **options, weight_temperature=1.0) / 2
+            loss = loss + peers.gkl(student, teacher, **options) / 2
         return loss
 
     setting.agree(oracle)

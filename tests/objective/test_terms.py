@@ -118,7 +118,6 @@ def test_closed_set_weighs_labelled_images_by_their_classes_running_prior(class_
                 mse_weight=0.7,
                 gamma=0.5,
                 temperature=1.0,
-                weight_temperature=1.0,
                 class_prior=torch.stack(prior),
             )
         assert loss.item() == pytest.approx(expected.item(), rel=1e-6), step  # the prior is handed out in float32

@@ -221,24 +221,23 @@ def gkl(
     mse_weight: float,
     gamma: float,
     temperature: float,
-    weight_temperature: float,
     class_prior: Tensor | None = None,
 ) -> Tensor:
     """GKL: ce_weight · CE(softmax(t/T), softmax(s/T)) + mse_weight · wMSE. Logits [B, C].
 
     wMSE = ¼ Σ_ijk w_ij w_ik ((t_ij − t_ik) − (s_ij − s_ik))² / Σ_ijk w_ij w_ik, the logits without temperature, and
-    w = softmax(t/T2)^γ; or, with a class prior, w = class_prior^γ, where row i of [B, C] is the prior of sample i's
-    class (the mean of the teacher's softmax(t/T2) over the samples of the class, in the reference).
+    w = softmax(t)^γ; or, with a class prior, w = class_prior^γ, where row i of [B, C] is the prior of sample i's
+    class (the mean of the teacher's softmax(t) over the samples of the class, in the reference).
 
     Source: arXiv 2503.08038; jiequancui/DKL `DKLv2/KD-dkl/mdistiller/distillers/GKL_KD.py`, dkl_loss: its alpha is
-    ce_weight, its beta mse_weight, its T2 weight_temperature. No factor T², and no warm-up of the sum here.
+    ce_weight, its beta mse_weight, its T2 is 1. No factor T², and no warm-up of the sum here.
     Departure: the weights are detached, as the papers' sg(w) has it; the code detaches the prior only, but its teacher
     runs without gradient. The teacher is detached in the cross-entropy, as in the code.
     """
     teacher_gaps = teacher_logits[:, :, None] - teacher_logits[:, None, :]
     student_gaps = student_logits[:, :, None] - student_logits[:, None, :]
-    own = F.softmax(teacher_logits / weight_temperature, dim=1)
-    weights = ((own if class_prior is None else class_prior) ** gamma).detach()
+    weights = F.softmax(teacher_logits, dim=1) if class_prior is None else class_prior
+    weights = (weights**gamma).detach()
     pairs = weights[:, :, None] * weights[:, None, :]
     weighted_mse = ((teacher_gaps - student_gaps) ** 2 * pairs).sum() / pairs.sum() / 4
 
@@ -254,7 +253,7 @@ def dkl_gradients(
 
     Theorem 1: KL has the gradients of the decoupled loss, whose cross-entropy (teacher detached) gives all of the
     student's and whose wMSE (weights and student detached) all of the teacher's, so each weight scales one of the two.
-    GKL does not detach the student in the wMSE: its student gradient, at γ = T = T2 = 1, is the first minus the second.
+    GKL does not detach the student in the wMSE: its student gradient, at γ = T = 1, is the first minus the second.
 
     Source: arXiv 2305.13948, theorem 1; no code: F.kl_div and autograd.
     """

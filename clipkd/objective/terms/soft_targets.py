@@ -61,7 +61,7 @@ def statistics(
 def stack(ways: Any) -> Rows:
     """The statistics of each direction above each other, cross-entropy under the name of its series."""
     found = [vars(way) for way in ways]
-    rows = {name: [way[name] for way in found] for name in found[0] if name != "info_nce"}
+    rows = {name: [way[name] for way in found] for name in found[0]}
     return {"soft_ce" if name == "ce" else name: torch.stack(values) for name, values in rows.items()}
 
 
