@@ -6,7 +6,8 @@ About ten minutes on one GPU; with two, the two-process check runs over NCCL. Ev
 it saw, or its `error`. `--device cpu` runs the same code on tiny models in a few minutes, which says nothing about a GPU.
 
     collectives    two processes, on two GPUs, log the losses of one
-    waits          host waits within a step (torch.cuda.set_sync_debug_mode), share of a step in which the device is idle
+    waits          host waits within a step (torch.cuda.set_sync_debug_mode), share of a step in which the device is idle;
+                   the device's seconds per step of copies and casts, the host's of the moving average
     numbers        first loss against the CPU's (1e-4), in bf16 (1e-2); gradient norm of 4 micro-batches (1e-3)
     fp16           100 steps: finite losses; a run resumed at step 50 repeats the losses after it (1e-2)
     loss           bench_loss.py with tiles of 2,048 and of 8,192, plain and compiled
@@ -31,6 +32,7 @@ from typing import Any
 
 import torch
 from bench_train import SETTINGS, Setting, write_files  # beside this file
+from torch._C._autograd import DeviceType
 
 from clipkd import files, progress
 from clipkd.config.parse import parse
@@ -107,8 +109,16 @@ class Checks:
         run = self.open("--optim.ema_momentum", 0.99)
         with torch.profiler.profile(activities=activities) as profile:
             _, seconds = self.take(run, self.setting.steps)
-        busy = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / self.setting.steps
+        events, microseconds = profile.key_averages(), 1e6 * self.setting.steps
+        # An operation counts the time of its kernels, which are events too.
+        kernels = [event for event in events if event.device_type != DeviceType.CPU and not event.is_user_annotation]
+        busy = sum(event.self_device_time_total for event in kernels) / microseconds
+        copies = sum(event.self_device_time_total for event in events if event.key == "aten::copy_") / microseconds
+        started = self.now()
+        assert run.learner.ema is not None
+        run.learner.ema.update()
         figures = {"seconds_per_step": seconds, "idle": max(0.0, 1 - busy / seconds), **run.watch.take_window()}
+        figures |= {"seconds_of_copies_and_casts": copies, "host_seconds_of_ema": time.perf_counter() - started}
         return {"passed": not waits, "waits": waits, **figures}
 
     def take_profiled(self, run: Run, steps: int) -> None:

@@ -24,6 +24,7 @@ def run(output: Path, environment: dict[str, str], *checks: str) -> dict[str, di
 def test_checks_in_one_process(environment: dict[str, str], tmp_path: Path) -> None:
     rows = run(tmp_path / "gpu.jsonl", environment, "waits", "numbers", "fp16", "evaluation", "closed_set")
     assert rows["waits"]["waits"] == []
+    assert 0 < rows["waits"]["host_seconds_of_ema"] < rows["waits"]["seconds_per_step"]
     assert rows["numbers"]["loss"] == pytest.approx(rows["numbers"]["cpu"], rel=1e-6)
     assert rows["fp16"]["skipped"] == "needs a GPU"
     assert (rows["evaluation"]["flips_fp32"], rows["evaluation"]["difference_fp32"]) == (0, 0)
