@@ -81,13 +81,14 @@ OBJECTIVES = {
     ),
 }
 NUM_CLASSES = 5
-TEACHERLESS = ("albef", "demo", "demo_teacher")
+TEACHERLESS = ("albef", "demo", "demo_teacher", "lit")
 
 
 def objective_of(recipe: str) -> ObjectiveConfig:
     """The objective of a file of configs/, as `clipkd train` reads it."""
     teacher = [] if recipe in TEACHERLESS else ["--teacher.models", "x"]
-    return parse(["--config", recipe, *teacher]).objective
+    weights = ["--student.image_weights", "x", "--student.text_weights", "x"] if recipe == "lit" else []
+    return parse(["--config", recipe, *teacher, *weights]).objective
 
 
 class Towers(nn.Module):

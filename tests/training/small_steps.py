@@ -19,6 +19,7 @@ from clipkd.teachers.loaded import LoadedTeachers
 from clipkd.training.assemble import Parts, make_distiller, make_optimizer
 from clipkd.training.learner import Learner
 from clipkd.views import Batch, Views
+from tests.models.test_initial import TIMM, text_folder, trunk_weights, write
 
 PAIRS, CLASSES = 8, ("cat", "dog", "bird")
 ALL_MEMORY = (
@@ -37,7 +38,18 @@ def with_all_memory(folder: Path) -> list[str]:
 
 def read(options: Sequence[str]) -> TrainConfig:
     sizes = ("--student.model", "demo-student", "--batch_size", str(PAIRS), "--steps", "4", "--data.path", "x")
-    return parse([*options, *sizes])
+    return parse([*sizes, *options])
+
+
+def lit(folder: Path) -> list[str]:
+    """The recipe of frozen towers, a timm one and a transformers one, from files of weights that are made here."""
+    torch.save(trunk_weights(), folder / "trunk.pt")
+    texts = text_folder(folder / "texts")
+    text = {"hf_model_name": texts, "hf_tokenizer_name": texts, "hf_proj_type": "linear", "context_length": 6}
+    text["hf_pooler_type"] = "mean_pooler"
+    model = write(folder, vision_cfg=TIMM, text_cfg=text, custom_text=True)
+    weights = ["--student.image_weights", str(folder / "trunk.pt"), "--student.text_weights", texts]
+    return ["--config", "lit", "--student.model", model, *weights]
 
 
 def create_teacher() -> Encoder:

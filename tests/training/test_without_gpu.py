@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipkd.config.shipped import PACKAGE, RECIPES
 from clipkd.config.train import StudentConfig
+from clipkd.evaluation.embed import Embedder
 from clipkd.models.encoder import Encoder
-from clipkd.models.initial import create_student
+from clipkd.models.initial import create_student, initial_student
 from clipkd.objective import memory
 from clipkd.training import grad_cache
 from clipkd.training import learner as learners
@@ -28,10 +30,11 @@ from tests.training import small_steps
 
 CUDA = torch.device("cuda:0")
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-RECIPE_FILES = sorted(path for path in RECIPES.rglob("*.yaml") if path.stem != "lit")  # it needs files of weights
-NAMES = [*(path.stem for path in RECIPE_FILES), "all memory"]
+NAMES = [*sorted(path.stem for path in RECIPES.rglob("*.yaml")), "all memory"]
 SETTINGS = [(name, precision, 1) for name in NAMES for precision in DTYPES]
 SETTINGS += [("gkl", "bf16", 2), ("all memory", "bf16", 2)]
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "native_layer_norm"}
+"""Operations that refuse inputs of two types on a GPU, as fake tensors do not."""
 
 
 class Waits(TorchDispatchMode):
@@ -42,7 +45,10 @@ class Waits(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[override]
-        kwargs = kwargs or {}
+        kwargs, name = kwargs or {}, function.overloadpacket.__name__
+        if name in PRODUCTS or name.startswith("_scaled_dot_product"):
+            types = {each.dtype for each in args if isinstance(each, Tensor) and each.is_floating_point()}
+            assert len(types) == 1, f"{name} of {types}"
         reads = function is torch.ops.aten._local_scalar_dense.default
         if self.waits(function, args, kwargs):
             frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(str(PACKAGE))]
@@ -117,6 +123,9 @@ class Verdict:
 @functools.cache
 def model(name: str) -> Encoder:
     torch.manual_seed(0)
+    if name == "lit":
+        with tempfile.TemporaryDirectory() as folder:
+            return initial_student(small_steps.read(small_steps.lit(Path(folder))))
     return small_steps.create_teacher() if name == "teacher" else create_student(StudentConfig(model=name))
 
 
@@ -142,7 +151,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80e9))
     monkeypatch.setattr(learners, "Verdict", Verdict)
-    for name in ("demo-student", "teacher"):
+    for name in ("demo-student", "teacher", "lit"):
         model(name)
     with FakeTensorMode() as mode:
         monkeypatch.setattr(nn.Module, "to", lambda module, device: to_gpu(mode, module))
@@ -154,14 +163,15 @@ def make_learner(
 ):
     chosen = small_steps.with_all_memory(folder) if setting == "all memory" else ["--config", setting]
     teacher = [] if setting in TEACHERLESS else ["--teacher.models", "x"]
-    config = small_steps.read([*chosen, *options, *teacher])
+    weights = [] if setting != "lit" else ["--student.image_weights", "x", "--student.text_weights", "x"]
+    config = small_steps.read([*chosen, *options, *teacher, *weights])
 
     def make(name: str) -> Encoder:
         with unset_fake_temporarily():
             made = copy.deepcopy(model(name))
         return made.to(CUDA)
 
-    monkeypatch.setattr(small_steps, "initial_student", lambda config: make("demo-student").train())
+    monkeypatch.setattr(small_steps, "initial_student", lambda _: make("lit" if weights else "demo-student").train())
     monkeypatch.setattr(small_steps, "create_teacher", lambda: make("teacher"))
     monkeypatch.setattr(memory, "deepcopy", lambda student: make("demo-student"))  # a copy would have another mode
     return small_steps.make_learner(config, Accelerator(precision), folder)
@@ -201,6 +211,11 @@ def fake(mode: FakeTensorMode, batch: Batch) -> Batch:
 
 def zeros(loss: Tensor, leaves: list[Tensor | None]) -> list[Tensor | None]:
     return [None if leaf is None or not leaf.requires_grad else torch.zeros_like(leaf) for leaf in leaves]
+
+
+def test_cached_features_of_a_gpu_are_not_those_of_a_cpu() -> None:
+    cpu, first, second = (Embedder(model("teacher"), torch.device(name)).sha256 for name in ("cpu", "cuda:0", "cuda:1"))
+    assert cpu != first == second
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
