@@ -8,7 +8,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from clipkd import __version__
@@ -169,9 +168,11 @@ def cache_command(arguments: list[str]) -> None:
 
 
 def cache_verify_command(arguments: list[str]) -> None:
-    from clipkd.teachers.cache.verify import verify
+    from clipkd.teachers.cache.verify import VerifyConfig, verify
 
-    exit_on_problems("cache verify", verify(arguments))
+    about = "Check that the files of a cache hold what was written."
+    config = parse_into(VerifyConfig, arguments, "cache verify", about, positional=("folder",))
+    exit_on_problems("cache verify", verify(config))
 
 
 def inherit_command(arguments: list[str]) -> None:
@@ -223,12 +224,10 @@ def eval_compare_command(arguments: list[str]) -> None:
 
 
 def export_command(arguments: list[str]) -> None:
-    from clipkd.export.command import ExportConfig, check_repository, describe_artefact, export, upload
+    from clipkd.export.command import ExportConfig, describe_artefact, export
 
     about = "Write a student for other software."
     config = parse_into(ExportConfig, arguments, "export", about, positional=("checkpoint",))
-    if config.push_to_hub:
-        check_repository(config.push_to_hub)
     raise_at_signals()
     rows = export(config)
     for row in rows:
@@ -236,8 +235,6 @@ def export_command(arguments: list[str]) -> None:
     print(f"exported: {config.output}/README.md says how to use it")
     if any(row["error"] for row in rows):
         raise SystemExit(1)
-    if config.push_to_hub:
-        print(f"uploaded: {upload(Path(config.output), config.push_to_hub, private=config.private)}")
 
 
 def predict_command(arguments: list[str]) -> None:

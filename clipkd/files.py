@@ -8,6 +8,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,6 +45,36 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any], *, durable: bool =
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
+
+
+@contextlib.contextmanager
+def write_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name and the place of `folder` when the block ends without an error.
+
+    It lies in a hidden folder beside it, for other temporary files too, which is removed at the end; what a kill left of
+    that is removed first. Raises: ValueError if another process writes this folder; OSError that names the file.
+    """
+    place = folder.absolute().parent / f".{folder.name}.tmp"
+    place.mkdir(parents=True, exist_ok=True)
+    with claim(place):
+        for leftover in place.iterdir():
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+        written = place / "new"
+        try:
+            written.mkdir()
+            yield written
+            for path in (written, *written.rglob("*")):
+                path.chmod(0o755 if path.is_dir() else 0o644)  # some writers make files that only their owner can read
+                sync(path)
+            if folder.exists():
+                os.replace(folder, place / "before")
+            os.replace(written, folder)
+            sync(folder.parent)
+        except OSError as error:  # shutil.copytree's has no number
+            raise OSError(error.errno, error.strerror or str(error), str(error.filename or folder)) from error
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -1,8 +1,11 @@
-"""JSON lines that survive a kill."""
+"""JSON lines that survive a kill, folders that are complete or absent."""
 
 import errno
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +81,49 @@ def test_a_full_disk_is_an_error_that_names_the_file() -> None:
     with pytest.raises(OSError, match="/dev/full") as caught:
         files.append_row(Path("/dev/full"), {"step": 1})
     assert caught.value.errno == errno.ENOSPC
+
+
+def write(output: Path, content: str) -> None:
+    with files.write_folder(output) as folder:
+        assert folder.is_absolute()
+        (folder / "weights").write_text(content)
+        (folder / "weights").chmod(0o600)
+
+
+def test_a_folder_gets_its_name_when_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    output = Path("deep/out")
+    for content in ("one", "two"):
+        write(output, content)
+        assert (output / "weights").read_text() == content
+        assert (output.stat().st_mode & 0o777, (output / "weights").stat().st_mode & 0o777) == (0o755, 0o644)
+        assert [path.name for path in Path("deep").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full", "weights")])
+def test_an_error_leaves_the_earlier_folder_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
+    output = tmp_path / "out"
+    write(output, "one")
+
+    def fail() -> None:
+        with files.write_folder(output) as folder:
+            (folder / "weights").write_text("two")
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        fail()
+    assert str(caught.value) == str(error)
+    assert (output / "weights").read_text() == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_leftovers_of_a_kill_are_removed_and_only_one_process_writes_a_folder(tmp_path: Path) -> None:
+    (tmp_path / ".out.tmp" / "new").mkdir(parents=True)
+    (tmp_path / ".out.v2.12.tmp").mkdir()
+    code = "import sys\nfrom pathlib import Path\nfrom clipkd.files import write_folder\n"
+    code += "with write_folder(Path(sys.argv[1])): pass"
+    with files.write_folder(tmp_path / "out") as folder:
+        assert sorted(path.name for path in folder.parent.iterdir()) == [".lock", "new"]
+        other = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
+        assert f"is being written by process {os.getpid()} on " in other.stderr
+    assert sorted(tmp_path.iterdir()) == [tmp_path / ".out.v2.12.tmp", tmp_path / "out"]

@@ -11,13 +11,13 @@ from typing import Any, Literal
 from PIL import Image
 
 from clipkd import files
-from clipkd.errors import RunStopped, require, short
+from clipkd.errors import RunStopped, require
 from clipkd.evaluation.sets import Images
 from clipkd.evaluation.subjects import Subject, open_subjects
 from clipkd.evaluation.tasks import as_tuple
 from clipkd.export.artefacts import FORMATS, check_formats, keep_formats, write_formats, write_open_clip
 from clipkd.export.card import Source, open_student, write_card
-from clipkd.export.folder import check_output, replace, unfinished
+from clipkd.export.folder import check_output
 from clipkd.export.parity import check_parity
 from clipkd.export.probes import NUM_IMAGES, cut_drawings, drawing_names, write_example, write_probes
 from clipkd.models.encoder import Encoder
@@ -28,7 +28,7 @@ class ExportConfig:
     checkpoint: str
     """A run folder (its newest checkpoint), one checkpoint of it, or an open_clip folder."""
     to: tuple[str, ...] | str = "open_clip"
-    """Formats, as a list or with commas: open_clip, hf (transformers), onnx, onnx-fp16, onnx-int8, immich, executorch."""
+    """Formats, as a list or with commas: open_clip, hf (transformers), onnx, onnx-fp16, onnx-int8, executorch."""
     output: str
     """Folder to write; must not exist yet, unless `force` is given."""
     weights: Literal["student", "ema"] = "student"
@@ -41,10 +41,6 @@ class ExportConfig:
     """Licence of the weights for the model card, such as apache-2.0; null means not stated."""
     force: bool = False
     """Replace an earlier export in `output`."""
-    push_to_hub: str | None = None
-    """Repository USER/NAME on the Hugging Face hub to upload the folder to, if every artefact was proven."""
-    private: bool = True
-    """Whether a repository created for `push_to_hub` is private."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.formats if name not in FORMATS]
@@ -76,13 +72,11 @@ def export(config: ExportConfig) -> list[dict[str, Any]]:
     encoder, source = open_student(config.checkpoint, ema=config.weights == "ema")
     check_formats(encoder, config.formats)
     subjects = open_subjects(as_tuple(config.verify), as_tuple(config.data)) if config.data else []
-    with unfinished(output) as place:
-        folder = place / "student"
-        folder.mkdir()
+    with files.write_folder(output) as folder:
         errors = write_formats(encoder, folder, config.formats)
         write_example(folder / "example.png")
         written = [format for format in config.formats if format not in errors]
-        proven = verify(config, encoder, folder, place / "work", subjects, written)
+        proven = verify(config, encoder, folder, folder.with_name("work"), subjects, written)
         rows = [proven.get(format) or {"format": format, "error": errors[format]} for format in config.formats]
         kept = [row["format"] for row in rows if not row["error"]]
         if not kept:
@@ -95,7 +89,6 @@ def export(config: ExportConfig) -> list[dict[str, Any]]:
         write_card(folder, encoder, source, rows, name=output.resolve().name, license=config.license)
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         files.write_json(folder / "parity.json", describe_parity(encoder, source, rows) | {"files": names})
-        replace(folder, output)
     return rows
 
 
@@ -147,33 +140,3 @@ def describe_artefact(row: dict[str, Any]) -> str:
         own, student = (result[name]["main_metric"] for name in ("metrics", "student_metrics"))
         line += f"; {result['task']} {result['metric']} {own:.2%} (student {student:.2%})"
     return f"{line}; {size:.1f} MB"
-
-
-def check_repository(repository: str) -> None:
-    """Check before anything is written. Raises: ValueError if the name is invalid or no token is set."""
-    from huggingface_hub import get_token
-    from huggingface_hub.utils import validate_repo_id
-
-    validate_repo_id(repository)
-    if "/" not in repository:
-        raise ValueError(f"push_to_hub is {repository!r}; write USER/NAME")
-    if get_token() is None:
-        raise ValueError("push_to_hub needs a token of the hub: sign in with `hf auth login`, or set HF_TOKEN")
-
-
-def upload(folder: Path, repository: str, *, private: bool) -> str:
-    """Upload the folder to the Hugging Face hub as one commit and return the commit's address; files of earlier uploads stay.
-
-    private: visibility of the repository if it is created here. Raises: ValueError with the hub's reason.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    try:
-        api.create_repo(repository, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export by clipkd"))
-    except Exception as error:  # errors of the hub, its validators and its HTTP library
-        raise ValueError(
-            f"{folder} is written, but the hub did not take it as {repository}: {short(error)}; "
-            f"upload it later with: hf upload {repository} {folder}"
-        ) from error

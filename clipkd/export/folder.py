@@ -1,13 +1,8 @@
-"""The output folder of an export: written under a temporary name, and replacing nothing but an earlier export."""
+"""The output folder of an export, which replaces nothing but an earlier export."""
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-from clipkd import files
 from clipkd.config.paths import require_writable
 
 ALSO_OURS = {"bench.json", ".gitattributes"}
@@ -41,31 +36,3 @@ def check_output(output: Path, source: Path, *, force: bool) -> None:
             f"{output} holds files that no export of clipkd has written ({others[0]}, {len(others)} such), so --force "
             "does not replace it; remove it yourself or choose another --output"
         )
-
-
-@contextlib.contextmanager
-def unfinished(output: Path) -> Iterator[Path]:
-    """A temporary folder beside the output, removed at the end; what a killed export left in it is removed first.
-
-    Raises: ValueError if another process is exporting to this output.
-    """
-    # Absolute, since the snippets of the card run inside it.
-    place = output.parent.resolve() / f".{output.name}.tmp"
-    place.mkdir(parents=True, exist_ok=True)
-    with files.claim(place):
-        for leftover in place.iterdir():
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-        try:
-            yield place
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
-
-
-def replace(finished: Path, output: Path) -> None:
-    """Rename the finished folder, which lies in the temporary one, to the output; an earlier export is removed after."""
-    for path in (finished, *finished.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)  # some writers make files that only their owner can read
-    if output.exists():
-        os.replace(output, finished.parent / "before")
-    os.replace(finished, output)

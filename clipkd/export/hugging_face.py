@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 
 from clipkd import files
 from clipkd.errors import short
-from clipkd.export.families import FAMILIES, RESAMPLING, find_family, misfit, rename
 from clipkd.export.tokenizer import END, START, convert_tokenizer, sees_padding
 from clipkd.models.create import find_text_tower
 from clipkd.models.encoder import Encoder
+from clipkd.models.families import FAMILIES, RESAMPLING, find_family, misfit, rename
 
 EXACT = Path(__file__).with_name("image_processing_exact.py")
 """Copied into the folder: an image processor that gives open_clip's pixels; users must trust its code."""

@@ -1,4 +1,4 @@
-"""Write both towers as ONNX files for ONNX Runtime, transformers.js and immich, or as ExecuTorch programs, with metadata."""
+"""Write both towers as ONNX files for ONNX Runtime and transformers.js, or as ExecuTorch programs, with metadata."""
 
 import contextlib
 import hashlib
@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from clipkd import files
 from clipkd.export.tokenizer import convert_tokenizer
-from clipkd.models.cost import count_macs
+from clipkd.models.cost import count_cost
 from clipkd.models.encoder import Encoder
 from clipkd.models.onnx_student import onnx_file
-from clipkd.models.students import count_parameters
 
 OPSET = 18
 
@@ -84,13 +83,6 @@ def write_onnx(encoder: Encoder, folder: Path) -> None:
 
 def describe(encoder: Encoder, tokenizer: Tokenizer, *, dynamic: bool) -> dict[str, Any]:
     """Metadata needed to run the towers, as JSON values. dynamic: texts may be shorter than the context."""
-    pixels = torch.zeros(1, 3, *encoder.spec.size)
-    tokens = encoder.spec.tokenize(["a photo of a cat"])
-    with torch.inference_mode():
-        macs = {
-            "image": count_macs(encoder, lambda: encoder.encode_image(pixels)),
-            "text": count_macs(encoder, lambda: encoder.encode_text(tokens)),
-        }
     return {
         "clipkd_version": importlib.metadata.version("clipkd"),
         "source_sha256": encoder.weights_sha256(),
@@ -103,13 +95,12 @@ def describe(encoder: Encoder, tokenizer: Tokenizer, *, dynamic: bool) -> dict[s
         "image_std": list(encoder.spec.std),
         "interpolation": encoder.spec.interpolation,
         "resize_mode": encoder.preprocess_config["resize_mode"],
-        "context_length": tokens.shape[1],
+        "context_length": encoder.spec.tokenize(["a"]).shape[1],
         "dynamic_sequence": dynamic,
         "pad_id": (tokenizer.padding or {}).get("pad_id", 0),
         "tokenizer": "tokenizer.json",
         "tokenizer_sha256": hashlib.sha256(tokenizer.to_str(pretty=True).encode()).hexdigest(),
-        "parameters": count_parameters(encoder.model),
-        "macs": macs,
+        **count_cost(encoder),
     }
 
 
@@ -143,33 +134,6 @@ def write_fp16(_: Encoder, folder: Path) -> None:
             warnings.simplefilter("ignore")  # values that underflow float16 become 0; parity measures the effect
             half = convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked)
         save(half, onnx_file(folder, tower, "onnx-fp16"), metadata(model))
-
-
-def write_immich(encoder: Encoder, folder: Path) -> None:
-    """Write immich/visual/ and immich/textual/ with the names and types of immich's CLIP models (immich-app/immich)."""
-    import onnx
-
-    target = folder / "immich"
-    for name, tower, argument in (("visual", "vision", "image"), ("textual", "text", "text")):
-        (target / name).mkdir(parents=True)
-        model = onnx.load(onnx_file(folder, tower, "onnx"))
-        (entry,) = model.graph.input
-        for node in model.graph.node:
-            for place, used in enumerate(node.input):
-                if used == entry.name:
-                    node.input[place] = f"{argument}_int64" if name == "textual" else argument
-        entry.name = argument
-        if name == "textual":  # immich passes tokens as int32
-            entry.type.tensor_type.elem_type = onnx.TensorProto.INT32
-            cast = onnx.helper.make_node("Cast", [argument], [f"{argument}_int64"], to=onnx.TensorProto.INT64)
-            model.graph.node.insert(0, cast)
-        save(model, target / name / "model.onnx", metadata(model))
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.save(str(target / "textual" / "tokenizer.json"))
-    pad_token = tokenizer.id_to_token((tokenizer.padding or {}).get("pad_id", 0))
-    files.write_json(target / "textual" / "tokenizer_config.json", {"pad_token": pad_token})
-    files.write_json(target / "visual" / "preprocess_cfg.json", encoder.preprocess_config)
-    files.write_json(target / "config.json", encoder.model_config or {})
 
 
 def write_executorch(encoder: Encoder, folder: Path) -> None:

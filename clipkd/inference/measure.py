@@ -70,30 +70,25 @@ def onnx_runs(folder: Path, runtime: str, batch: list[int], threads: int) -> Ite
 def torch_runs(folder: str, batch: list[int], threads: int) -> Iterator[Run]:
     import torch
 
-    from clipkd.models.cost import count_macs
+    from clipkd.models.cost import count_cost
     from clipkd.models.load import load_model
-    from clipkd.models.students import count_parameters
 
     torch.set_num_threads(threads)
     baseline = peak_rss_mb()
     encoder = load_model(folder)
 
-    def works(size: int) -> dict[str, Callable[[], Any]]:
-        pixels = torch.randn(size, 3, *encoder.spec.size, generator=torch.Generator().manual_seed(0))
-        ids = encoder.spec.tokenize(captions(size))
-        runs = {"image": partial(encoder.encode_image, pixels), "text": partial(encoder.encode_text, ids)}
-        return {tower: torch.inference_mode()(run) for tower, run in runs.items()}
-
-    parameters = count_parameters(encoder.model)
+    cost = count_cost(encoder)
     about: dict[str, dict[str, Any]] = {
-        tower: {"parameters": parameters[tower], "macs": count_macs(encoder, work), "baseline_rss_mb": baseline}
-        | {"file_mb": megabytes(4 * parameters[tower])}
-        for tower, work in works(1).items()
+        tower: {"parameters": number, "macs": cost["macs"][tower], "baseline_rss_mb": baseline}
+        | {"file_mb": megabytes(4 * number)}
+        for tower, number in cost["parameters"].items()
     }
     about["text"]["tokens"] = encoder.spec.tokenize(["a"]).shape[1]
     for size in batch:
-        for tower, work in works(size).items():
-            yield tower, size, about[tower], work
+        pixels = torch.randn(size, 3, *encoder.spec.size, generator=torch.Generator().manual_seed(0))
+        inference, ids = torch.inference_mode(), encoder.spec.tokenize(captions(size))
+        yield "image", size, about["image"], inference(partial(encoder.encode_image, pixels))
+        yield "text", size, about["text"], inference(partial(encoder.encode_text, ids))
 
 
 def captions(number: int) -> list[str]:

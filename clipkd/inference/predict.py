@@ -77,13 +77,13 @@ def name_images(config: PredictConfig, student: Student, paths: Sequence[str], c
     kind = "softmax" if student.logit_bias is None else "sigmoid"
     if not config.json:
         meaning = {"softmax": f"among these {len(config.labels)} labels", "sigmoid": "of each label on its own"}[kind]
-        yield f"{student.runtime}: probability {meaning} ({kind})"
+        yield f"{student.format}: probability {meaning} ({kind})"
     width = max(map(len, paths))
     for path, row in zip(paths, probabilities(cosines, student.logit_scale, student.logit_bias), strict=True):
         best = [(config.labels[place], float(row[place])) for place in np.argsort(-row, kind="stable")[: config.top]]
         if config.json:
             labels = [{"label": label, "probability": probability} for label, probability in best]
-            yield files.to_json({"image": path, "runtime": student.runtime, "probabilities": kind, "labels": labels})
+            yield files.to_json({"image": path, "runtime": student.format, "probabilities": kind, "labels": labels})
         else:
             shown = (f"{label} {100 * probability:.3g} %" for label, probability in best)
             yield "  ".join([images.printable(path).ljust(width), *shown])
@@ -92,10 +92,10 @@ def name_images(config: PredictConfig, student: Student, paths: Sequence[str], c
 def rank_images(config: PredictConfig, student: Student, paths: Sequence[str], cosines: np.ndarray) -> Iterator[str]:
     best = np.argsort(-cosines, kind="stable")[: config.top]
     if not config.json:
-        yield f"{student.runtime}: cosines of the nearest {len(best)} of {len(paths)} images"
+        yield f"{student.format}: cosines of the nearest {len(best)} of {len(paths)} images"
     for rank, place in enumerate(map(int, best), start=1):
         path, cosine = paths[place], float(cosines[place])
-        found = {"rank": rank, "image": path, "runtime": student.runtime, "cosine": cosine}
+        found = {"rank": rank, "image": path, "runtime": student.format, "cosine": cosine}
         yield files.to_json(found) if config.json else f"{cosine:.4f}  {images.printable(path)}"
 
 

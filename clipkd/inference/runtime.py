@@ -1,33 +1,52 @@
 """Load a student for prediction, from ONNX files or with torch, behind one interface of arrays."""
 
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from clipkd import files
-from clipkd.models.onnx_student import SUFFIXES, OnnxStudent, find_formats, onnx_file
+from clipkd.models.onnx_student import SUFFIXES, OnnxStudent, find_formats
+
+if TYPE_CHECKING:
+    from clipkd.models.encoder import Encoder
 
 
-@dataclass(frozen=True)
-class Student:
-    """Encoders to unit-norm float32 features."""
+class TorchStudent:
+    """A model run by torch. It has the methods of `OnnxStudent` that prediction needs."""
 
-    runtime: str
-    preprocess: Callable[[Image.Image], np.ndarray]
-    """An RGB image → [3, h, w]."""
-    encode_pixels: Callable[[np.ndarray], np.ndarray]
-    """[n, 3, h, w] → [n, d]."""
-    encode_texts: Callable[[Sequence[str]], np.ndarray]
-    """n texts → [n, d]."""
-    logit_scale: float
-    logit_bias: float | None
-    """Added to the logits of a sigmoid model; None for softmax models."""
-    image_sha256: Callable[[], str]
-    """Hash of everything that determines an image's features."""
+    format = "torch"
+
+    def __init__(self, encoder: "Encoder") -> None:
+        self.encoder, self.logit_scale = encoder, encoder.logit_scale.item()
+        self.logit_bias = None if encoder.logit_bias is None else encoder.logit_bias.item()
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        return self.encoder.preprocess(image).numpy()
+
+    def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            return self.encoder.encode_image(torch.from_numpy(pixels)).numpy()
+
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            return self.encoder.encode_prompts(self.encoder.spec.tokenize(list(texts))).numpy()
+
+    def image_sha256(self) -> str:
+        import torch
+
+        from clipkd.evaluation.embed import Embedder
+
+        return Embedder(self.encoder, torch.device("cpu")).sha256
+
+
+Student = OnnxStudent | TorchStudent
+"""Encoders to unit-norm float32 features."""
 
 
 def has_weights(folder: Path) -> bool:
@@ -44,7 +63,7 @@ def load_student(model: str, format: str) -> Student:
     if named in SUFFIXES:  # onnx-int8:FOLDER, as clipkd eval takes it
         if format not in ("auto", named):
             raise ValueError(f"{model} names its format itself; leave --format {format} out")
-        return load_onnx(Path(rest), named)
+        return OnnxStudent.load(Path(rest), named)
     folder = Path(model.removeprefix("local-dir:"))
     formats = find_formats(folder)
     if format == "torch" and formats and not has_weights(folder):
@@ -53,55 +72,12 @@ def load_student(model: str, format: str) -> Student:
         )
     if format == "torch" or (format == "auto" and not formats):
         return load_torch(model)
-    return load_onnx(folder, formats[0] if format == "auto" else format)
+    return OnnxStudent.load(folder, formats[0] if format == "auto" else format)
 
 
-def load_onnx(folder: Path, format: str) -> Student:
-    student = OnnxStudent.load(folder, format)
-
-    def encode_texts(texts: Sequence[str]) -> np.ndarray:
-        for text, encoding in zip(texts, student.tokenizer.encode_batch(list(texts)), strict=True):
-            if encoding.overflowing:
-                length = student.about["context_length"]
-                warnings.warn(f"only the first {length} tokens count of {text!r}", stacklevel=2)
-        return student.encode_texts(texts)
-
-    return Student(
-        runtime=format,
-        preprocess=student.preprocess,
-        encode_pixels=student.encode_pixels,
-        encode_texts=encode_texts,
-        logit_scale=student.logit_scale,
-        logit_bias=student.about["logit_bias"],
-        image_sha256=lambda: files.sha256(onnx_file(folder, "vision", format)),
-    )
-
-
-def load_torch(model: str) -> Student:
+def load_torch(model: str) -> TorchStudent:
     try:
-        import torch
-
-        from clipkd.evaluation.embed import Embedder
         from clipkd.models.load import load_model
     except ImportError as error:
         raise ValueError(f"{model} has no ONNX files, and torch needs {error.name}, which is not installed") from error
-
-    encoder = load_model(model)
-
-    @torch.inference_mode()
-    def encode_pixels(pixels: np.ndarray) -> np.ndarray:
-        return encoder.encode_image(torch.from_numpy(pixels)).numpy()
-
-    @torch.inference_mode()
-    def encode_texts(texts: Sequence[str]) -> np.ndarray:
-        return encoder.encode_prompts(encoder.spec.tokenize(list(texts))).numpy()
-
-    return Student(
-        runtime="torch",
-        preprocess=lambda image: encoder.preprocess(image).numpy(),
-        encode_pixels=encode_pixels,
-        encode_texts=encode_texts,
-        logit_scale=encoder.logit_scale.item(),
-        logit_bias=None if encoder.logit_bias is None else encoder.logit_bias.item(),
-        image_sha256=lambda: Embedder(encoder, torch.device("cpu")).sha256,
-    )
+    return TorchStudent(load_model(model))

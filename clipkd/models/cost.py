@@ -22,27 +22,33 @@ MOST_RUNS = 50
 
 @torch.inference_mode()
 def measure_cost(encoder: Encoder, device: torch.device) -> dict[str, Any]:
-    """Per tower (image, text): parameters, MACs of one input, median milliseconds of one input, on the encoder's device.
-
-    MACs are half of torch's floating-point operations of matrix products, convolutions and attention.
-    """
-    pixels = torch.zeros(1, 3, *encoder.spec.size, device=device)
-    tokens = encoder.spec.tokenize(["a photo of a cat"]).to(device)
-    towers: dict[str, Callable[[], Any]] = {
-        "image": lambda: encoder.encode_image(pixels),
-        "text": lambda: encoder.encode_text(tokens),
-    }
-    counted: dict[str, Any] = getattr(encoder.model, "stated_cost", None) or {
-        "parameters": students.count_parameters(encoder.model),
-        "macs": {tower: count_macs(encoder, run) for tower, run in towers.items()},
-    }
+    """`count_cost`, and the median milliseconds of one input per tower, on the encoder's device."""
     return {
-        **counted,
-        "latency_ms": {tower: time_median(run, device) for tower, run in towers.items()},
+        **count_cost(encoder, device),
+        "latency_ms": {tower: time_median(run, device) for tower, run in tower_runs(encoder, device).items()},
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",
     }
+
+
+@torch.inference_mode()
+def count_cost(encoder: Encoder, device: torch.device | None = None) -> dict[str, dict[str, int]]:
+    """Per tower (image, text): parameters, and MACs of one input. device: the encoder's.
+
+    MACs are half of torch's floating-point operations of matrix products, convolutions and attention.
+    """
+    return getattr(encoder.model, "stated_cost", None) or {
+        "parameters": students.count_parameters(encoder.model),
+        "macs": {tower: count_macs(encoder, run) for tower, run in tower_runs(encoder, device).items()},
+    }
+
+
+def tower_runs(encoder: Encoder, device: torch.device | None) -> dict[str, Callable[[], Any]]:
+    """Tower → a pass of one input."""
+    pixels = torch.zeros(1, 3, *encoder.spec.size, device=device)
+    tokens = encoder.spec.tokenize(["a photo of a cat"]).to(device)
+    return {"image": lambda: encoder.encode_image(pixels), "text": lambda: encoder.encode_text(tokens)}
 
 
 def count_macs(module: nn.Module, run: Callable[[], Any]) -> int:

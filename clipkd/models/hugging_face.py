@@ -1,7 +1,6 @@
 """Load transformers folders (CLIPModel, SiglipModel) with their tokenizer and image processor."""
 
 import json
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,32 +14,11 @@ from torch import Tensor
 from clipkd.errors import short
 from clipkd.models.create import build_open_clip
 from clipkd.models.encoder import Encoder
+from clipkd.models.families import FAMILIES, RESAMPLING, counterpart
 
-RESAMPLING = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, used by transformers' image processors
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")
 PLAIN_TEXTS = ["a photo of a cat", "two dogs, running", ""]
 """Texts in which transformers and open_clip, which clean others differently, find the same tokens of CLIP's."""
-
-OPEN_CLIP_NAMES = (
-    (r"^vision_model\.embeddings\.patch_embedding", "visual.conv1"),
-    (r"^vision_model\.(embeddings\.)?", "visual."),
-    (r"^text_model\.(embeddings\.)?", ""),
-    (r"^(visual\.)?encoder\.layers\.", r"\1transformer.resblocks."),
-    (r"position_embedding\.weight$", "positional_embedding"),
-    (r"^visual_projection\.weight$", "visual.proj"),
-    (r"^text_projection\.weight$", "text_projection"),
-    (r"pre_layrnorm", "ln_pre"),
-    (r"post_layernorm", "ln_post"),
-    (r"final_layer_norm", "ln_final"),
-    (r"\.layer_norm(\d)\.", r".ln_\1."),
-    (r"\.self_attn\.", ".attn."),
-    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
-    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
-)
-"""Patterns in the names of a CLIPModel's weights, applied in turn, and what open_clip writes there."""
-
-FAMILIES = {"clip": ("CLIPModel", "CLIPImageProcessor"), "siglip": ("SiglipModel", "SiglipImageProcessor")}
-"""model_type of config.json → classes of the model and its image processor."""
 
 
 class TransformersTokenize:
@@ -75,15 +53,16 @@ def load_transformers(folder: Path) -> Encoder:
         raise ValueError(f"{folder} has no tokenizer (such as tokenizer.json); transformers would invent one")
     transformers.utils.logging.disable_progress_bar()
     try:
-        kind = getattr(transformers, family[0])
+        kind = getattr(transformers, family.model)
         model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        processor = getattr(transformers, family[1]).from_pretrained(folder)
+        processor = getattr(transformers, family.image_processor).from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ValueError(f"transformers cannot load {folder}: {short(error)}") from error
     if report["missing_keys"]:
         raise ValueError(f"{folder}: its weight file lacks {sorted(report['missing_keys'])[:3]} and others")
-    if int(processor.resample) not in RESAMPLING:
+    interpolation = next((name for name, number in RESAMPLING.items() if number == int(processor.resample)), None)
+    if interpolation is None:
         raise ValueError(f"{folder}: its image processor resizes by method {processor.resample}; known: {RESAMPLING}")
     for option in ("do_resize", "do_rescale", "do_normalize"):
         if not getattr(processor, option, True):
@@ -113,7 +92,7 @@ def load_transformers(folder: Path) -> Encoder:
                 size=model.config.vision_config.image_size,
                 mean=tuple(processor.image_mean),
                 std=tuple(processor.image_std),
-                interpolation=RESAMPLING[int(processor.resample)],
+                interpolation=interpolation,
                 resize_mode="shortest" if processor.size.shortest_edge else "squash",
             )
         ),
@@ -154,14 +133,13 @@ def as_open_clip(encoder: Encoder) -> Encoder:
         "text_cfg": {**sizes[1], "heads": text.num_attention_heads, **tokens},
     }
     found = build_open_clip(Path(encoder.name).name, config, preprocess_config=encoder.preprocess_config).eval()
-    weights: dict[str, Tensor] = {}
-    for name, tensor in clip.state_dict().items():
-        for pattern, replacement in OPEN_CLIP_NAMES:
-            name = re.sub(pattern, replacement, name)
-        weights[name] = tensor.T if name in ("visual.proj", "text_projection") else tensor
-    for name in [name for name in weights if ".q_proj." in name]:
-        parts = [weights.pop(name.replace(".q_", f".{letter}_")) for letter in "qkv"]
-        weights[name.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
+    theirs, weights = clip.state_dict(), dict[str, Tensor]()
+    for name in found.model.state_dict():
+        target = counterpart(name, "clip") or name
+        letters = "qkv" if "{qkv}" in target else "q"
+        parts = [theirs[target.removesuffix("{T}").replace("{qkv}", letter)] for letter in letters]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        weights[name] = tensor.T if target.endswith("{T}") else tensor
     found.model.load_state_dict(weights)
     with torch.no_grad():
         theirs, ours = (model.encode_text(model.spec.tokenize(PLAIN_TEXTS)) for model in (encoder, found))

@@ -13,7 +13,7 @@ from torch import Tensor
 from clipkd import files
 from clipkd.config.train import Tower
 from clipkd.errors import require
-from clipkd.models.cost import measure_cost
+from clipkd.models.cost import count_cost
 from clipkd.models.create import build_open_clip, find_text_tower
 from clipkd.models.encoder import Encoder
 from clipkd.models.hugging_face import as_open_clip
@@ -68,7 +68,7 @@ def inherit(config: InheritConfig) -> list[str]:
     files.write_json(path, {**(student.model_config or {}), "preprocess_cfg": student.preprocess_config})
     weights = path.with_suffix(".safetensors")
     files.write_tensors(weights, student.model.state_dict())
-    cost = measure_cost(student, torch.device("cpu"))
+    cost = count_cost(student)
     sizes = ", ".join(
         f"{tower} {cost['parameters'][tower] / 1e6:.2f}M parameters, {cost['macs'][tower] / 1e6:.1f}M MACs"
         for tower in ("image", "text")

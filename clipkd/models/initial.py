@@ -15,7 +15,8 @@ from clipkd.config.train import StudentConfig, Tower, TrainConfig, split_weights
 from clipkd.errors import short
 from clipkd.models.create import LOADING_ERRORS, agreement, build_open_clip, find_architecture, find_weight_file
 from clipkd.models.encoder import Encoder
-from clipkd.models.hugging_face import FAMILIES, read_config
+from clipkd.models.families import FAMILIES
+from clipkd.models.hugging_face import read_config
 from clipkd.models.load import load_model, split_prefix
 from clipkd.models.students import is_projection, tower_of
 from clipkd.models.towers import copy_tower, resample

@@ -21,7 +21,7 @@ class OnnxTowers(nn.Module):
         digests = b"".join(hashlib.sha256(path.read_bytes()).digest() for path in student.files())
         self.register_buffer("content_sha256", torch.frombuffer(bytearray(digests), dtype=torch.uint8))
         self.register_buffer("logit_scale", torch.tensor(student.logit_scale).log())
-        bias = student.about["logit_bias"]
+        bias = student.logit_bias
         self.register_buffer("logit_bias", None if bias is None else torch.tensor(bias))
 
     def encode_image(self, images: Tensor) -> Tensor:

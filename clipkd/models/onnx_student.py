@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from clipkd.errors import short
+from clipkd.files import sha256
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -90,6 +92,15 @@ class OnnxStudent:
         """Multiplier of the cosines: 1 / temperature."""
         return self.about["logit_scale"]
 
+    @property
+    def logit_bias(self) -> float | None:
+        """Added to the logits of a sigmoid model; None for softmax models."""
+        return self.about["logit_bias"]
+
+    def image_sha256(self) -> str:
+        """Hash of everything that determines an image's features."""
+        return sha256(onnx_file(self.folder, "vision", self.format))
+
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """An image → [3, h, w]."""
         return preprocess(image, self.about)
@@ -124,7 +135,11 @@ class OnnxStudent:
         return self.encode_pixels(np.stack([self.preprocess(image) for image in images]))
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        return self.encode_ids(self.tokenize(texts))
+        """Texts → [n, d]; warns of those that are longer than the context."""
+        encodings = self.tokenizer.encode_batch(list(texts))
+        for text in (text for text, encoding in zip(texts, encodings, strict=True) if encoding.overflowing):
+            warnings.warn(f"only the first {self.about['context_length']} tokens count of {text!r}", stacklevel=2)
+        return self.encode_ids(np.array([encoding.ids for encoding in encodings], np.int64))
 
     def files(self) -> list[Path]:
         towers = [onnx_file(self.folder, tower, self.format) for tower in ("vision", "text")]

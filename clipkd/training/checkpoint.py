@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipkd.files import read_tensors, sha256, sync, to_json, write_tensors
+from clipkd import files
+from clipkd.files import read_tensors
 from clipkd.models.run_folder import FORMAT_VERSION, checkpoint_folder, load_into, read_state, whole_checkpoints
 
 
@@ -30,9 +31,7 @@ def save(
     Raises: OSError that names the file; nothing of the checkpoint stays.
     """
     folder = checkpoint_folder(run, step)
-    temporary = folder.with_name(folder.name + ".tmp")
     remove_leftovers(run)
-    temporary.mkdir(parents=True)
     moments = {
         f"{name}/{key}": torch.as_tensor(value)
         for name, parameter in model.named_parameters()
@@ -40,52 +39,41 @@ def save(
     }
     tensors = {"model": model.state_dict(), "ema": {} if ema is None else ema.state_dict(), "memory": memory}
     tensors["optimizer"] = moments
-    try:
+    with files.write_folder(folder) as temporary:
         for name, content in tensors.items():
             if content or name == "optimizer":
-                write_tensors(temporary / f"{name}.safetensors", content)
-        files = {path.name: [path.stat().st_size, sha256(path)] for path in sorted(temporary.iterdir())}
-        text = to_json({"format_version": FORMAT_VERSION, "step": step, "files": files, **state}, indent=1)
-        (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):
-            sync(path)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)  # it would keep a full disk full
-        raise OSError(error.errno, error.strerror or str(error), error.filename or str(folder)) from error
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-    sync(folder.parent)
+                files.write_tensors(temporary / f"{name}.safetensors", content)
+        written = {path.name: [path.stat().st_size, files.sha256(path)] for path in sorted(temporary.iterdir())}
+        about = {"format_version": FORMAT_VERSION, "step": step, "files": written, **state}
+        files.write_json(temporary / "state.json", about)
     return folder
 
 
 def prune(run: Path, keep: int) -> None:
     """Delete all but the newest checkpoints. Call after the newest is complete."""
     for folder in whole_checkpoints(run)[:-keep]:
-        folder.rename(folder.with_name(folder.name + ".tmp"))  # half deleted, it must not look complete
+        folder.rename(folder.with_name(f".{folder.name}.tmp"))  # half deleted, it must not look complete
     remove_leftovers(run)
 
 
 def remove_leftovers(run: Path) -> None:
     """Delete checkpoints that a kill or a full disk left incomplete."""
-    for leftover in (run / "checkpoints").glob("step_*.tmp"):
+    for leftover in (run / "checkpoints").glob(".step_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def keep_best(run: Path, step: int) -> Path:
     """Make RUN/best that step's checkpoint: the same files under a second name, or copies where links are not possible."""
-    folder, temporary, old = run / "best", run / "best.tmp", run / "best_before.tmp"
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    with files.write_folder(run / "best") as folder:
+        shutil.copytree(checkpoint_folder(run, step), folder, copy_function=link_or_copy, dirs_exist_ok=True)
+    return run / "best"
+
+
+def link_or_copy(source: str, target: str) -> None:
     try:
-        shutil.copytree(checkpoint_folder(run, step), temporary, copy_function=os.link)
-    except OSError:  # copytree reports a file system without hard links as one error of many
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(checkpoint_folder(run, step), temporary)
-    if folder.is_dir():  # for a moment there is neither; after a kill the run evaluates that step again
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
-    return folder
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
 
 
 def best_step(run: Path) -> int | None:

@@ -278,20 +278,14 @@ def test_a_cached_run_loads_no_teacher(setting: Setting, tmp_path: Path) -> None
     assert_refused(refused, str(setting.teacher))
 
 
-def test_verify_computes_features_again_and_finds_a_bit_that_changed_unseen(setting: Setting, tmp_path: Path) -> None:
+def test_verify_finds_a_bit_that_changed_unseen(setting: Setting, tmp_path: Path) -> None:
     """Size and time of change are those of the intact file."""
-    done = setting.clipkd("cache", "verify", setting.cache, "--recompute", 8)
+    done = setting.clipkd("cache", "verify", setting.cache)
     assert done.stderr.count("problem") == 0
     assert "10 of 10 files have their size and SHA-256" in done.stdout  # 3 of each of 3 shards, and class vectors
     assert "48 samples usable" in done.stdout
-    (line,) = [line for line in done.stdout.splitlines() if "recomputed" in line]
-    assert line.startswith("8 samples recomputed, 2 views each: largest difference ")
-    assert float(line.split()[8].rstrip(",")) < 1e-6
-    cache, other = tmp_path / "cache", write_teacher(tmp_path / "other", seed=2)
+    cache = tmp_path / "cache"
     shutil.copytree(setting.cache, cache)
-    wrong = ("--recompute", 8, "--teacher.models", other)
-    done = setting.clipkd("cache", "verify", cache, *wrong, check=False)
-    assert f"nothing was recomputed: {cache} was made with other weights than {other}/" in done.stderr
     path = cache / "features" / "00001.text.0.npy"
     flip(path)
     done = setting.clipkd("cache", "verify", cache, check=False)

@@ -142,7 +142,7 @@ def test_a_signal_to_a_launcher_saves_the_run(
         try:
             wait_until(lambda: len(read_metrics(run)) > 2, output)
             if place == "checkpoint":
-                wait_until(lambda: any((run / "checkpoints").glob("step_*.tmp")), output)
+                wait_until(lambda: any((run / "checkpoints").glob(".step_*.tmp")), output)
             os.kill(commands[0].pid, number)
             codes = [command.wait(120) for command in commands]
             wait_until(lambda: not remaining(run), output)

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
 from clipkd.export.artefacts import TRANSFORMERS
-from clipkd.export.families import find_family
 from clipkd.export.hugging_face import write_hugging_face
 from clipkd.export.tokenizer import CHECKED
 from clipkd.models.encoder import Encoder

@@ -87,13 +87,15 @@ def test_a_save_that_dies_half_way_leaves_the_earlier_one_and_no_other(
 
         return run
 
-    first, leftover = save(tmp_path, 1), tmp_path / "checkpoints" / "step_000002.tmp"
+    first = save(tmp_path, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_tensors", dying(files.write_tensors))
-        patch.setattr(checkpoint, "sync", dying(files.sync))
+        patch.setattr(files, "write_tensors", dying(files.write_tensors))
+        patch.setattr(files, "sync", dying(files.sync))
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 2)
-    assert leftover.is_dir()
+    assert list(first.parent.iterdir()) == [first]
+    leftover = first.parent / ".step_000003.tmp"
+    (leftover / "new").mkdir(parents=True)  # of a kill
     assert run_folder.whole_checkpoints(tmp_path) == [first]
     assert run_folder.resolve(tmp_path) == first
     assert save(tmp_path, 2) == run_folder.resolve(tmp_path)

@@ -68,24 +68,20 @@ class FeatureEncoder:
     """A student whose frozen text tower is none of the teachers'; its text features are stored too."""
     accelerator: Accelerator
 
-    def dataset(self) -> EveryView:
-        views = Views([teacher.spec for teacher in self.teachers])
-        return EveryView(self.pairs, Augment(self.config.data, views, self.config.seed), self.config.views)
-
     def batches(self, shard: Shard) -> list[list[int]]:
         """Sample ids, cut within the shard so that they do not depend on the number of processes."""
         ids, size = list(range(shard.first, shard.first + shard.rows)), max(1, IMAGES_AT_A_TIME // self.config.views)
         return [ids[start : start + size] for start in range(0, len(ids), size)]
 
     def feed(self, shards: list[Shard]) -> Feed[ViewBatch]:
-        dataset = self.dataset()
+        augment = Augment(self.config.data, Views([teacher.spec for teacher in self.teachers]), self.config.seed)
         loader = DataLoader(
-            dataset,
+            EveryView(self.pairs, augment, self.config.views),
             batch_sampler=[batch for shard in shards for batch in self.batches(shard)],
             collate_fn=collate,
             **loader_options(
                 self.config.data.num_workers,
-                max(IMAGES_AT_A_TIME, self.config.views) * pixel_bytes(dataset.augment.specs),
+                max(IMAGES_AT_A_TIME, self.config.views) * pixel_bytes(augment.specs),
                 pin_memory=self.accelerator.device.type == "cuda",
             ),
         )

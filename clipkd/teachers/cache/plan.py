@@ -51,12 +51,6 @@ class CacheConfig(TrainConfig):
         require(self.teacher.cache is None, "teacher.cache is read by training; leave it out to make a cache")
 
 
-@dataclass(frozen=True, kw_only=True)
-class VerifyConfig(CacheConfig):
-    recompute: int = 0
-    """Samples, spread over all shards, whose features the teachers compute again; 0 loads no teacher."""
-
-
 def cut(pairs: PairSet, num_views: int) -> list[tuple[int, int]]:
     """First id and number of samples of each shard of the cache: shards of the data, large ones cut into equal parts."""
     largest = max(1, min(LARGEST_SHARD, VIEWS_OF_A_SHARD // num_views))

@@ -127,12 +127,8 @@ class Manifest:
 
 
 def to_json(record: Any) -> dict[str, Any]:
-    return as_json(dataclasses.asdict(record))
-
-
-def as_json(record: dict[str, Any]) -> dict[str, Any]:
     """A record as it reads from a file: lists for tuples."""
-    return json.loads(json.dumps(record))
+    return json.loads(json.dumps(dataclasses.asdict(record)))
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -135,12 +135,17 @@ def misfit(encoder: Encoder, family: str, what: str) -> ValueError:
     return ValueError(f"{encoder.name}: {what}; transformers' {model} cannot do that; use --to open_clip or --to onnx")
 
 
+def counterpart(name: str, family: str) -> str | None:
+    """transformers' name of one of open_clip's weights, with the marks of `Family.rules`."""
+    matches = ((re.fullmatch(pattern, name), target) for pattern, target in FAMILIES[family].rules)
+    return next((match.expand(target) for match, target in matches if match), None)
+
+
 def rename(encoder: Encoder, family: str) -> dict[str, Tensor]:
     """The student's weights with transformers' names and shapes."""
     found: dict[str, list[Tensor]] = {}
     for name, tensor in encoder.model.state_dict().items():
-        matches = ((re.fullmatch(pattern, name), target) for pattern, target in FAMILIES[family].rules)
-        target = next((match.expand(target) for match, target in matches if match), None)
+        target = counterpart(name, family)
         if target is None:
             raise misfit(encoder, family, f"its weight {name} has no counterpart")
         weight = tensor.detach().float()
