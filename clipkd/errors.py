@@ -21,6 +21,13 @@ def require(condition: bool, message: str) -> None:
         problems.append(message)
 
 
+def require_least(options: object, prefix: str = "", **least: float) -> None:
+    """`require` of each named option that it is so much or more, or None."""
+    for name, bound in least.items():
+        value = getattr(options, name)
+        require(value is None or value >= bound, f"{prefix}{name} is {value}; it must be {bound} or more")
+
+
 @contextlib.contextmanager
 def collecting() -> Iterator[list[str]]:
     """Collect the messages of all failed `require` calls within, instead of raising at the first."""

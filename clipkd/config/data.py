@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from clipkd.errors import require
+from clipkd.errors import require, require_least
 from clipkd.files import expand_home
 
 
@@ -58,7 +58,7 @@ class DataConfig(SourceConfig):
     def __post_init__(self) -> None:
         self.check("data")
         require(0 < self.min_crop <= 1, f"data.min_crop is {self.min_crop}; it is a share of the area in (0, 1]")
-        require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}; it must be 0 or more")
+        require_least(self, "data.", num_workers=0)
         require(0 <= self.max_skipped <= 1, f"data.max_skipped is {self.max_skipped}; it is a share in [0, 1]")
         captioned = {source.caption_key is not None for source in (self, *self.mix)}
         require(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from clipkd.config.terms import Keys, Term, Terms
-from clipkd.errors import require
+from clipkd.errors import require, require_least
 
 MIN_LOGIT_SCALE = 1.0
 """Smallest logit scale that training may reach."""
@@ -97,12 +97,7 @@ class ObjectiveConfig(Terms):
     def __post_init__(self) -> None:
         for name, term in self.terms().items():
             term.check(name)
-        require(
-            self.tile_size is None or self.tile_size >= 1,
-            f"objective.tile_size is {self.tile_size}; it must be 1 or more",
-        )
-        require(self.queue >= 0, f"objective.queue is {self.queue}; it must be 0 or more")
-        require(self.warmup_steps >= 0, f"objective.warmup_steps is {self.warmup_steps}; it must be 0 or more")
+        require_least(self, "objective.", tile_size=1, queue=0, warmup_steps=0)
         self.logit_scale.check()
         active, policy = self.active(), self.logit_scale.teacher
         require(

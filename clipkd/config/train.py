@@ -12,7 +12,7 @@ import yaml
 from clipkd import files
 from clipkd.config.data import DataConfig
 from clipkd.config.objective import ObjectiveConfig, require_number_of_teachers, require_objective
-from clipkd.errors import require
+from clipkd.errors import require, require_least
 
 Tower = Literal["image", "text"]
 
@@ -104,16 +104,13 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, f"optim.learning_rate is {self.learning_rate}; it must be positive")
-        require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it must be 0 or more")
         require(
             all(0 <= beta < 1 for beta in self.betas), f"optim.betas is {list(self.betas)}; both must lie in [0, 1)"
         )
         require(0 <= self.ema_momentum < 1, f"optim.ema_momentum is {self.ema_momentum}; it must lie in [0, 1)")
-        require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must be 0 or more")
-        require(self.logit_scale_lr >= 0, f"optim.logit_scale_lr is {self.logit_scale_lr}; it must be 0 or more")
         require(self.fresh_lr > 0, f"optim.fresh_lr is {self.fresh_lr}; it must be positive")
         require(0 < self.layer_decay <= 1, f"optim.layer_decay is {self.layer_decay}; it must lie in (0, 1]")
-        require(self.clip_norm >= 0, f"optim.clip_norm is {self.clip_norm}; it must be 0 or more")
+        require_least(self, "optim.", weight_decay=0, warmup_steps=0, logit_scale_lr=0, clip_norm=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +121,7 @@ class CheckpointConfig:
     """How many of the newest checkpoints stay on disk."""
 
     def __post_init__(self) -> None:
-        require(self.every_steps >= 1, f"checkpoint.every_steps is {self.every_steps}; it must be 1 or more")
-        require(self.keep >= 1, f"checkpoint.keep is {self.keep}; it must be 1 or more")
+        require_least(self, "checkpoint.", every_steps=1, keep=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +140,7 @@ class EvaluationConfig:
             self.best is None or (bool(self.data) and self.every_steps > 0),
             f"evaluation.best is {self.best!r}; it needs evaluation.data and evaluation.every_steps",
         )
-        require(self.every_steps >= 0, f"evaluation.every_steps is {self.every_steps}; it must be 0 or more")
+        require_least(self, "evaluation.", every_steps=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +151,7 @@ class LogConfig:
     """Further trackers, through Accelerate; each needs its extra installed."""
 
     def __post_init__(self) -> None:
-        require(self.every_steps >= 1, f"log.every_steps is {self.every_steps}; it must be 1 or more")
+        require_least(self, "log.", every_steps=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,14 +197,12 @@ class TrainConfig:
         return self.data.caption_key is None
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, f"steps is {self.steps}; it must be 1 or more")
+        require_least(self, steps=1, threads=1, seed=0)
         require(self.batch_size >= 2, f"batch_size is {self.batch_size}; a contrastive batch needs at least 2 pairs")
         require(
             1 <= self.micro_batches <= self.batch_size,
             f"micro_batches is {self.micro_batches}; it must be 1 or more, and no more than batch_size, {self.batch_size}",
         )
-        require(self.threads is None or self.threads >= 1, f"threads is {self.threads}; it must be 1 or more")
-        require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")
         self.student.check()
         require_finite(self)
         names, has_teacher = self.teacher.names, bool(self.teacher.names) or self.teacher.cache is not None

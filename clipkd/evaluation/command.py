@@ -10,7 +10,7 @@ import torch
 
 from clipkd import distributed, progress
 from clipkd.config.paths import require_writable
-from clipkd.errors import require
+from clipkd.errors import require, require_least
 from clipkd.evaluation.compare import beside_teacher
 from clipkd.evaluation.embed import Embedder, Precision
 from clipkd.evaluation.measure import Measured, measure
@@ -49,8 +49,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.models), "model is empty; name one or several")
-        require(self.batch_size >= 1, f"batch_size is {self.batch_size}; it must be 1 or more")
-        require(self.num_workers >= 0, f"num_workers is {self.num_workers}; it must be 0 or more")
+        require_least(self, batch_size=1, num_workers=0)
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -14,21 +14,14 @@ from clipkd.evaluation.results import Results, label, read_samples
 from clipkd.evaluation.subjects import Subject
 
 LOST_CLASSES = 10
-COLUMNS = {
-    "acc1": {"key", "label", "top5", "correct"},
-    "mean_recall@1": {"key", "text_rank", "image_ranks"},
-    "mean_average_precision": {"key", "label", "scores"},
-    "acc": {"key", "correct", "margin"},
-}
-"""Default main metric of each kind of task → columns of its table of samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     first: str
-    """Baseline: a results folder of clipkd eval, or one of its samples/*.parquet."""
+    """Results folder of clipkd eval with the baseline."""
     second: str
-    """The model to compare with it: a folder or a file of the same kind."""
+    """Results folder of the model to compare with it."""
     first_model: str | None = None
     """Model of the first folder, as `clipkd report` names it; needed if the folder holds several."""
     second_model: str | None = None
@@ -47,8 +40,6 @@ def compare(config: CompareConfig) -> tuple[list[dict[str, Any]], list[str]]:
     """
     first = find_tables(config.first, config.first_model, "first")
     second = find_tables(config.second, config.second_model, "second")
-    if Path(config.first).is_file() and Path(config.second).is_file():  # whatever the files are called
-        first, second = ({"samples": table} for tables in (first, second) for table in tables.values())
     rows = [compare_tables(task, first[task], second[task]) for task in first if task in second]
     if not rows:
         raise ValueError(f"{config.first} and {config.second} have no task in common: {list(first)}, {list(second)}")
@@ -63,9 +54,7 @@ def compare(config: CompareConfig) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def find_tables(path: str, model: str | None, option: str) -> dict[str, dict[str, Any]]:
-    """Task → path of a model's samples, and the main metric and data hash if the results name them."""
-    if Path(path).is_file():
-        return {Path(path).stem: {"path": Path(path)}}
+    """Task → a model's row, and the path of its samples."""
     results = Results(Path(path))
     rows = results.rows()
     if not rows:
@@ -84,16 +73,13 @@ def compare_tables(task: str, first: dict[str, Any], second: dict[str, Any]) -> 
     if len({first.get("data_sha256"), second.get("data_sha256")} - {None}) > 1:
         raise ValueError(f"{where} were measured on other data; evaluate both on the same")
     samples = read_samples(first["path"]), read_samples(second["path"])
-    return {"task": task, **compare_samples(*samples, metric=first.get("main_metric_name"), where=where)}
+    return {"task": task, **compare_samples(*samples, metric=first["main_metric_name"], where=where)}
 
 
-def compare_samples(
-    first: dict[str, list], second: dict[str, list], *, metric: str | None, where: str
-) -> dict[str, Any]:
+def compare_samples(first: dict[str, list], second: dict[str, list], *, metric: str, where: str) -> dict[str, Any]:
     """Compare two tables in a metric, paired by key. Raises: ValueError if the samples are not the same."""
-    usual = next((name for name, columns in COLUMNS.items() if columns <= first.keys()), None)
-    if first.keys() != second.keys() or usual is None or not first["key"]:
-        raise ValueError(f"{where} are of different kinds of tasks, or no tables of samples")
+    if first.keys() != second.keys():
+        raise ValueError(f"{where} are of different kinds of tasks")
     places = {key: place for place, key in enumerate(second["key"])}
     if not len(places) == len(second["key"]) == len(first["key"]) or places.keys() != set(first["key"]):
         missing = next(iter(places.keys() ^ set(first["key"])), "a key that comes twice")
@@ -102,7 +88,6 @@ def compare_samples(
     second = {name: [column[place] for place in order] for name, column in second.items()}
     if first.get("label") != second.get("label"):
         raise ValueError(f"{where} hold other labels; compare runs on the same data")
-    metric = metric or usual
     row = {"metric": metric, "n": len(order), **compare_values(first, second, metric)}
     if "top5" in first:
         same = [a[0] == b[0] for a, b in zip(first["top5"], second["top5"], strict=True)]

@@ -13,16 +13,7 @@ import numpy as np
 from clipkd.data.rows import load_rows
 from clipkd.data.tables import with_encoded_images
 from clipkd.data.tar_index import as_text, index_whole_tar
-from clipkd.evaluation.sets import (
-    CLASS_KINDS,
-    EvaluationSet,
-    Row,
-    Span,
-    check_captions,
-    check_label,
-    check_vector,
-    with_labels,
-)
+from clipkd.evaluation.sets import CLASS_KINDS, EvaluationSet, Row, Span, with_labels
 from clipkd.evaluation.tasks import Kind, Layout
 from clipkd.files import describe_left_out, expand_home, find_files, is_hidden
 from clipkd.images import is_image
@@ -137,13 +128,9 @@ def open_webdataset(root: Path, split: str | None, kind: Kind) -> EvaluationSet:
         )
     shards = find_shards(folder)
     extension = {"classification": "cls", "multilabel": "npy"}.get(kind, "txt")
-    num_classes = len(prompts.get("classnames", ()))
-    samples = [(shard, *sample) for shard in shards for sample in read_shard(shard, extension)]
-    found = [
-        parse_member(kind, content, num_classes, f"{shard}: sample {span.key.split('/', 1)[1]}")
-        for shard, span, content in samples
-    ]
-    return with_labels(EvaluationSet(str(root), kind, [span for _, span, _ in samples], **prompts), found)
+    samples = [sample for shard in shards for sample in read_shard(shard, extension)]
+    found = [parse_member(kind, content, span.name) for span, content in samples]
+    return with_labels(EvaluationSet(str(root), kind, [span for span, _ in samples], **prompts), found)
 
 
 def read_shard(shard: Path, extension: str) -> list[tuple[Span, bytes]]:
@@ -167,21 +154,17 @@ def read_shard(shard: Path, extension: str) -> list[tuple[Span, bytes]]:
     return samples
 
 
-def parse_member(kind: Kind, content: bytes, num_classes: int, where: str) -> Any:
+def parse_member(kind: Kind, content: bytes, where: str) -> Any:
     if kind == "classification":
         if not re.fullmatch(rb"-?\d{1,9}", content.strip()):
             raise ValueError(f"{where} has the label {content[:20]!r}, not a number")
-        return check_label(int(content), num_classes, where)
-    if kind == "multilabel":
-        try:
-            vector = np.load(io.BytesIO(content), allow_pickle=False)
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{where}: its .npy cannot be read ({error})") from error
-        return check_vector(vector, num_classes, where)
+        return int(content)
     try:
-        return check_captions(kind, content.decode("utf-8").splitlines(), where)
+        return np.load(io.BytesIO(content)) if kind == "multilabel" else content.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: its captions are not UTF-8 ({error})") from error
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{where}: its .npy cannot be read ({error})") from error
 
 
 def open_imagefolder(root: Path, split: str | None) -> EvaluationSet:
@@ -238,10 +221,6 @@ def open_hugging_face(
     if names and (ordered := name_order(names)) != names == sorted(names):  # made from the names of class folders
         places = {number: ordered.index(name) for number, name in enumerate(names)}
         found, names = [places.get(number, number) for number in found], ordered
-    if kind == "multilabel":
-        width = np.size(found[0]) if found else 0
-        found = [check_vector(value, width, f"{path}, row {number}") for number, value in enumerate(found)]
-    elif kind != "classification":  # whose numbers are checked with the class names, which the task may give
-        texts = ([value] if isinstance(value, str) else value for value in found)
-        found = [check_captions(kind, value, f"{path}, row {number}") for number, value in enumerate(texts)]
+    if kind not in CLASS_KINDS:
+        found = [[value] if isinstance(value, str) else value for value in found]
     return with_labels(EvaluationSet(path, kind, pictures, classnames=names), found)

@@ -34,6 +34,10 @@ class Span:
         """The file that an error names."""
         return str(self.path)
 
+    @property
+    def name(self) -> str:
+        return f"{self.where}: sample {self.key}"
+
     def read(self) -> bytes:
         with self.path.open("rb") as file:
             file.seek(self.offset)
@@ -55,6 +59,10 @@ class Row:
     number: int
     folders: list[tuple[int, Path]]
     """As `load_rows` gives them."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.where}: sample {self.key}"
 
     def read(self) -> bytes:
         return stored_image(self.rows[self.number]["image"], self.folders, self.number, self.key)
@@ -130,7 +138,7 @@ class Images(Dataset):
         try:
             return self.preprocess(to_rgb(open_image(picture.read()))), position
         except Exception as error:  # Pillow raises anything on damaged files
-            raise ValueError(f"{picture.where}, sample {picture.key}: cannot be decoded ({error})") from error
+            raise ValueError(f"{picture.name}: cannot be decoded ({error})") from error
 
 
 def check_label(label: Any, num_classes: int, where: str) -> int:
@@ -155,9 +163,16 @@ def check_captions(kind: Kind, captions: Any, where: str) -> tuple[str, ...]:
 
 
 def with_labels(data: EvaluationSet, found: list[Any]) -> EvaluationSet:
-    """The set with a label, a vector of zeros and ones, or captions for each image, according to its kind."""
+    """The set with a label, a vector of zeros and ones, or captions for each image, according to its kind.
+
+    Raises: ValueError naming a wrong sample. Labels are checked with the class names, which the task may give.
+    """
     if not found:
         raise ValueError(f"{data.root} holds no samples")
     if data.kind == "classification":
         return replace(data, labels=found)
-    return replace(data, targets=np.stack(found)) if data.kind == "multilabel" else replace(data, captions=found)
+    pairs = list(zip(found, (picture.name for picture in data.pictures), strict=True))
+    if data.kind == "multilabel":
+        width = data.num_classes or np.size(found[0])
+        return replace(data, targets=np.stack([check_vector(value, width, name) for value, name in pairs]))
+    return replace(data, captions=[check_captions(data.kind, value, name) for value, name in pairs])

@@ -97,9 +97,9 @@ def with_prompts(task: Task, data: EvaluationSet) -> EvaluationSet:
     if data.folders and len(data.folders) != len(classnames):
         raise ValueError(f"{data.root} has {len(data.folders)} class folders, the task {len(classnames)} class names")
     if data.targets is not None:
-        check_vector(data.targets[0], len(classnames), f"{data.root}, {data.pictures[0].key}")
+        check_vector(data.targets[0], len(classnames), data.pictures[0].name)
     for label, picture in zip(data.labels, data.pictures, strict=False):
-        check_label(label, len(classnames), f"{picture.where}: sample {picture.key}")
+        check_label(label, len(classnames), picture.name)
     return replace(data, classnames=list(classnames), templates=list(templates))
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from clipkd.errors import require
+from clipkd.errors import require_least
 from clipkd.evaluation.sets import Images
 from clipkd.evaluation.subjects import Subject, open_subject
 from clipkd.evaluation.tasks import as_tuple, locate
@@ -18,7 +18,7 @@ class ValidateConfig:
     """Images to decode, evenly spaced; 0 decodes all."""
 
     def __post_init__(self) -> None:
-        require(self.decode >= 0, f"decode is {self.decode}; it must be 0 or more")
+        require_least(self, decode=0)
 
 
 def validate(config: ValidateConfig) -> list[str]:

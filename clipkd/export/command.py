@@ -8,18 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
-
 from clipkd import files
 from clipkd.errors import RunStopped, require
-from clipkd.evaluation.sets import Images
-from clipkd.evaluation.subjects import Subject, open_subjects
+from clipkd.evaluation.subjects import open_subjects
 from clipkd.evaluation.tasks import as_tuple
 from clipkd.export.artefacts import FORMATS, check_formats, keep_formats, write_formats, write_open_clip
 from clipkd.export.card import Source, open_student, write_card
 from clipkd.export.folder import check_output
 from clipkd.export.parity import check_parity
-from clipkd.export.probes import NUM_IMAGES, cut_drawings, drawing_names, write_example, write_probes
+from clipkd.export.probes import cut_drawings, drawing_names, write_example, write_probes
 from clipkd.models.encoder import Encoder
 
 
@@ -71,12 +68,13 @@ def export(config: ExportConfig) -> list[dict[str, Any]]:
     check_output(output, Path(config.checkpoint.removeprefix("local-dir:")), force=config.force)
     encoder, source = open_student(config.checkpoint, ema=config.weights == "ema")
     check_formats(encoder, config.formats)
-    subjects = open_subjects(as_tuple(config.verify), as_tuple(config.data)) if config.data else []
+    if config.data:  # wrong data is found before anything is written
+        open_subjects(as_tuple(config.verify), as_tuple(config.data))
     with files.write_folder(output) as folder:
         errors = write_formats(encoder, folder, config.formats)
         write_example(folder / "example.png")
         written = [format for format in config.formats if format not in errors]
-        proven = verify(config, encoder, folder, folder.with_name("work"), subjects, written)
+        proven = verify(config, encoder, folder, folder.with_name("work"), written)
         rows = [proven.get(format) or {"format": format, "error": errors[format]} for format in config.formats]
         kept = [row["format"] for row in rows if not row["error"]]
         if not kept:
@@ -93,27 +91,14 @@ def export(config: ExportConfig) -> list[dict[str, Any]]:
 
 
 def verify(
-    config: ExportConfig, encoder: Encoder, folder: Path, work: Path, subjects: list[Subject], formats: list[str]
+    config: ExportConfig, encoder: Encoder, folder: Path, work: Path, formats: list[str]
 ) -> dict[str, dict[str, Any]]:
     """Format → its row of parity.json. work: a folder for temporary files."""
     (work / "student").mkdir(parents=True)
-    images, captions = cut_drawings(), drawing_names()
-    if subjects:
-        own_images, captions = task_samples(subjects[0])
-        images = [*own_images, *images[: NUM_IMAGES - len(own_images)]]
-    write_probes(encoder, work / "probes", images, captions)
+    write_probes(encoder, work / "probes", cut_drawings(), drawing_names())
     write_open_clip(encoder, work / "student")
     sigmoid, tasks, data = encoder.logit_bias is not None, as_tuple(config.verify), as_tuple(config.data)
     return check_parity(folder, work, formats, sigmoid=sigmoid, tasks=tasks, data=data)
-
-
-def task_samples(subject: Subject) -> tuple[list[Image.Image], list[str]]:
-    """Images evenly spaced through a task's data, with its class names or captions."""
-    pictures = Images(subject.data.pictures, preprocess=lambda image: image)
-    number = min(NUM_IMAGES // 2, len(pictures))
-    images = [pictures[place * len(pictures) // number][0] for place in range(number)]
-    texts = subject.data.classnames or [text for captions in subject.data.captions for text in captions]
-    return images, list(texts[:: -(-len(texts) // (4 * NUM_IMAGES))])
 
 
 def describe_parity(encoder: Encoder, source: Source, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from clipkd import files, progress
-from clipkd.errors import require
+from clipkd.errors import require, require_least
 from clipkd.inference.isolated import describe_exit, run_module
 from clipkd.inference.runtime import has_weights
 from clipkd.models.onnx_student import find_formats
@@ -36,8 +36,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.batch) and min(self.batch) >= 1, f"batch is {list(self.batch)}; give sizes of 1 or more")
-        require(self.seconds >= 0, f"seconds is {self.seconds}; it must be 0 or more")
-        require(self.threads is None or self.threads >= 1, f"threads is {self.threads}; it must be 1 or more")
+        require_least(self, seconds=0, threads=1)
 
 
 def run(config: BenchConfig) -> tuple[Path, dict[str, Any]]:

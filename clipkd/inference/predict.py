@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from clipkd import files
-from clipkd.errors import require
+from clipkd.errors import require, require_least
 from clipkd.inference import images
 from clipkd.inference.runtime import Student, load_student
 
@@ -44,8 +44,7 @@ class PredictConfig:
         twice = sorted({label for label in self.labels if self.labels.count(label) > 1})
         require(not twice, f"labels has {', '.join(map(repr, twice))} more than once; give each label once")
         require("{c}" in self.template, f"template is {self.template!r}; it must contain {{c}}, where the label goes")
-        for name in ("top", "batch_size"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be 1 or more")
+        require_least(self, top=1, batch_size=1)
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -177,8 +177,6 @@ def wrap_open_clip(model: Any, tokenizer: Any, *, name: str, model_config: dict[
     return Encoder(
         model,
         name=name,
-        image_tower=lambda clip, images: clip.encode_image(images),
-        text_tower=lambda clip, texts: clip.encode_text(texts),
         short_text_tower=encode_short if can_be_shortened(model) else None,
         preprocess_config=preprocess_config,
         tokenize=tokenizer,

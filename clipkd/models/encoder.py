@@ -30,13 +30,13 @@ class Encoder(nn.Module):
         model: nn.Module,
         *,
         name: str,
-        image_tower: Callable[[Any, Tensor], Tensor],
-        text_tower: Callable[[Any, Tensor], Tensor],
         preprocess_config: dict[str, Any],
         tokenize: Callable[[list[str]], Int[Tensor, "b t"]],
         tokenizer_name: str,
         dim: int,
         model_config: dict[str, Any] | None = None,
+        image_tower: Callable[[Any, Tensor], Tensor] = lambda model, images: model.encode_image(images),
+        text_tower: Callable[[Any, Tensor], Tensor] = lambda model, texts: model.encode_text(texts),
         short_text_tower: Callable[[Any, Tensor], Tensor] | None = None,
     ) -> None:
         """short_text_tower: a text tower for fewer tokens than the context, for towers that do not attend to padding."""

@@ -68,8 +68,6 @@ def load_onnx(folder: Path, format: str) -> Encoder:
     return Encoder(
         OnnxTowers(student),
         name=f"{format}:{folder}",
-        image_tower=lambda towers, images: towers.encode_image(images),
-        text_tower=lambda towers, texts: towers.encode_text(texts),
         short_text_tower=(lambda towers, texts: towers.encode_text(texts)) if about["dynamic_sequence"] else None,
         preprocess_config=preprocess,
         tokenize=OnnxTokenize(student),

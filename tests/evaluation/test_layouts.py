@@ -90,7 +90,7 @@ def test_a_pickle_in_place_of_a_vector_is_refused_and_does_not_run(tmp_path: Pat
 
     for place, content in enumerate((npy([Evil(), Evil()], object), pickle.dumps(Evil()))):
         root = write_benchmark(tmp_path / str(place), sampled("npy", npy([1, 0]), content), kind="multilabel")
-        refused(root, r"0\.tar: sample s1: its \.npy cannot be read")
+        refused(root, r"0\.tar: sample 0/s1: its \.npy cannot be read")
     assert not (tmp_path / "ran").exists()
     pickle.loads(content)  # what it would have done
     assert (tmp_path / "ran").exists()
@@ -109,13 +109,12 @@ UNREADABLE = [b"", b"1 0", npy([1, 0])[:-3], b"PK\x03\x04 no archive"]
         ("retrieval", "txt", b"a", b"", "has no captions"),
         ("retrieval", "txt", b"a", b"caf\xe9", "captions are not UTF-8"),
         *((None, "cls", b" 0\n", label, "has the label b'.*', not a number") for label in (b"1_0", b"+1", b"1.0", b"")),
-        *((None, "cls", b" 0\n", label, "has label -?2, outside the 2") for label in (b"2", b"-2")),
     ],
 )
 def test_a_sample_with_a_wrong_label_is_named(
     tmp_path: Path, kind: Kind, extension: str, good: bytes, content: bytes, words: str
 ) -> None:
-    refused(write_benchmark(tmp_path, sampled(extension, good, content)), rf"0\.tar: sample s1:? .*{words}", kind=kind)
+    refused(write_benchmark(tmp_path, sampled(extension, good, content)), rf"0\.tar: sample 0/s1:? .*{words}", kind=kind)
 
 
 def test_captions_stand_one_per_line_unchanged(tmp_path: Path) -> None:
@@ -166,7 +165,7 @@ def test_a_shard_that_is_cut_or_damaged_or_lacks_a_member_is_refused(tmp_path: P
         write_tar(shard, [*sampled("cls", b"1"), member])
         refused(root, r"0\.tar: sample s7 has no image or no \.cls \(1 such")
     write_tar(shard, [("bad.png", b"broken"), ("bad.cls", b"1")])
-    with pytest.raises(ValueError, match=r"0\.tar, sample 0/bad: cannot be decoded"):
+    with pytest.raises(ValueError, match=r"0\.tar: sample 0/bad: cannot be decoded"):
         reds(open_evaluation_set(root))
 
 
@@ -300,7 +299,7 @@ def test_hugging_face_rows_give_every_image_its_label_or_captions(tmp_path: Path
 @pytest.mark.parametrize("wrong", [None, [], ["one"], ["one", "two", "three"]])
 def test_hugging_face_captions_that_are_no_pair_are_named_by_row(tmp_path: Path, wrong: list[str] | None) -> None:
     path = stored(tmp_path / "pairs", {"caption": [["true", "false"], wrong]}, {"caption": TEXTS})
-    with pytest.raises(ValueError, match=r"pairs, row 1 has (no|1|3) captions"):
+    with pytest.raises(ValueError, match=r"pairs: sample row 1 has (no|1|3) captions"):
         open_stored(path, kind="pairs")
 
 
@@ -309,7 +308,7 @@ def test_rows_without_an_image_are_named_and_others_change_their_stamp_with_it(t
         columns = {"label": [0] * len(images)}
         return open_stored(stored(tmp_path / str(place) / "cats", columns, {"label": CLASSES}, reds=images))
 
-    with pytest.raises(ValueError, match=r"cats, sample row 1: .*has no image"):
+    with pytest.raises(ValueError, match=r"cats: sample row 1: .*has no image"):
         reds(rows(0, 10, None))
     first, other = rows(1, 10), rows(2, 20)  # of the same length
     assert first.sha256 == other.sha256

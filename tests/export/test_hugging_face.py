@@ -17,6 +17,7 @@ from clipkd.export.artefacts import TRANSFORMERS
 from clipkd.export.hugging_face import write_hugging_face
 from clipkd.export.tokenizer import CHECKED
 from clipkd.models.encoder import Encoder
+from clipkd.models.families import find_family
 from clipkd.models.load import load_model
 from tests.export.students import CAPTIONS, clip_student, furthest, odd_images, own_pixels, siglip_student
 
