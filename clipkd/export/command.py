@@ -1,6 +1,7 @@
 """`clipkd export`: write a student in several formats, prove their parity, and describe the result in a model card."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -9,15 +10,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clipkd import files
+from clipkd.config.paths import require_writable
 from clipkd.errors import RunStopped, require
 from clipkd.evaluation.subjects import open_subjects
 from clipkd.evaluation.tasks import as_tuple
 from clipkd.export.artefacts import FORMATS, check_formats, keep_formats, write_formats, write_open_clip
 from clipkd.export.card import Source, open_student, write_card
-from clipkd.export.folder import check_output
 from clipkd.export.parity import check_parity
 from clipkd.export.probes import cut_drawings, drawing_names, write_example, write_probes
 from clipkd.models.encoder import Encoder
+
+ALSO_OURS = {"bench.json", ".gitattributes"}
+"""Files that `clipkd bench` and the hub add to an export."""
+
+RUN_FOLDERS = ("checkpoints", "best")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +94,33 @@ def export(config: ExportConfig) -> list[dict[str, Any]]:
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         files.write_json(folder / "parity.json", describe_parity(encoder, source, rows) | {"files": names})
     return rows
+
+
+def check_output(output: Path, source: Path, *, force: bool) -> None:
+    """Raises: ValueError if the output exists and may not be replaced, or overlaps with the source."""
+    if output.is_symlink():
+        raise ValueError(f"{output} is a link; name the folder that it points to, or another --output")
+    here, there = output.resolve(), source.resolve()
+    if here == there or here in there.parents:
+        raise ValueError(f"{output} contains the student to export ({source}); choose another --output")
+    if there in here.parents and ((there / "state.json").is_file() or here.relative_to(there).parts[0] in RUN_FOLDERS):
+        raise ValueError(f"{output} is among a run's checkpoints, which training deletes; choose another --output")
+    if not output.exists():
+        return require_writable("output", output)
+    if not force:
+        raise ValueError(f"{output} exists already; remove it, choose another --output, or replace it with --force")
+    if not output.is_dir():
+        raise ValueError(f"{output} is no folder; choose another --output")
+    present = {str(path.relative_to(output)) for path in output.rglob("*") if not path.is_dir()}
+    try:
+        written = {"parity.json", *json.loads((output / "parity.json").read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        written = set()
+    if others := sorted(present - written - ALSO_OURS):
+        raise ValueError(
+            f"{output} holds files that no export of clipkd has written ({others[0]}, {len(others)} such), so --force "
+            "does not replace it; remove it yourself or choose another --output"
+        )
 
 
 def verify(

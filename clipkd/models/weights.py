@@ -1,11 +1,9 @@
 """Read a file of weights as a plain state dict, whatever wraps it. Nothing in a file is executed."""
 
 import argparse
-import ast
 import io
 import pathlib
 import pickle
-import re
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -112,7 +110,6 @@ def strip(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], li
     return tensors, removed
 
 
-CLASS = re.compile(r"^class (\w+)\(Module\):\n  __parameters__ = (\[.*\])\n  __buffers__ = (\[.*\])$", re.MULTILINE)
 OPENAI_FACTS = ("input_resolution", "context_length", "vocab_size")
 """Buffers of OpenAI's archives that are no weights."""
 
@@ -123,33 +120,24 @@ class Scripted:
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, value in vars(self).items():
-            if isinstance(value, Tensor) and name in self.stored:
+            if isinstance(value, Tensor):
                 found[prefix + name] = value
             elif isinstance(value, Scripted):
                 found |= value.tensors(f"{prefix}{name}.")
         return found
 
-    stored: tuple[str, ...] = ()
-    """Names of its parameters and buffers."""
-
 
 def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
-    """The state dict of a TorchScript archive, without loading its program.
+    """The tensors of the modules in a TorchScript archive, without loading its program.
 
     Raises: pickle.UnpicklingError for anything but modules and tensors.
     """
     root = archive.namelist()[0].split("/")[0]
-    stored: dict[str, tuple[str, ...]] = {}
-    for name in archive.namelist():
-        if name.startswith(f"{root}/code/") and name.endswith(".py"):
-            module = name.removeprefix(f"{root}/code/").removesuffix(".py").replace("/", ".")
-            for kind, parameters, buffers in CLASS.findall(archive.read(name).decode()):
-                stored[f"{module}.{kind}"] = (*ast.literal_eval(parameters), *ast.literal_eval(buffers))
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
-            if f"{module}.{name}" in stored:
-                return type(name, (Scripted,), {"stored": stored[f"{module}.{name}"]})
+            if module.split(".")[0] == "__torch__":
+                return Scripted
             known = {
                 "torch._utils._rebuild_tensor_v2": lambda flat, offset, size, stride, *_: flat.as_strided(
                     size, stride, offset

@@ -114,7 +114,9 @@ UNREADABLE = [b"", b"1 0", npy([1, 0])[:-3], b"PK\x03\x04 no archive"]
 def test_a_sample_with_a_wrong_label_is_named(
     tmp_path: Path, kind: Kind, extension: str, good: bytes, content: bytes, words: str
 ) -> None:
-    refused(write_benchmark(tmp_path, sampled(extension, good, content)), rf"0\.tar: sample 0/s1:? .*{words}", kind=kind)
+    refused(
+        write_benchmark(tmp_path, sampled(extension, good, content)), rf"0\.tar: sample 0/s1:? .*{words}", kind=kind
+    )
 
 
 def test_captions_stand_one_per_line_unchanged(tmp_path: Path) -> None:

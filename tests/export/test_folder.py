@@ -7,7 +7,7 @@ import pytest
 
 from clipkd import files
 from clipkd.export.card import publishable
-from clipkd.export.folder import check_output
+from clipkd.export.command import check_output
 
 
 def write(output: Path) -> None:

