@@ -41,16 +41,14 @@ class View(NamedTuple):
     images: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b 3 h w"]
     """Pixels as bytes, a quarter of the memory of floats; the model normalises them. Floats are normalised already."""
     texts: Int[Tensor, "b t"]
-    text_features: Float[Tensor, "b d"] | None = None
-    """Features of a frozen text tower, if they are known already."""
+    frozen_image: Float[Tensor, "b w"] | None = None
+    """What a frozen image tower gives, if it is known already: features, or the input of a projection that trains."""
+    frozen_text: Float[Tensor, "b w"] | None = None
 
     def split(self, parts: int) -> list["View"]:
         """Split into parts whose sizes differ by at most one."""
-        known = [None] * parts if self.text_features is None else self.text_features.tensor_split(parts)
-        return [
-            View(*part)
-            for part in zip(self.images.tensor_split(parts), self.texts.tensor_split(parts), known, strict=True)
-        ]
+        split = ([None] * parts if rows is None else rows.tensor_split(parts) for rows in self)
+        return [View(*part) for part in zip(*split, strict=True)]
 
 
 class Batch(NamedTuple):
@@ -89,10 +87,12 @@ class Batch(NamedTuple):
 class Views:
     """Views of all models: the student first, then the teachers."""
 
-    def __init__(self, specs: Sequence[ViewSpec], *, images_alone: bool = False) -> None:
-        """images_alone: without captions no text tower runs; text features have width 0."""
+    def __init__(self, specs: Sequence[ViewSpec], *, images_alone: bool = False, images_stored: bool = False) -> None:
+        """images_alone: without captions no text tower runs; text features have width 0. images_stored: the student needs
+        no pixels, as a cache holds what its frozen image tower gives.
+        """
         self.specs, self.images_alone = specs, images_alone
-        self.pixel_specs = list({spec.pixels: spec for spec in specs}.values())
+        self.pixel_specs = list({spec.pixels: spec for spec in specs[images_stored:]}.values())
         """One spec per kind of pixels, the student's first."""
         self.token_specs = list({spec.tokenizer_name: spec for spec in specs}.values())
         """One spec per tokenizer."""
@@ -101,8 +101,11 @@ class Views:
         """One view per model; models with equal inputs share their tensors."""
         images = dict(zip([spec.pixels for spec in self.pixel_specs], batch.pixels, strict=True))
         texts = dict(zip([spec.tokenizer_name for spec in self.token_specs], batch.texts, strict=True))
-        known = torch.empty(len(batch.ids), 0, device=batch.ids.device) if self.images_alone else None
-        return [View(images[spec.pixels], texts[spec.tokenizer_name], known) for spec in self.specs]
+        nothing = torch.empty(len(batch.ids), 0, device=batch.ids.device)
+        known = nothing if self.images_alone else None
+        return [
+            View(images.get(spec.pixels, nothing), texts[spec.tokenizer_name], frozen_text=known) for spec in self.specs
+        ]
 
 
 class Features(NamedTuple):

@@ -18,7 +18,7 @@ from docstring_parser import parse_from_object
 
 from clipkd.config.objective import ObjectiveConfig
 from clipkd.config.shipped import recipe
-from clipkd.config.train import TrainConfig, to_yaml
+from clipkd.config.train import TeacherConfig, TrainConfig, to_yaml
 from clipkd.config.yaml_file import read_yaml
 
 C = TypeVar("C")
@@ -109,7 +109,8 @@ def split_config(argument: str) -> tuple[str, ...]:
 def has_idle_teacher(options: jsonargparse.Namespace) -> bool:
     """Whether a teacher is named and no term has a weight that could use it."""
     terms = [options.objective[name] for name, term in ObjectiveConfig().terms().items() if not term.asks.task]
-    return bool(options.teacher.models or options.teacher.cache) and not any(term.weight for term in terms)
+    teacher = TeacherConfig(models=options.teacher.models or (), cache=options.teacher.cache)
+    return teacher.given and not any(term.weight for term in terms)
 
 
 @functools.cache

@@ -16,6 +16,9 @@ from clipkd.errors import require, require_least
 
 Tower = Literal["image", "text"]
 
+MANIFEST = "manifest.json"
+"""Of a cache."""
+
 
 def split_weights(model: str) -> tuple[str, str | None]:
     """NAME@WEIGHTS → name, weights; None without weights. An @ in the path of an existing file or folder belongs to the path."""
@@ -74,7 +77,17 @@ class TeacherConfig:
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type in which the teachers' weights are held: bf16 and fp16 halve their memory. Logit scales stay fp32."""
     cache: str | None = None
-    """Folder of `clipkd cache`, from which the teachers' features are read. No teacher is loaded; models may be left out, or must name those of the cache."""
+    """Folder of `clipkd cache`, from which features of the teachers and of the student's frozen towers are read. No teacher is loaded; models may be left out, or must name those of the cache."""
+
+    @property
+    def given(self) -> bool:
+        """Whether there is a teacher: a cache may hold what the student's frozen towers give alone."""
+        if self.names or self.cache is None:
+            return bool(self.names)
+        try:
+            return bool(json.loads((Path(self.cache) / MANIFEST).read_text(encoding="utf-8"))["teachers"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return True  # whoever opens it says what is wrong
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -202,7 +215,7 @@ class TrainConfig:
         )
         self.student.check()
         require_finite(self)
-        names, has_teacher = self.teacher.names, bool(self.teacher.names) or self.teacher.cache is not None
+        names, has_teacher = self.teacher.names, self.teacher.given
         for tower, source in self.student.weights().items():
             option = f"student.{tower}" + "_weights" * (getattr(self.student, tower) != "teacher")
             require(has_teacher or source != "teacher", f"{option} is teacher, but teacher.models names none")

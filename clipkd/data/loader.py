@@ -277,7 +277,7 @@ def loader_options(num_workers: int, batch_bytes: int, *, pin_memory: bool) -> d
                 "batches there; give the container more (docker run --shm-size=8g), or lower num_workers (0 needs none)"
             )
         allowed = min(allowed, free - 2 * batch_bytes)
-    ahead = max(1, min(MOST_AHEAD, allowed // round_bytes))
+    ahead = max(1, min(MOST_AHEAD, allowed // max(1, round_bytes)))
     return options | {"prefetch_factor": ahead, "timeout": BATCH_TIMEOUT}
 
 

@@ -13,7 +13,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
 from clipkd.config.train import Tower
-from clipkd.models.students import is_projection, tower_of
+from clipkd.models.students import is_projection, projection, tower_of, without_projection
 from clipkd.views import Features, View, ViewSpec
 
 PROBES = ("A photo of a DOG, (two cats!) &amp; a naïve  “fish” in 2024; it's über-cool…", "one more word and " * 30)
@@ -85,9 +85,11 @@ class Encoder(nn.Module):
 
     def encode_image(self, images: Float[Tensor, "b 3 h w"] | UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Of normalised images, or of bytes, which are normalised here."""
+        return self.encode(self.image_tower, self.prepare(images))
+
+    def prepare(self, images: Float[Tensor, "b 3 h w"] | UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         images = images.contiguous(memory_format=self.memory_format)
-        images = self.spec.normalize(images) if images.dtype == torch.uint8 else images
-        return self.encode(self.image_tower, images.to(self.dtype))
+        return (self.spec.normalize(images) if images.dtype == torch.uint8 else images).to(self.dtype)
 
     def encode_text(self, texts: Int[Tensor, "b t"]) -> Float[Tensor, "b d"]:
         return self.encode(self.text_tower, texts)
@@ -97,6 +99,24 @@ class Encoder(nn.Module):
         own = self.dtype != torch.float32
         with torch.autocast(inputs.device.type, enabled=False) if own else contextlib.nullcontext():
             return F.normalize(tower(self.model, inputs).float(), dim=-1)
+
+    def encode_frozen(self, tower: Tower, inputs: Tensor) -> Float[Tensor, "b w"]:
+        """What a frozen tower gives, to be stored: features, or the input of a projection that trains.
+
+        Raises: ValueError if that input is out of reach.
+        """
+        if self.frozen[tower] == "frozen":
+            return self.encode_image(inputs) if tower == "image" else self.encode_text(inputs)
+        with without_projection(self.model, tower):
+            if tower == "text":
+                return self.text_tower(self.model, inputs).float()
+            return self.image_tower(self.model, self.prepare(inputs)).float()
+
+    def finish(self, tower: Tower, stored: Float[Tensor, "b w"]) -> Float[Tensor, "b d"]:
+        """Features from what `encode_frozen` gave."""
+        if self.frozen.get(tower) != "head":
+            return stored
+        return F.normalize(projection(self.model, tower)(stored).float(), dim=-1)
 
     def encode_prompts(self, texts: Int[Tensor, "b t"]) -> Float[Tensor, "b d"]:
         """encode_text without the padding behind the longest text, for texts much shorter than the context.
@@ -158,8 +178,9 @@ class Encoder(nn.Module):
         return self
 
     def features(self, view: View) -> Features:
-        text = self.encode_text(view.texts) if view.text_features is None else view.text_features
-        return Features(self.encode_image(view.images), text, self.logit_scale, self.logit_bias)
+        image = self.encode_image(view.images) if view.frozen_image is None else self.finish("image", view.frozen_image)
+        text = self.encode_text(view.texts) if view.frozen_text is None else self.finish("text", view.frozen_text)
+        return Features(image, text, self.logit_scale, self.logit_bias)
 
     def architecture(self) -> list[Any]:
         """Everything but the weights that features depend on: modules, activations, heads, pooling, configuration."""

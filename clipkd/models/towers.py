@@ -17,7 +17,7 @@ from clipkd.config.train import Tower
 from clipkd.models.create import PREPROCESSING
 from clipkd.models.encoder import PROBES, Encoder, hash_tensors
 from clipkd.models.hugging_face import as_open_clip
-from clipkd.models.students import tower_of
+from clipkd.models.students import is_projection, tower_of
 
 LAYOUTS = (open_clip.CLIP, open_clip.CustomTextCLIP)
 """Both have the same text tower; in the second its names begin with `text.`."""
@@ -85,13 +85,17 @@ def tower_weights(encoder: Encoder, tower: Tower) -> dict[str, Tensor]:
     return {name.removeprefix("text."): tensor for name, tensor in weights.items() if tower_of(name) == tower}
 
 
-def text_sha256(encoder: Encoder) -> str:
-    """Hash of all that text features depend on: weights, architecture and tokens. Equal in both layouts."""
-    plain = isinstance(encoder.model, LAYOUTS)
-    tokens = encoder.spec.tokenize(list(PROBES)).tolist()
-    about = [tower_options(encoder, "text") if plain else encoder.architecture(), tokens]
+def tower_sha256(encoder: Encoder, tower: Tower) -> str:
+    """Hash of all that a tower's features depend on, or of a frozen one what `encode_frozen` gives: weights, architecture,
+    and tokens or pixels. Equal in both layouts.
+    """
+    options = tower_options(encoder, tower) if isinstance(encoder.model, LAYOUTS) else encoder.architecture()
+    inputs = encoder.spec.tokenize(list(PROBES)).tolist() if tower == "text" else encoder.preprocess_config
+    about, weights = [options, inputs], tower_weights(encoder, tower)
+    if encoder.frozen.get(tower) == "head":
+        about, weights = [*about, "head"], {name: each for name, each in weights.items() if not is_projection(name)}
     digest = hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode())
-    return hash_tensors(digest, tower_weights(encoder, "text"))
+    return hash_tensors(digest, weights)
 
 
 def configured_differently(student: Encoder, source: Encoder, tower: Tower) -> list[Difference]:

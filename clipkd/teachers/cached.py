@@ -14,9 +14,9 @@ from clipkd.config.objective import require_number_of_teachers
 from clipkd.config.terms import ClosedSetTerm
 from clipkd.config.train import TrainConfig
 from clipkd.data import Pairs, PairSet
+from clipkd.errors import require
 from clipkd.models.encoder import Encoder
 from clipkd.models.load import weight_files
-from clipkd.models.towers import text_sha256
 from clipkd.objective.closed_set import closed_set_fingerprint
 from clipkd.objective.distiller import require_fitting_teachers
 from clipkd.teachers.loaded import LoadedTeachers, copy_towers, load_teacher, load_teachers
@@ -48,13 +48,14 @@ class CachedTeachers:
         )
 
     def student_view(self, batch: Batch, view: View) -> View:
-        kind = self.stored.student_kind
-        return view if kind is None else view._replace(text_features=self.read(batch, kind))
+        known = {tower: self.read(batch, kind) for tower, kind in self.stored.student.items() if kind}
+        return view._replace(**{f"frozen_{tower}": rows for tower, rows in known.items()})
 
     def read(self, batch: Batch, kind: str) -> Tensor:
         """One kind of a batch's stored vectors as float32. Half precision is normalised again: rounding moves the norm."""
         features = self.stored.as_float(batch.features[self.stored.kinds.index(kind)])
-        return features if self.stored.manifest.dtype == "float32" else F.normalize(features, dim=-1)
+        exact = self.stored.manifest.dtype == "float32" or kind in self.stored.heads
+        return features if exact else F.normalize(features, dim=-1)
 
     def class_vectors(self, closed_set: ClosedSetTerm) -> Tensor:
         return self.stored.classes().to(self.device)
@@ -64,7 +65,8 @@ class CachedTeachers:
         return {"teachers": teachers, "teacher_cache": self.stored.identity()}
 
     def fill_in(self, config: TrainConfig) -> TrainConfig:
-        models, dtype = tuple(record.model for record in self.models), self.models[0].identity["dtype"]
+        models = tuple(record.model for record in self.models)
+        dtype = self.models[0].identity["dtype"] if models else config.teacher.dtype
         return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, models=models, dtype=dtype))
 
     def describe(self) -> str:
@@ -100,7 +102,9 @@ def open_cache(config: TrainConfig, student: Encoder, pairs: Pairs) -> CachedTea
     folder = Path(config.teacher.cache or "")
     manifest = distributed.together(lambda: read_manifest(folder))
     if "teacher" in config.student.weights().values():  # the only parts of a teacher that are loaded
-        copy_towers(config.student, load_teacher((*config.teacher.names, manifest.teachers[0].model)[0]), student)
+        models = [*config.teacher.names, *(one.model for one in manifest.teachers)]
+        require(bool(models), f"{folder} has no teacher to start from; set teacher.models")
+        copy_towers(config.student, load_teacher(models[0]), student)
     if not isinstance(pairs, PairSet):
         raise ValueError("teacher.cache works with local data; data.path names shards behind URLs or pipes: copy them")
     now, plan = {"augmentation": augmentation_of(config), "data": sources_of(pairs)}, manifest.plan()
@@ -118,8 +122,7 @@ def open_cache(config: TrainConfig, student: Encoder, pairs: Pairs) -> CachedTea
             f"{folder} holds no class vectors for objective.closed_set's classes and templates; make a cache with this "
             "objective"
         )
-    student_text = text_sha256(student) if student.text_is_frozen else None
-    return CachedTeachers(TeacherCache(folder, manifest, student_text=student_text))
+    return CachedTeachers(TeacherCache(folder, manifest, student=student))
 
 
 def require_same_teachers(config: TrainConfig, folder: Path, records: Sequence[TeacherRecord]) -> None:

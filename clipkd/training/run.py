@@ -183,7 +183,9 @@ def build_run(config: TrainConfig, parts: Parts, *, dry: bool = False) -> Run:
         distiller.load_memory(restored)
     start, folder = state["step"], Path(config.output)
     views = Views(
-        [parts.student.spec, *(encoder.spec for encoder in teachers.encoders)], images_alone=config.images_alone
+        [parts.student.spec, *(encoder.spec for encoder in teachers.encoders)],
+        images_alone=config.images_alone,
+        images_stored=teachers.stored is not None and teachers.stored.student.get("image") is not None,
     )
     feed = data.open_feed(
         parts.pairs,

@@ -88,3 +88,31 @@ def test_images_alone_teach_what_images_with_captions_teach(
         found = saved(tmp_path / run, 2)
         assert found.keys() == expected.keys()
         assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
+
+
+@pytest.mark.parametrize("teacher_beside", [False, True])
+def test_stored_outputs_of_frozen_towers_teach_what_the_towers_teach(
+    clipkd: Run, data: Path, teacher: Path, tmp_path: Path, teacher_beside: bool
+) -> None:
+    """The input of a projection that trains, and the features of a frozen tower; the pixels are not even drawn."""
+    start = teacher / "open_clip_model.safetensors"
+    towers = ("--student.image", "head", "--student.text", "head" if teacher_beside else "frozen")
+    arguments = (*SMALL, "--student.model", f"demo-teacher@{start}", *towers, "--data.path", data / "pairs")
+    models = ("--teacher.models", f"local-dir:{teacher}") if teacher_beside else ()
+    told = clipkd("cache", *arguments, *models, "--dtype", "float32", "--output", tmp_path / "cache").stderr
+    assert "the student's image and text towers" in told
+    objective = ("--objective.kl.weight", 1) if teacher_beside else ()
+    paths = ("--steps", 2, "--micro_batches", 2, "--output")
+    clipkd("train", *arguments, *models, *objective, *paths, tmp_path / "online")
+    cached = clipkd("train", *arguments, *objective, "--teacher.cache", tmp_path / "cache", *paths, tmp_path / "cached")
+    assert "gkl" not in cached.stderr
+    assert "the student reads its image features too; the student reads its text features too" in cached.stderr
+    expected, found = saved(tmp_path / "online", 2), saved(tmp_path / "cached", 2)
+    assert found.keys() == expected.keys()
+    assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
+    if not teacher_beside:
+        refused = clipkd(
+            "train", *arguments, "--objective.kl.weight", 1, "--teacher.cache", tmp_path / "cache", check=False
+        )
+        assert refused.returncode == 2
+        assert "objective.kl needs a teacher" in refused.stderr

@@ -41,7 +41,7 @@ def test_only_a_finished_manifest_of_this_version_is_accepted(made: Made, copy: 
     path = copy / "manifest.json"
     content = path.read_bytes()
     edited(copy, lambda manifest: manifest.update(version=1))
-    with pytest.raises(ValueError, match=r"manifest\.json has version 1, this clipkd reads 2; make the cache again"):
+    with pytest.raises(ValueError, match=r"manifest\.json has version 1, this clipkd reads 3; make the cache again"):
         made.open(folder=copy)
     broken: list[Callable[[dict[str, Any]], Any]] = [
         lambda manifest: manifest.pop("version"),

@@ -75,7 +75,7 @@ def test_every_file_is_as_the_manifest_says(made: Made, halves: dict[str, Made])
     for one, dtype in ((made, "<f4"), (halves["float16"], "<f2"), (halves["bfloat16"], "<u2")):
         listed = json.loads((one.folder / "manifest.json").read_text())
         assert to_json(one.manifest) == listed
-        assert (one.manifest.version, one.manifest.num_samples, one.manifest.num_unusable) == (2, 48, 0)
+        assert (one.manifest.version, one.manifest.num_samples, one.manifest.num_unusable) == (3, 48, 0)
         dims = {str(n): teacher["dim"] for n, teacher in enumerate(listed["teachers"])}
         seen, texts = set[str](), 0
         for number, shard in enumerate(listed["shards"]):
@@ -271,14 +271,14 @@ def test_a_frozen_students_text_features_are_stored_unless_a_teacher_has_them_an
         student = create_student(StudentConfig(model=model)).eval()
         student.freeze("text")
         teachers, tokens = one.open(student=student), student.spec.tokenize(captions)
-        assert teachers.stored.student_kind == kind
+        assert teachers.stored.student == {"text": kind}
         assert "the student reads its text features too" in teachers.describe()
         rows = [teachers.stored.read(pairs.read(id), id, 0, 0) for id in range(len(pairs))]
         kinds = tuple(torch.from_numpy(np.stack(kind)) for kind in zip(*rows, strict=True))
         view = View(torch.zeros(len(pairs), 3, 32, 32), tokens)
-        found = teachers.student_view(NO_BATCH._replace(features=kinds), view).text_features
+        found = teachers.student_view(NO_BATCH._replace(features=kinds), view).frozen_text
         assert found is not None
         with torch.no_grad():
             assert torch.equal(found, student.encode_text(tokens))
         if model == mine:
-            assert made.open(student=student).student_view(NO_BATCH, view) is view  # that cache lacks its tower
+            assert made.open(student=student).student_view(NO_BATCH, view) == view  # that cache lacks its tower

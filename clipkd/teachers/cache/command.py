@@ -13,19 +13,19 @@ import torch
 
 from clipkd import data, distributed, files, progress
 from clipkd.config import train as configuration
+from clipkd.config.train import MANIFEST
 from clipkd.errors import RunStopped
 from clipkd.models.initial import initial_student
-from clipkd.models.towers import text_sha256
 from clipkd.objective.closed_set import class_vectors
 from clipkd.objective.distiller import require_fitting_teachers
 from clipkd.progress import mib
 from clipkd.teachers.cache.captions import Captions
 from clipkd.teachers.cache.encode import FeatureEncoder, ViewBatch
-from clipkd.teachers.cache.plan import CacheConfig, describe_folder, make_plan, planned_files
+from clipkd.teachers.cache.plan import CacheConfig, describe_folder, make_plan, planned_files, record_frozen
 from clipkd.teachers.loaded import load_teachers
 from clipkd.teachers.store import manifest as store
 from clipkd.teachers.store.compare import require_same
-from clipkd.teachers.store.manifest import CONFIG, MANIFEST, PLAN, FileRecord, Manifest, Shard
+from clipkd.teachers.store.manifest import CONFIG, PLAN, FileRecord, Manifest, Shard
 from clipkd.teachers.store.reader import find_faults
 
 TEXTS_AT_A_TIME = 512
@@ -41,17 +41,17 @@ def run(config: CacheConfig) -> Path:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     accelerator = distributed.make_accelerator(config.precision)
-    student = initial_student(config) if config.student.frozen().get("text") == "frozen" else None
+    student = initial_student(config).prefer_channels_last() if config.student.frozen() else None
     teachers = load_teachers(config, student)
-    if student is not None and text_sha256(student) in [text_sha256(teacher) for teacher in teachers.encoders]:
-        student = None  # its text features are stored as the teacher's
+    frozen = {} if student is None else record_frozen(student, teachers)
     require_fitting_teachers(config.objective, teachers.models)
     pairs = data.open_pairs(config.data)
     if not isinstance(pairs, data.PairSet):
         raise ValueError("a cache needs local data; data.path names shards behind URLs or pipes: copy them")
-    plan, captions = make_plan(config, teachers, student, pairs, precision=accelerator.mixed_precision)
+    plan, captions = make_plan(config, teachers, frozen, pairs, precision=accelerator.mixed_precision)
     teachers.to(accelerator.device)
-    encoder = FeatureEncoder(config, pairs, teachers.encoders, student and student.to(accelerator.device), accelerator)
+    student = student and student.to(accelerator.device)
+    encoder = FeatureEncoder(config, pairs, teachers.encoders, student, tuple(frozen), accelerator)
     job = Job(encoder, Path(config.output), plan, captions)
     with contextlib.ExitStack() as stack:
         if distributed.from_main(lambda: job.open_folder(stack)) and not job.reopen_if_damaged():
@@ -130,7 +130,7 @@ class Job:
         needed, free = sum(sizes[number] for number in todo), shutil.disk_usage(self.folder).free
         say(
             f"{self.folder}: {plan.num_samples:,} samples × {plan.num_views} views and {plan.num_captions:,} captions "
-            f"({plan.num_texts:,} distinct) of {', '.join(teacher.name for teacher in plan.teachers)}, {plan.dtype}"
+            f"({plan.num_texts:,} distinct) of {plan.models}, {plan.dtype}"
         )
         say(f"{sum(sizes) / plan.num_samples:,.0f} bytes per sample, {mib(sum(sizes))} in all; free there: {mib(free)}")
         if needed > free:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from clipkd.config.train import Tower
 from clipkd.data import Augment, BadSample, Feed, PairSet, Skip, loader_options, pixel_bytes
 from clipkd.models.encoder import Encoder
 from clipkd.teachers.cache.captions import require_readable
@@ -65,8 +67,19 @@ class FeatureEncoder:
     pairs: PairSet
     teachers: list[Encoder]
     student: Encoder | None
-    """A student whose frozen text tower is none of the teachers'; its text features are stored too."""
+    frozen: tuple[Tower, ...]
+    """The student's frozen towers that are none of the teachers'."""
     accelerator: Accelerator
+
+    def towers(self, side: Tower) -> dict[str, tuple[Encoder, Callable[[Tensor], Tensor]]]:
+        """Kind of features → the model, and its tower."""
+        found = {f"{side}.{n}": (one, getattr(one, f"encode_{side}")) for n, one in enumerate(self.teachers)}
+        if self.student is not None and side in self.frozen:
+            found[f"{side}.student"] = self.student, partial(self.student.encode_frozen, side)
+        return found
+
+    def views(self) -> Views:
+        return Views([encoder.spec for encoder, _ in self.towers("image").values()])
 
     def batches(self, shard: Shard) -> list[list[int]]:
         """Sample ids, cut within the shard so that they do not depend on the number of processes."""
@@ -74,7 +87,7 @@ class FeatureEncoder:
         return [ids[start : start + size] for start in range(0, len(ids), size)]
 
     def feed(self, shards: list[Shard]) -> Feed[ViewBatch]:
-        augment = Augment(self.config.data, Views([teacher.spec for teacher in self.teachers]), self.config.seed)
+        augment = Augment(self.config.data, self.views(), self.config.seed)
         loader = DataLoader(
             EveryView(self.pairs, augment, self.config.views),
             batch_sampler=[batch for shard in shards for batch in self.batches(shard)],
@@ -89,34 +102,32 @@ class FeatureEncoder:
 
     @torch.inference_mode()
     def encode_images(self, batch: ViewBatch) -> dict[str, np.ndarray]:
-        """image.N → features [samples, views, width] of teacher N, in the type in which they are stored."""
-        kinds = [spec.pixels for spec in Views([teacher.spec for teacher in self.teachers]).pixel_specs]
-        pixels = [kind.to(self.accelerator.device, non_blocking=True) for kind in batch.pixels]
+        """image.N and image.student → features [samples, views, width], in the type in which they are stored."""
+        sent = [kind.to(self.accelerator.device, non_blocking=True) for kind in batch.pixels]
+        pixels = dict(zip([spec.pixels for spec in self.views().pixel_specs], sent, strict=True))
         found = {}
-        for number, teacher in enumerate(self.teachers):
-            features = self.encode(teacher, teacher.encode_image, pixels[kinds.index(teacher.spec.pixels)])
-            found[f"image.{number}"] = features.reshape(-1, self.config.views, teacher.dim)
+        for kind, (encoder, tower) in self.towers("image").items():
+            features = self.encode(encoder, tower, pixels[encoder.spec.pixels])
+            found[kind] = features.reshape(-1, self.config.views, features.shape[-1])
         return found
 
     @torch.inference_mode()
     def encode_texts(self, texts: list[str]) -> dict[str, np.ndarray]:
         """text.N and text.student → features [texts, width], in the type in which they are stored."""
-        encoders = {f"text.{number}": teacher for number, teacher in enumerate(self.teachers)}
-        encoders |= {} if self.student is None else {"text.student": self.student}
         return {
-            kind: self.encode(encoder, encoder.encode_text, encoder.spec.tokenize(texts).to(self.accelerator.device))
-            for kind, encoder in encoders.items()
+            kind: self.encode(encoder, tower, encoder.spec.tokenize(texts).to(self.accelerator.device))
+            for kind, (encoder, tower) in self.towers("text").items()
         }
 
     def encode(self, encoder: Encoder, tower: Callable[[Tensor], Tensor], inputs: Tensor) -> np.ndarray:
         """Raises: ValueError if the features are not finite."""
         padded = inputs if len(inputs) >= FEWEST_ROWS else inputs.repeat(FEWEST_ROWS, *[1] * (inputs.ndim - 1))
         with self.accelerator.autocast():
-            features = tower(padded)[: len(inputs)]
+            features = tower(padded)[: len(inputs)].to(getattr(torch, self.config.dtype))
         if not features.isfinite().all():
             raise ValueError(
                 f"features of {encoder.name} are not finite: its weights are damaged, or overflow at this precision; see "
-                "precision and teacher.dtype"
+                "precision, dtype and teacher.dtype"
             )
-        stored = features.to(getattr(torch, self.config.dtype)).cpu()
+        stored = features.cpu()
         return (stored.view(torch.uint16) if self.config.dtype == "bfloat16" else stored).numpy()

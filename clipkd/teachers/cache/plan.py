@@ -5,22 +5,24 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+import torch
+
 from clipkd import files
-from clipkd.config.train import TrainConfig
+from clipkd.config.train import Tower, TrainConfig
 from clipkd.data import PairSet
 from clipkd.errors import require
 from clipkd.models.encoder import Encoder
 from clipkd.models.load import weight_files
-from clipkd.models.towers import text_sha256
+from clipkd.models.towers import tower_sha256
 from clipkd.objective.closed_set import closed_set_fingerprint, read_classes
 from clipkd.teachers.cache.captions import Captions, number_captions
 from clipkd.teachers.loaded import LoadedTeachers
 from clipkd.teachers.store.manifest import (
     DTYPES,
     FileRecord,
+    FrozenTower,
     Manifest,
     Shard,
-    StudentText,
     TeacherRecord,
     augmentation_of,
     sources_of,
@@ -47,7 +49,10 @@ class CacheConfig(TrainConfig):
         super().__post_init__()
         require(bool(self.output), "output is empty; name the folder of the cache: --output DIR")
         require(self.views >= 1, f"views is {self.views}; it must be 1 or more")
-        require(bool(self.teacher.names), "a cache is made with a teacher: set teacher.models")
+        require(
+            bool(self.teacher.names or self.student.frozen()),
+            "a cache is made with a teacher or with frozen towers: set teacher.models, or student.image or student.text",
+        )
         require(self.teacher.cache is None, "teacher.cache is read by training; leave it out to make a cache")
 
 
@@ -64,11 +69,16 @@ def cut(pairs: PairSet, num_views: int) -> list[tuple[int, int]]:
 
 
 def make_plan(
-    config: CacheConfig, teachers: LoadedTeachers, student: Encoder | None, pairs: PairSet, *, precision: str
+    config: CacheConfig,
+    teachers: LoadedTeachers,
+    student: dict[Tower, FrozenTower],
+    pairs: PairSet,
+    *,
+    precision: str,
 ) -> tuple[Manifest, Captions]:
     """Everything of the manifest but sizes and hashes. Call on every process.
 
-    student: one whose frozen text tower is none of the teachers'. precision: autocast of the towers.
+    student: its frozen towers that are none of the teachers'. precision: autocast of the towers.
     """
     ranges, shards = cut(pairs, config.views), []
     captions = number_captions(pairs, ranges)
@@ -76,7 +86,7 @@ def make_plan(
         first_text, end = captions.firsts.searchsorted(captions.starts[[first, first + rows]]).tolist()
         shards.append(Shard(first, rows, first_text, end - first_text))
     closed_set, classes = config.objective.closed_set, None
-    if closed_set.weight:
+    if closed_set.weight and teachers.encoders:
         shape = (len(read_classes(closed_set)[0]), teachers.encoders[0].dim)
         classes = FileRecord("classes.npy", shape, DTYPES["float32"])
     manifest = Manifest(
@@ -87,12 +97,24 @@ def make_plan(
         teachers=record_teachers(config, teachers),
         data=sources_of(pairs),
         num_captions=len(captions.texts),
-        student=student and StudentText(student.dim, text_sha256(student)),
+        student=student,
         classes_fingerprint=classes and closed_set_fingerprint(closed_set),
         classes=classes,
         shards=tuple(shards),
     )
     return manifest, captions
+
+
+def record_frozen(student: Encoder, teachers: LoadedTeachers) -> dict[Tower, FrozenTower]:
+    """The student's frozen towers that are none of the teachers'. Raises: ValueError if one's output is out of reach."""
+    texts = [tower_sha256(teacher, "text") for teacher in teachers.encoders]
+    examples = {"image": torch.zeros(1, 3, *student.spec.size), "text": student.spec.tokenize(["x"])}
+    found = dict[Tower, FrozenTower]()
+    with torch.inference_mode():
+        for tower in student.frozen:
+            if (sha256 := tower_sha256(student, tower)) not in texts:
+                found[tower] = FrozenTower(student.encode_frozen(tower, examples[tower]).shape[1], sha256)
+    return found
 
 
 def record_teachers(config: CacheConfig, teachers: LoadedTeachers) -> tuple[TeacherRecord, ...]:
@@ -103,7 +125,7 @@ def record_teachers(config: CacheConfig, teachers: LoadedTeachers) -> tuple[Teac
             dim=encoder.dim,
             logit_scale=encoder.logit_scale.item(),
             logit_bias=None if encoder.logit_bias is None else encoder.logit_bias.item(),
-            text_sha256=text_sha256(encoder),
+            text_sha256=tower_sha256(encoder, "text"),
             identity=identity,
             files={str(path): files.sha256(path) for path in weight_files(model)},
         )
@@ -118,8 +140,9 @@ def planned_files(manifest: Manifest, number: int, captions: Captions) -> dict[s
     for teacher, record in enumerate(manifest.teachers):
         shapes[f"image.{teacher}"] = ((shard.rows, manifest.num_views, record.dim), stored)
         shapes[f"text.{teacher}"] = ((shard.texts, record.dim), stored)
-    if manifest.student is not None:
-        shapes["text.student"] = ((shard.texts, manifest.student.dim), stored)
+    for tower, one in manifest.student.items():
+        rows = (shard.rows, manifest.num_views) if tower == "image" else (shard.texts,)
+        shapes[f"{tower}.student"] = ((*rows, one.width), stored)
     files = {}
     for kind, (shape, dtype) in shapes.items():
         file = FileRecord(f"features/{number:05d}.{kind}.npy", shape, dtype)
@@ -142,6 +165,7 @@ All files are .npy: a header, then rows of one length. Shard NNNNN holds samples
 | `features/NNNNN.samples.npy` | rows, 1 + captions, int64 | see below |
 | `features/NNNNN.image.T.npy` | rows, views, width, {dtype} | teacher T's features of each view |
 | `features/NNNNN.text.T.npy` | texts, width, {dtype} | teacher T's features of the captions that occur first in this shard |
+| `features/NNNNN.image.student.npy`, `….text.student.npy` | likewise | of a frozen tower, before a trained projection |
 
 A row of `samples` holds the CRC-32 of the sample's image and captions, then the row of each of its captions among all texts
 (-1 pads; a sample with -1 only could not be used). A shard's texts are rows `first_text` to `first_text + texts - 1`.
@@ -165,7 +189,7 @@ numpy has no bfloat16: the bits are stored as uint16, and `(image.astype(np.uint
 def describe_folder(plan: Manifest) -> str:
     half = plan.dtype == "bfloat16"
     return TEMPLATE.format(
-        names=", ".join(teacher.name for teacher in plan.teachers),
+        names=plan.models,
         num_views=plan.num_views,
         num_samples=plan.num_samples,
         num_texts=plan.num_texts,

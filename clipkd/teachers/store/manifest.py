@@ -12,11 +12,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clipkd import files
-from clipkd.config.train import TrainConfig
+from clipkd.config.train import MANIFEST, Tower, TrainConfig
 from clipkd.data import AUGMENTATION_VERSION, Pair, PairSet
 
-VERSION = 2
-MANIFEST, PLAN, CONFIG = "manifest.json", "plan.json", "config.yaml"
+VERSION = 3
+PLAN, CONFIG = "plan.json", "config.yaml"
 
 DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}
 """numpy types of the stored values. numpy has no bfloat16: its bits are stored as unsigned integers."""
@@ -58,7 +58,7 @@ class Shard:
     unusable: int = 0
     """Samples without features: an image that cannot be decoded, or no caption."""
     files: dict[str, FileRecord] = field(default_factory=dict)
-    """Keys: samples; image.N and text.N per teacher N; text.student for a student with a frozen text tower."""
+    """Keys: samples; image.N and text.N per teacher N; image.student and text.student of a student's frozen towers."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,12 @@ class TeacherRecord:
 
 
 @dataclass(frozen=True)
-class StudentText:
-    """A student's frozen text tower, whose features are stored as text.student."""
+class FrozenTower:
+    """A student's frozen tower, whose features, or the input of whose projection, are stored as image.student or text.student."""
 
-    dim: int
-    text_sha256: str
+    width: int
+    sha256: str
+    """`tower_sha256`, by which a student finds them."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Manifest:
     data: list[dict[str, Any]]
     """Per source: number of samples, options, and files → digest of their samples in order."""
     num_captions: int
-    student: StudentText | None
+    student: dict[Tower, FrozenTower]
     classes_fingerprint: str | None
     """Hash of class names and templates, whose class vectors by the first teacher are stored for objective.closed_set."""
     classes: FileRecord | None
@@ -115,6 +116,14 @@ class Manifest:
     @property
     def num_texts(self) -> int:
         return sum(shard.texts for shard in self.shards)
+
+    @property
+    def models(self) -> str:
+        """Whose features these are, for the terminal."""
+        towers = (
+            [f"the student's {' and '.join(self.student)} tower{'s' * (len(self.student) - 1)}"] if self.student else []
+        )
+        return ", ".join([teacher.name for teacher in self.teachers] + towers)
 
     def files(self) -> list[FileRecord]:
         found = [] if self.classes is None else [self.classes]
@@ -152,7 +161,7 @@ def read_manifest(folder: Path) -> Manifest:
 def parse(found: dict[str, Any]) -> Manifest:
     parts: dict[str, Any] = {
         "teachers": tuple(TeacherRecord(**teacher) for teacher in found["teachers"]),
-        "student": found["student"] and StudentText(**found["student"]),
+        "student": {tower: FrozenTower(**one) for tower, one in found["student"].items()},
         "classes": found["classes"] and parse_file(found["classes"]),
         "shards": tuple(parse_shard(shard) for shard in found["shards"]),
     }

@@ -16,6 +16,8 @@ from torch import Tensor
 from clipkd import distributed, files, progress
 from clipkd.data import BadSample, Pair
 from clipkd.errors import RunStopped
+from clipkd.models.encoder import Encoder
+from clipkd.models.towers import tower_sha256
 from clipkd.teachers.store.manifest import FileRecord, Manifest, Shard, fingerprint
 
 VERIFIED = ".verified.json"
@@ -27,18 +29,21 @@ MOST_THREADS = 8
 class TeacherCache:
     """Stored features of every view and caption of every sample. The loader processes read from it."""
 
-    def __init__(self, folder: Path, manifest: Manifest, *, student_text: str | None = None) -> None:
-        """student_text: `text_sha256` of a student whose text tower is frozen."""
+    def __init__(self, folder: Path, manifest: Manifest, *, student: Encoder | None = None) -> None:
+        """student: whose frozen towers' outputs are read as well, if they are stored."""
         self.folder, self.manifest, self.num_views = folder, manifest, manifest.num_views
         self.first_ids = np.array([shard.first for shard in manifest.shards])
         self.first_texts = np.array([shard.first_text for shard in manifest.shards])
         known = {teacher.text_sha256: f"text.{number}" for number, teacher in enumerate(manifest.teachers)}
-        known |= {} if manifest.student is None else {manifest.student.text_sha256: "text.student"}
-        self.student_text, self.student_kind = student_text, known.get(student_text or "")
-        """Where the student's text features are stored; None if they are not."""
+        known |= {one.sha256: f"{tower}.student" for tower, one in manifest.student.items()}
+        frozen = {} if student is None else student.frozen
+        self.student = {tower: known.get(tower_sha256(student, tower)) for tower in frozen if student is not None}
+        """Where the output of each of the student's frozen towers is stored; None if it is not."""
+        self.heads = {self.student[tower] for tower, mode in frozen.items() if mode == "head"}
+        """Those that are the input of a projection, of any norm."""
         self.kinds = [f"{side}.{number}" for number in range(len(manifest.teachers)) for side in ("image", "text")]
         """The kinds of vectors that `read` returns, in this order."""
-        self.kinds += ["text.student"] if self.student_kind == "text.student" else []
+        self.kinds += [kind for kind in self.student.values() if kind and kind.endswith("student")]
 
     def read(self, pair: Pair, id: int, view: int, caption_number: int) -> tuple[np.ndarray, ...]:
         """One stored vector per kind, for a view and one of the sample's captions.
@@ -100,12 +105,15 @@ class TeacherCache:
     def describe(self) -> str:
         one = self.manifest
         precision = f" computed in {one.precision}" if one.precision != "no" else ""
-        student = "; the student reads its text features too" if self.student_kind else ""
-        if self.student_text is not None and self.student_kind is None:
-            student = "; it lacks the student's frozen text tower, whose features are computed at every step"
+        student = "".join(
+            f"; the student reads its {tower} features too"
+            if kind
+            else f"; it lacks the student's frozen {tower} tower, which runs at every step"
+            for tower, kind in self.student.items()
+        )
         return (
             f"{one.num_samples:,} samples × {one.num_views} views and {one.num_texts:,} captions of "
-            f"{', '.join(teacher.name for teacher in one.teachers)}, {one.dtype}{precision}{student}"
+            f"{one.models}, {one.dtype}{precision}{student}"
         )
 
 
