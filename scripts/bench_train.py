@@ -74,7 +74,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "demo": Setting("demo-student", "demo-teacher", 128, 40, 1024, 24, 5),
+    "demo": Setting("tiny-student", "tiny-teacher", 128, 40, 1024, 24, 5),
     "vit_t16": Setting("ViT-T-16", "ViT-B-32", 8, 256, 256, 2, 3),
     "vit_b16": Setting("ViT-B-16", "ViT-L-14", 256, 256, 16384, 32, 5),
     "vit_b32": Setting("ViT-B-32", "ViT-L-14", 256, 256, 16384, 32, 5),

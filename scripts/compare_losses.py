@@ -4,7 +4,7 @@ python scripts/compare_losses.py --output runs/compare       all of them, 1 to 1
 python scripts/compare_losses.py --output runs/compare --only gkl   those whose name contains the text
 python scripts/compare_losses.py --table eval/results/losses.jsonl  the table of the README
 
-One teacher (seed 0), one student per loss and seed: the recipes configs/demo_teacher.yaml and configs/demo.yaml. Students of
+One teacher (seed 0), one student per loss and seed: the recipes configs/tiny_teacher.yaml and configs/tiny.yaml. Students of
 one seed train side by side on the same batches. Among the settings of a loss the held-out style Fluent chooses (top-5), the
 other one, Noto, reports.
 """
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval" / "results" / "losses.jsonl"
 CHOOSE, REPORT = "fluent", "noto"
 
-BATCH = 128  # of configs/demo.yaml
+BATCH = 128  # of configs/tiny.yaml
 PEERS = {
     "CLIP-KD": "--config configs/losses/clip_kd.yaml",
     "CLIP-RD": "--config configs/losses/clip_rd.yaml",
@@ -65,7 +65,7 @@ def gkl(keys: str, capacity: int, gamma: float = 0.3, mse_weight: float = 1, **o
 
 
 def rows() -> dict[str, tuple[str, str]]:
-    """Name → (family, options that are added to configs/demo.yaml). Members of a family are settings of one loss."""
+    """Name → (family, options that are added to configs/tiny.yaml). Members of a family are settings of one loss."""
     table = {"task alone": ("task alone", "")}
     for keys, capacity in itertools.product(("student", "teacher"), (0, 1024)):
         where = place(keys, capacity)
@@ -105,7 +105,7 @@ def run_folder(output: Path, name: str, seed: int) -> Path:
     return output / "runs" / "".join(c if c.isalnum() else "_" for c in name) / str(seed)
 
 
-def configure(output: Path, name: str, options: str, seed: int, recipe: str = "demo") -> TrainConfig:
+def configure(output: Path, name: str, options: str, seed: int, recipe: str = "tiny") -> TrainConfig:
     """The run as `clipkd train` would make it from these arguments."""
     held_out = ",".join(str(output / "data" / style) for style in pairs.HELD_OUT_STYLES)
     arguments = [
@@ -158,7 +158,7 @@ def make_teacher(output: Path) -> None:
         for style in pairs.HELD_OUT_STYLES:
             pairs.write_held_out(output / "data" / style, style)
     if not (output / "teacher").exists():
-        folder = train(configure(output, "teacher", "", 0, "demo_teacher"))
+        folder = train(configure(output, "teacher", "", 0, "tiny_teacher"))
         export(ExportConfig(checkpoint=str(folder), output=str(output / "teacher")))
 
 

@@ -1,12 +1,13 @@
 """The student alone, and distilled online and from a cache, at equal steps and at equal seconds, on the demo's data.
 
-    clipkd demo --output runs/demo        first: data and teacher
+    clipkd demo --output runs/demo        first: the data, then the teacher
+    clipkd train tiny_teacher --data.path runs/demo/data/pairs --output runs/demo/tiny_teacher
     python scripts/equal_seconds.py --demo runs/demo --output runs/equal_seconds --results eval/results/equal_seconds.jsonl
 
 Each seed gets its own cache (another seed sees other crops). Then the three kinds of training take turns, some steps each, in
 one process with one thread and no loader processes, so that other work on the machine slows all alike; the medians of their
 seconds per step say how many steps of each take as long as all steps of the cached one. Then all are trained, by
-`clipkd train` with the recipe configs/demo.yaml (GKL: configs/losses/gkl.yaml), and evaluated on the two unseen styles.
+`clipkd train` with the recipe configs/tiny.yaml (GKL: configs/losses/gkl.yaml), and evaluated on the two unseen styles.
 """
 
 import argparse
@@ -39,10 +40,10 @@ def arguments_of(kind: str, demo: Path, output: Path, seed: int) -> list[str]:
     gkl = [] if kind == "alone" else ["--config", str(recipe("losses/gkl"))]
     teacher = {
         "alone": [],
-        "online": ["--teacher.models", f"local-dir:{demo / 'teacher'}"],
+        "online": ["--teacher.models", str(demo / "tiny_teacher")],
         "cached": ["--teacher.cache", str(output / f"cache_{seed}")],
     }
-    words = ["--config", str(recipe("demo")), *gkl, *teacher[kind], "--data.path", str(demo / "data" / "pairs")]
+    words = ["--config", str(recipe("tiny")), *gkl, *teacher[kind], "--data.path", str(demo / "data" / "pairs")]
     return [*words, "--seed", str(seed), "--data.num_workers", "0"]
 
 

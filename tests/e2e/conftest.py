@@ -18,7 +18,7 @@ from tests.e2e.forked import start
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 SMALL = (
-    *("--student.model", "demo-student", "--batch_size", "16", "--data.caption_key", "captions"),
+    *("--student.model", "tiny-student", "--batch_size", "16", "--data.caption_key", "captions"),
     *("--data.num_workers", "0", "--log.every_steps", "1", "--threads", "1", "--optim.warmup_steps", "2"),
 )
 
@@ -71,7 +71,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def teacher(clipkd: Run, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An open_clip folder of another width and scale than the student's: trained for two steps."""
     folder = tmp_path_factory.mktemp("teacher")
-    arguments = (*SMALL, "--student.model", "demo-teacher", "--data.path", data / "pairs", "--steps", 2)
+    arguments = (*SMALL, "--student.model", "tiny-teacher", "--data.path", data / "pairs", "--steps", 2)
     clipkd("train", *arguments, "--output", folder / "run")
     return write_model(folder)
 
@@ -96,7 +96,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     paths = {"softmax": folder / "softmax", "sigmoid": folder / "sigmoid"}
     for name, bias in (("softmax", None), ("sigmoid", -5.0)):
         torch.manual_seed(0)
-        encoder = create_student(StudentConfig(model="demo-student"), logit_bias=bias).eval()
+        encoder = create_student(StudentConfig(model="tiny-student"), logit_bias=bias).eval()
         paths[name].mkdir()
         formats = ("open_clip", "onnx", "onnx-fp16", "onnx-int8")
         assert write_formats(encoder, paths[name], formats[: 4 if bias is None else 3]) == {}

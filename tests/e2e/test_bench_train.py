@@ -63,7 +63,7 @@ def test_parts_of_a_step_make_the_same_step(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     setting = bench_train.SETTINGS["demo"]._replace(batch=8, images=16)
     bench_train.write_files(setting, tmp_path)
-    task = train_loops.Task(tmp_path, "demo-student", 8, "cpu", "fp32", 0)
+    task = train_loops.Task(tmp_path, "tiny-student", 8, "cpu", "fp32", 0)
     for variant in ("online_gkl", "open_clip"):
         weights: dict[bool, dict[str, torch.Tensor]] = {}
         for by_parts in (False, True):

@@ -93,7 +93,7 @@ def write_teacher(folder: Path, *, seed: int) -> Path:
     """An untrained model of the demo teacher's architecture."""
     torch.manual_seed(seed)
     folder.mkdir()
-    write_open_clip(create_student(StudentConfig(model="demo-teacher")).eval(), folder)
+    write_open_clip(create_student(StudentConfig(model="tiny-teacher")).eval(), folder)
     return folder
 
 
@@ -230,9 +230,9 @@ def test_two_processes_train_from_a_cache_as_one_does_and_as_they_do_online(sett
 def test_a_student_with_a_frozen_text_tower_of_its_own_finds_it_in_a_cache_made_for_it(
     setting: Setting, tmp_path: Path
 ) -> None:
-    student = create_student(StudentConfig(model="demo-student"))
+    student = create_student(StudentConfig(model="tiny-student"))
     save_file(student.model.state_dict(), tmp_path / "start.safetensors")
-    options = ("--student.text", "frozen", "--student.model", f"demo-student@{tmp_path / 'start.safetensors'}")
+    options = ("--student.text", "frozen", "--student.model", f"tiny-student@{tmp_path / 'start.safetensors'}")
     training = (*setting.training, *options, "--micro_batches", 2)
     setting.clipkd(*setting.caching, *options, "--output", tmp_path / "cache")
     kinds = {path.name.split(".", 1)[1] for path in (tmp_path / "cache" / "features").iterdir()}

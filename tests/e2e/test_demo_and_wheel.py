@@ -20,15 +20,14 @@ def test_quick_demo_trains_evaluates_and_exports(clipkd: Run, tmp_path: Path) ->
     done = clipkd("demo", "--quick", "--output", output)
     assert "→ student/" in done.stdout
     rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
-    assert "for as long as the best took" in done.stdout
-    models = ("teacher", "alone", "task + features", "task + KL", "task + GKL", "alone, as long")
+    models = ("teacher", "alone, from scratch", "alone", "task + features", "task + KL", "task + GKL")
     trained = {(row["model"], row["dataset"]): row for row in rows if "parameters" in row}
     assert trained.keys() == {(model, style) for model in models for style in ("noto", "fluent")}
     exported = [row for row in rows if row["model"] == f"local-dir:{output / 'student'}"]
     assert {row["dataset"] for row in exported} == {"noto", "fluent"}
     assert all(row["n"] == 200 for row in rows)
     chance5 = 5 / 200
-    assert trained["teacher", "noto"]["metrics"]["acc5"] > 3 * chance5
+    assert all(trained[model, "noto"]["metrics"]["acc5"] > 10 * chance5 for model in models if "scratch" not in model)
     for model in models:
         metrics = Path(trained[model, "noto"]["run"]) / "metrics.jsonl"
         losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
@@ -41,7 +40,7 @@ def test_quick_demo_trains_evaluates_and_exports(clipkd: Run, tmp_path: Path) ->
         assert len(sheet.convert("RGB").resize((64, 64)).getcolors(4096) or []) > 50
 
     artefacts = json.loads((output / "student" / "parity.json").read_text())["artefacts"]
-    assert [row["format"] for row in artefacts] == ["open_clip", "hf", "onnx", "onnx-int8"]
+    assert [row["format"] for row in artefacts] == ["open_clip", "onnx", "onnx-int8"]
     assert all({score["task"] for score in row["zero_shot"]} == {"noto", "fluent"} for row in artefacts)
     assert "student/ as onnx-int8: " in done.stdout
     check = [sys.executable, str(ROOT / "eval" / "cross_check.py"), "--model", f"local-dir:{output / 'student'}"]

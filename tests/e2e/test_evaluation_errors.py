@@ -200,7 +200,7 @@ def test_damaged_weights_are_refused_in_a_line(clipkd: Run, teacher: Path, tmp_p
     folder, root = shutil.copytree(teacher, tmp_path / "model"), write_bench(tmp_path / "bench", "few")
     for file in (folder / "open_clip_model.safetensors", tmp_path / "model.pt"):
         file.write_bytes((teacher / "open_clip_model.safetensors").read_bytes()[:-50])
-    for model in (folder, f"demo-teacher@{tmp_path / 'model.pt'}"):
+    for model in (folder, f"tiny-teacher@{tmp_path / 'model.pt'}"):
         stopped = clipkd("eval", "--model", model, "--data", root / "few", "--output", tmp_path / "r", check=False)
         assert (stopped.returncode, "Traceback" in stopped.stderr) == (2, False)
         assert str(tmp_path / "model.pt" if model != folder else folder) in stopped.stderr

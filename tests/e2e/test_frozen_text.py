@@ -15,7 +15,7 @@ from tests.e2e.runs import saved
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo student's image tower beside a text tower of the demo teacher's shape."""
-    student, teacher = (json.loads((MODEL_CONFIGS / f"demo-{who}.json").read_text()) for who in ("student", "teacher"))
+    student, teacher = (json.loads((MODEL_CONFIGS / f"tiny-{who}.json").read_text()) for who in ("student", "teacher"))
     path = tmp_path_factory.mktemp("students") / "mixed.json"
     path.write_text(json.dumps({**student, "text_cfg": teacher["text_cfg"]}))
     return path
@@ -58,12 +58,12 @@ def test_a_tower_stays_as_its_weights_came(
     clipkd: Run, data: Path, teacher: Path, tmp_path: Path, frozen: tuple[str | int, ...], learns: tuple[str, ...]
 ) -> None:
     start = teacher / "open_clip_model.safetensors"
-    arguments = (*SMALL, "--student.model", "demo-teacher", *frozen, "--data.path", data / "pairs")
+    arguments = (*SMALL, "--student.model", "tiny-teacher", *frozen, "--data.path", data / "pairs")
     paths = ("--output", tmp_path / "run", "--steps", 2)
     refused = clipkd("train", *arguments, *paths, check=False)
     assert refused.returncode == 2
     assert f"{str(frozen[0])[2:]} is {frozen[1]} at random weights: name them" in refused.stderr
-    clipkd("train", *arguments, *paths, "--student.model", f"demo-teacher@{start}")
+    clipkd("train", *arguments, *paths, "--student.model", f"tiny-teacher@{start}")
     before, after = load_file(start), saved(tmp_path / "run", 2)
     kept = {name for name, tensor in before.items() if torch.equal(after[f"student.model.{name}"], tensor)}
     assert kept == {name for name in before if not name.startswith(learns)}
@@ -97,7 +97,7 @@ def test_stored_outputs_of_frozen_towers_teach_what_the_towers_teach(
     """The input of a projection that trains, and the features of a frozen tower; the pixels are not even drawn."""
     start = teacher / "open_clip_model.safetensors"
     towers = ("--student.image", "head", "--student.text", "head" if teacher_beside else "frozen")
-    arguments = (*SMALL, "--student.model", f"demo-teacher@{start}", *towers, "--data.path", data / "pairs")
+    arguments = (*SMALL, "--student.model", f"tiny-teacher@{start}", *towers, "--data.path", data / "pairs")
     models = ("--teacher.models", f"local-dir:{teacher}") if teacher_beside else ()
     told = clipkd("cache", *arguments, *models, "--dtype", "float32", "--output", tmp_path / "cache").stderr
     assert "the student's image and text towers" in told

@@ -33,7 +33,7 @@ def perturbed(encoder: Encoder) -> Encoder:
 
 def clip_student(*, preprocess: dict[str, Any] | None = None, **changes: Any) -> Encoder:
     """The demo's student with other options."""
-    config = deepcopy(find_architecture("demo-student")[1])
+    config = deepcopy(find_architecture("tiny-student")[1])
     for key, value in changes.items():
         config[key] = config[key] | value if isinstance(value, dict) else value
     torch.manual_seed(0)

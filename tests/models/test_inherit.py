@@ -24,7 +24,7 @@ CAPTIONS = ["a photo of a cat", "Two dogs, running!", "far too long for the cont
 
 def make(**options: Any) -> Encoder:
     torch.manual_seed(4)
-    plain = json.loads((MODEL_CONFIGS / "demo-student.json").read_text())
+    plain = json.loads((MODEL_CONFIGS / "tiny-student.json").read_text())
     vision = {"image_size": 32, "layers": 4, "width": 64, "head_width": 16, "patch_size": 16}
     text = {**plain["text_cfg"], "width": 48, "heads": 3, "layers": 3}
     return build_open_clip("teacher", {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text, **options}).eval()

@@ -18,7 +18,7 @@ from clipkd.models.initial import create_student, initial_student
 from clipkd.models.students import MODEL_CONFIGS, is_projection, tower_of
 from clipkd.models.towers import copy_tower
 
-PLAIN: dict[str, Any] = json.loads((MODEL_CONFIGS / "demo-student.json").read_text())
+PLAIN: dict[str, Any] = json.loads((MODEL_CONFIGS / "tiny-student.json").read_text())
 TRUNK = "test_efficientnet"
 TIMM = {"timm_model_name": TRUNK, "timm_pool": "avg", "timm_proj": "linear", "image_size": 32}
 
@@ -83,8 +83,8 @@ def test_towers_start_from_other_models_alone_and_positions_are_resampled(tmp_pa
     torch.manual_seed(5)
     other = build_open_clip("other", {**PLAIN, "vision_cfg": {**PLAIN["vision_cfg"], "image_size": 64}})
     save_file(other.model.state_dict(), tmp_path / "other.safetensors")
-    student = start("demo-student", image_weights=str(tmp_path / "other.safetensors"))
-    plain = start("demo-student")
+    student = start("tiny-student", image_weights=str(tmp_path / "other.safetensors"))
+    plain = start("tiny-student")
     assert same(tower(student, "text"), tower(plain, "text")) == [*tower(student, "text")]
     image, theirs = tower(student, "image"), tower(other, "image")
     assert {*image} - {*same(image, theirs)} == {"visual.positional_embedding"}
@@ -135,7 +135,7 @@ def test_a_student_continues_from_an_open_clip_folder(tmp_path: Path) -> None:
     from clipkd.export.artefacts import write_open_clip
 
     torch.manual_seed(9)
-    before = create_student(StudentConfig(model="demo-student"))
+    before = create_student(StudentConfig(model="tiny-student"))
     (tmp_path / "model").mkdir()
     write_open_clip(before, tmp_path / "model")
     student = start(str(tmp_path / "model"), text="frozen")
@@ -189,7 +189,7 @@ def test_weights_of_another_tower_are_refused(spoil: Any, words: str, tmp_path: 
 
 def test_a_source_that_does_not_exist_and_a_head_that_is_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"student\.image_weights: no model 'nothing'"):
-        start("demo-student", image_weights="nothing")
+        start("tiny-student", image_weights="nothing")
     tower = {**TIMM, "timm_proj": "none"}
     weights = tmp_path / "trunk.pt"
     torch.save(trunk_weights(), weights)

@@ -41,7 +41,7 @@ CAPTIONS = [
 
 def student(seed: int = 0) -> Encoder:
     torch.manual_seed(seed)
-    return create_student(StudentConfig(model="demo-student")).eval()
+    return create_student(StudentConfig(model="tiny-student")).eval()
 
 
 def weights(encoder: Encoder) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ def test_a_student_follows_from_its_name_and_the_seed() -> None:
     assert_same_weights(student(1), student(1))
     assert student(1).weights_sha256() == student(1).weights_sha256()
     assert student(1).weights_sha256() != student(2).weights_sha256()
-    shape = json.loads((MODEL_CONFIGS / "demo-student.json").read_text())
+    shape = json.loads((MODEL_CONFIGS / "tiny-student.json").read_text())
     size = shape["vision_cfg"]["image_size"]
     assert (student().dim, student().spec.size) == (shape["embed_dim"], (size, size))
     assert student().model_config == shape
@@ -84,7 +84,7 @@ def test_features_are_open_clips_own_normalised() -> None:
 
 
 def test_a_students_json_leaves_the_known_model_of_its_name_alone(tmp_path: Path) -> None:
-    config = json.loads((MODEL_CONFIGS / "demo-student.json").read_text())
+    config = json.loads((MODEL_CONFIGS / "tiny-student.json").read_text())
     (tmp_path / "ViT-B-32.json").write_text(json.dumps({**config, "embed_dim": 24}))
     assert create_student(StudentConfig(model=str(tmp_path / "ViT-B-32.json"))).dim == 24
     assert open_clip.get_model_config("ViT-B-32")["embed_dim"] == 512  # type: ignore[index]
@@ -92,13 +92,13 @@ def test_a_students_json_leaves_the_known_model_of_its_name_alone(tmp_path: Path
 
 def test_a_student_may_start_from_a_weight_file(tmp_path: Path) -> None:
     save_file(weights(student(5)), tmp_path / "start.safetensors")
-    started = create_student(StudentConfig(model=f"demo-student@{tmp_path / 'start.safetensors'}"))
+    started = create_student(StudentConfig(model=f"tiny-student@{tmp_path / 'start.safetensors'}"))
     assert_same_weights(started, student(5))
     torch.manual_seed(0)
-    save_file(weights(create_student(StudentConfig(model="demo-teacher"))), tmp_path / "other.safetensors")
+    save_file(weights(create_student(StudentConfig(model="tiny-teacher"))), tmp_path / "other.safetensors")
     for model, words in (
-        ("demo-student@none.safetensors", "demo-student has no weights 'none.safetensors'"),
-        (f"demo-student@{tmp_path / 'other.safetensors'}", "'demo-student' with weights .*other.safetensors"),
+        ("tiny-student@none.safetensors", "tiny-student has no weights 'none.safetensors'"),
+        (f"tiny-student@{tmp_path / 'other.safetensors'}", "'tiny-student' with weights .*other.safetensors"),
         ("ViT-T-17", "no model 'ViT-T-17'.*did you mean 'ViT-T-16'"),
         ("ViT-B-16@openai", ".*trained with QuickGELU"),
     ):
@@ -174,7 +174,7 @@ def test_a_run_gives_its_student_or_its_average(tmp_path: Path) -> None:
     distiller, average = torch.nn.Module(), student(7)
     distiller.student, distiller.image_projection = student(6), torch.nn.Linear(3, 3)
     identity = {
-        "name": "demo-student",
+        "name": "tiny-student",
         "model_cfg": distiller.student.model_config,
         "preprocess_cfg": distiller.student.preprocess_config,
     }
@@ -239,9 +239,9 @@ def test_a_damaged_transformers_folder_is_refused(
 
 def test_a_student_gets_a_logit_bias_beside_its_pretrained_weights(tmp_path: Path) -> None:
     """open_clip starts a bias that the weights lack at 0, which would call every pair a match to begin with."""
-    plain = create_student(StudentConfig(model="demo-student"))
+    plain = create_student(StudentConfig(model="tiny-student"))
     torch.save(plain.model.state_dict(), tmp_path / "weights.pt")
-    config = StudentConfig(model=f"demo-student@{tmp_path / 'weights.pt'}")
+    config = StudentConfig(model=f"tiny-student@{tmp_path / 'weights.pt'}")
     student = create_student(config, logit_bias=-10.0)
     assert student.logit_bias is not None
     assert student.logit_bias.item() == -10.0
@@ -251,7 +251,7 @@ def test_a_student_gets_a_logit_bias_beside_its_pretrained_weights(tmp_path: Pat
     assert student.model_config["init_logit_bias"] == -10.0
     assert "init_logit_bias" not in (plain.model_config or {})
     torch.save(student.model.state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="open_clip cannot make 'demo-student' with weights"):
+    with pytest.raises(ValueError, match="open_clip cannot make 'tiny-student' with weights"):
         create_student(config)
 
 
@@ -343,7 +343,7 @@ def test_a_causal_text_tower_is_given_no_padding_and_one_that_looks_at_it_all(
 
 
 def test_equal_weights_of_another_architecture_are_told_apart() -> None:
-    plain, quick = (create_student(StudentConfig(model="demo-student")) for _ in range(2))
+    plain, quick = (create_student(StudentConfig(model="tiny-student")) for _ in range(2))
     quick.model.load_state_dict(plain.model.state_dict())
     assert plain.weights_sha256() == quick.weights_sha256()
     assert plain.architecture() == quick.architecture()

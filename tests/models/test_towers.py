@@ -17,7 +17,7 @@ from clipkd.models.students import MODEL_CONFIGS, tower_of
 from clipkd.models.towers import copy_tower
 
 CAPTIONS = ["a photo of a cat", "Two dogs, running!", "far too long for the context of this small model, " * 3, ""]
-CONFIG: dict[str, Any] = json.loads((MODEL_CONFIGS / "demo-student.json").read_text())
+CONFIG: dict[str, Any] = json.loads((MODEL_CONFIGS / "tiny-student.json").read_text())
 ADVICE = "give it the text_cfg, embed_dim, quick_gelu and tokenizer of teacher"
 
 

@@ -81,13 +81,15 @@ OBJECTIVES = {
     ),
 }
 NUM_CLASSES = 5
-TEACHERLESS = ("albef", "demo", "demo_teacher", "lit")
+TEACHERLESS = ("albef", "demo", "demo_teacher", "lit", "tiny", "tiny_teacher")
+FROZEN = ("demo", "demo_teacher", "lit")
+"""Their towers start from files of weights."""
 
 
 def objective_of(recipe: str) -> ObjectiveConfig:
     """The objective of a file of configs/, as `clipkd train` reads it."""
     teacher = [] if recipe in TEACHERLESS else ["--teacher.models", "x"]
-    weights = ["--student.image_weights", "x", "--student.text_weights", "x"] if recipe == "lit" else []
+    weights = ["--student.image_weights", "x", "--student.text_weights", "x"] if recipe in FROZEN else []
     return parse(["--config", recipe, *teacher, *weights]).objective
 
 

@@ -37,7 +37,7 @@ def with_all_memory(folder: Path) -> list[str]:
 
 
 def read(options: Sequence[str]) -> TrainConfig:
-    sizes = ("--student.model", "demo-student", "--batch_size", str(PAIRS), "--steps", "4", "--data.path", "x")
+    sizes = ("--student.model", "tiny-student", "--batch_size", str(PAIRS), "--steps", "4", "--data.path", "x")
     return parse([*sizes, *options])
 
 
@@ -54,7 +54,7 @@ def lit(folder: Path) -> list[str]:
 
 def create_teacher() -> Encoder:
     """Of another width and resolution than the demo's student, with random weights."""
-    found = find_student_config("demo-teacher")
+    found = find_student_config("tiny-teacher")
     assert found is not None
     sizes = found[1] | {"embed_dim": 96, "vision_cfg": found[1]["vision_cfg"] | {"image_size": 40}}
     with tempfile.TemporaryDirectory() as folder:

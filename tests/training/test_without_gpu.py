@@ -25,7 +25,7 @@ from clipkd.objective import memory
 from clipkd.training import grad_cache
 from clipkd.training import learner as learners
 from clipkd.views import Batch
-from tests.objective.tiny_clip import OBJECTIVES, TEACHERLESS, make_batch, make_distiller, needs, take_loss
+from tests.objective.tiny_clip import FROZEN, OBJECTIVES, TEACHERLESS, make_batch, make_distiller, needs, take_loss
 from tests.training import small_steps
 
 CUDA = torch.device("cuda:0")
@@ -151,7 +151,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80e9))
     monkeypatch.setattr(learners, "Verdict", Verdict)
-    for name in ("demo-student", "teacher", "lit"):
+    for name in ("tiny-student", "teacher", "lit"):
         model(name)
     with FakeTensorMode() as mode:
         monkeypatch.setattr(nn.Module, "to", lambda module, device: to_gpu(mode, module))
@@ -163,7 +163,7 @@ def make_learner(
 ):
     chosen = small_steps.with_all_memory(folder) if setting == "all memory" else ["--config", setting]
     teacher = [] if setting in TEACHERLESS else ["--teacher.models", "x"]
-    weights = [] if setting != "lit" else ["--student.image_weights", "x", "--student.text_weights", "x"]
+    weights = [] if setting not in FROZEN else ["--student.image_weights", "x", "--student.text_weights", "x"]
     config = small_steps.read([*chosen, *options, *teacher, *weights])
 
     def make(name: str) -> Encoder:
@@ -171,9 +171,9 @@ def make_learner(
             made = copy.deepcopy(model(name))
         return made.to(CUDA)
 
-    monkeypatch.setattr(small_steps, "initial_student", lambda _: make("lit" if weights else "demo-student").train())
+    monkeypatch.setattr(small_steps, "initial_student", lambda _: make("lit" if weights else "tiny-student").train())
     monkeypatch.setattr(small_steps, "create_teacher", lambda: make("teacher"))
-    monkeypatch.setattr(memory, "deepcopy", lambda student: make("demo-student"))  # a copy would have another mode
+    monkeypatch.setattr(memory, "deepcopy", lambda student: make("tiny-student"))  # a copy would have another mode
     return small_steps.make_learner(config, Accelerator(precision), folder)
 
 
