@@ -70,6 +70,8 @@ class FeatureRows(Protocol):
 
     num_views: int
     """Stored views per sample; later passes repeat them in order."""
+    seed: int
+    """Of the crops that were stored, which the student sees too."""
 
     def read(self, pair: Pair, id: int, view: int, caption_number: int) -> tuple[np.ndarray, ...]:
         """One vector per kind of feature. Raises: BadSample if the sample has none; RunStopped."""
@@ -85,9 +87,10 @@ class Augment:
     def __init__(self, config: DataConfig, views: Views, seed: int) -> None:
         self.config, self.specs, self.token_specs, self.seed = config, views.pixel_specs, views.token_specs, seed
 
-    def __call__(self, pair: Pair, view: int, id: int, *, num_views: int | None = None) -> Sample:
-        """num_views: the pixels repeat after this many views; the caption is drawn for each view. Raises: BadSample."""
-        pixels = self.pixels(pair, view if num_views is None else view % num_views, id)
+    def __call__(self, pair: Pair, view: int, id: int, *, stored: FeatureRows | None = None) -> Sample:
+        """stored: what the pixels are those of; the caption is drawn for each view. Raises: BadSample."""
+        crop, seed = (view, self.seed) if stored is None else (view % stored.num_views, stored.seed)
+        pixels = self.pixels(pair, crop, id, seed=seed)
         caption_number = int(generator(Purpose.CAPTION, self.seed, view, id).integers(len(pair.captions)))
         caption = pair.captions[caption_number]
         if self.has_no_tokens(caption):
@@ -103,10 +106,10 @@ class Augment:
             return True
         return any(torch.equal(*map(spec.tokenize, ([caption], [""]))) for spec in self.token_specs)
 
-    def pixels(self, pair: Pair, view: int, id: int) -> list[np.ndarray]:
+    def pixels(self, pair: Pair, view: int, id: int, *, seed: int) -> list[np.ndarray]:
         """Raises: BadSample."""
         try:
-            return self.draw_pixels(pair.image, generator(Purpose.AUGMENTATION, self.seed, view, id))
+            return self.draw_pixels(pair.image, generator(Purpose.AUGMENTATION, seed, view, id))
         except BadImage as bad:
             raise BadSample(pair.key, bad.cause, str(bad)) from bad
 
@@ -145,11 +148,10 @@ class AugmentedPairs(Dataset):
     def make(self, view: int, id: int) -> Sample:
         """Raises: BadSample."""
         pair = self.pairs.read(id)
+        sample = self.augment(pair, view, id, stored=self.stored)
         if self.stored is None:
-            return self.augment(pair, view, id)
-        num_views = self.stored.num_views
-        sample = self.augment(pair, view, id, num_views=num_views)
-        return sample._replace(features=self.stored.read(pair, id, view % num_views, sample.caption_number))
+            return sample
+        return sample._replace(features=self.stored.read(pair, id, view % self.stored.num_views, sample.caption_number))
 
 
 def no_sample(last: Skip) -> RunStopped:

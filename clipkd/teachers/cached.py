@@ -107,7 +107,11 @@ def open_cache(config: TrainConfig, student: Encoder, pairs: Pairs) -> CachedTea
         copy_towers(config.student, load_teacher(models[0]), student)
     if not isinstance(pairs, PairSet):
         raise ValueError("teacher.cache works with local data; data.path names shards behind URLs or pipes: copy them")
-    now, plan = {"augmentation": augmentation_of(config), "data": sources_of(pairs)}, manifest.plan()
+    plan = manifest.plan()
+    augmentation = augmentation_of(config) | {
+        "seed": plan["augmentation"]["seed"]
+    }  # the student sees the crops of the cache
+    now = {"augmentation": augmentation, "data": sources_of(pairs)}
     require_same(folder, {name: plan[name] for name in now}, now)
     if faults := find_faults(folder, manifest):
         raise ValueError(

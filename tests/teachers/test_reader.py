@@ -190,7 +190,10 @@ def test_a_batch_of_the_loader_brings_the_rows_of_its_views_and_captions(made: M
     """Later passes see the stored views again in order."""
     stored, pairs = TeacherCache(made.folder, made.manifest), made.pairs
     specs = Views([load_model(made.world.teachers["first"]).spec])
-    dataset = AugmentedPairs(pairs, Augment(made.config.data, specs, made.config.seed), stored)
+    dataset = AugmentedPairs(
+        pairs, Augment(made.config.data, specs, seed=9), stored
+    )  # another run's, on the cache's crops
+    crops = Augment(made.config.data, specs, made.config.seed)
     positions = [(0, 0), (1, 47), (2, 20), (3, 19), (4, 47), (5, 0)]
     samples = [dataset[position] for position in positions]
     batch = Collate(specs)(samples)
@@ -199,6 +202,8 @@ def test_a_batch_of_the_loader_brings_the_rows_of_its_views_and_captions(made: M
         number = made.world.captions[id].index(samples[row].caption)
         expected = stored.read(pairs.read(id), id, view % NUM_VIEWS, number)
         assert [part[row].tolist() for part in batch.features] == [part.tolist() for part in expected]
+        (seen,) = crops.pixels(pairs.read(id), view % NUM_VIEWS, id, seed=made.config.seed)
+        assert np.array_equal(samples[row].pixels[0], seen)
     first, second = CachedTeachers(stored).features(batch, [])
     assert torch.equal(first.image, batch.features[0])
     assert torch.equal(second.text, batch.features[3])

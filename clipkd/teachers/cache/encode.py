@@ -46,7 +46,7 @@ class EveryView(Dataset):
     def __getitem__(self, id: int) -> SampleViews:
         try:
             pair = self.pairs.read(id)
-            views = [self.augment.pixels(pair, view, id) for view in range(self.num_views)]
+            views = [self.augment.pixels(pair, view, id, seed=self.augment.seed) for view in range(self.num_views)]
         except BadSample as bad:
             require_readable(bad)
             return [np.zeros((self.num_views, *spec.size, 3), np.uint8) for spec in self.augment.specs], 0, bad.skip

@@ -31,7 +31,8 @@ class TeacherCache:
 
     def __init__(self, folder: Path, manifest: Manifest, *, student: Encoder | None = None) -> None:
         """student: whose frozen towers' outputs are read as well, if they are stored."""
-        self.folder, self.manifest, self.num_views = folder, manifest, manifest.num_views
+        self.folder, self.manifest = folder, manifest
+        self.num_views, self.seed = manifest.num_views, manifest.augmentation["seed"]
         self.first_ids = np.array([shard.first for shard in manifest.shards])
         self.first_texts = np.array([shard.first_text for shard in manifest.shards])
         known = {teacher.text_sha256: f"text.{number}" for number, teacher in enumerate(manifest.teachers)}
