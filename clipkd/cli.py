@@ -25,6 +25,7 @@ commands:
   cache    compute the teachers' features once: clipkd cache mine.yaml --output DIR --views 4 | cache verify DIR
   inherit  cut a student out of a teacher: clipkd inherit TEACHER --depth 6 --width 384 --output student.json
   train    train a student: clipkd train mine.yaml, or clipkd train RECIPE --data.path shards
+  sweep    train every row of a grid with several seeds, and compare: clipkd sweep grid.yaml --seeds 3 --jobs 2
   report   draw a run's curves, throughput, skipped samples and evaluations as one HTML page
   eval     zero-shot numbers of any model: clipkd eval --model M --task T --data DIR; eval ls | validate | compare
   export   a student for open_clip, transformers and ONNX Runtime, verified: clipkd export RUN --to open_clip,hf,onnx --output DIR
@@ -260,12 +261,22 @@ def demo_command(arguments: list[str]) -> None:
     run(parse_into(DemoConfig, arguments, "demo", "Distill a small CLIP on drawings of 1,337 things."))
 
 
+def sweep_command(arguments: list[str]) -> None:
+    from clipkd.sweep import SweepConfig, sweep
+
+    about = "Train every row of a grid with several seeds, and compare what the runs score."
+    config = parse_into(SweepConfig, arguments, "sweep", about, positional=("grid",))
+    raise_at_signals()
+    exit_on_problems("sweep", sweep(config), status=1)
+
+
 COMMANDS = {
     "check": check_command,
     "cache": cache_command,
     "cache verify": cache_verify_command,
     "inherit": inherit_command,
     "train": train_command,
+    "sweep": sweep_command,
     "report": report_command,
     "eval": eval_command,
     "eval ls": eval_list_command,
