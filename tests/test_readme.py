@@ -22,7 +22,6 @@ READMES = {
     ("script", "results", "least"),
     [
         ("results_table", "demo.jsonl", 7),
-        ("compare_losses", "losses.jsonl", 40),
         ("bench_data", "data.jsonl", 8),
         ("bench_eval", "eval_speed.jsonl", 4),
         ("bench_loss", "loss.jsonl", 15),
