@@ -1,6 +1,7 @@
 """`clipkd train` with a text tower that is not trained: the teacher's own, or one that came with its weights."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 from clipkd.models.students import MODEL_CONFIGS
 from tests.e2e.conftest import SMALL, Run
-from tests.e2e.runs import saved
+from tests.e2e.runs import assert_close_runs, saved
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +111,19 @@ def test_stored_outputs_of_frozen_towers_teach_what_the_towers_teach(
     expected, found = saved(tmp_path / "online", 2), saved(tmp_path / "cached", 2)
     assert found.keys() == expected.keys()
     assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
-    if not teacher_beside:
-        refused = clipkd(
-            "train", *arguments, "--objective.kl.weight", 1, "--teacher.cache", tmp_path / "cache", check=False
-        )
+    words = (*arguments, *objective, "--teacher.cache", tmp_path / "cache")
+    if teacher_beside:
+        # Two processes, stopped after a step and resumed: the numbers of one.
+        two = (*words, "--checkpoint.every_steps", 1, "--output", tmp_path / "two")
+        clipkd("train", *two, "--steps", 2, processes=2)
+        assert_close_runs(tmp_path / "online", tmp_path / "two", world_sizes={2})
+        shutil.rmtree(tmp_path / "two" / "checkpoints" / "step_000002")
+        again = clipkd("train", *two, "--steps", 2, "--resume", "latest")
+        assert "resumed from step 1 of 2" in again.stderr
+        assert_close_runs(tmp_path / "online", tmp_path / "two", world_sizes={1, 2})
+        exported = clipkd("export", tmp_path / "two", "--to", "open_clip,onnx", "--output", tmp_path / "student")
+        assert exported.stdout.count("answers changed") == 2
+    else:
+        refused = clipkd("train", *words, "--objective.kl.weight", 1, check=False)
         assert refused.returncode == 2
         assert "objective.kl needs a teacher" in refused.stderr
