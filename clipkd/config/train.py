@@ -110,6 +110,8 @@ class OptimConfig:
     """Learning rate of the logit scale, as a multiple of learning_rate."""
     fresh_lr: float = 1.0
     """Learning rate of what has no initial weights, as a multiple of learning_rate, where the rest has some."""
+    layer_decay: float = 1.0
+    """Learning rate of each block of initial weights, as a multiple of that of the block above it; 1 treats all alike."""
     ema_momentum: float = 0.0
     """Momentum of an exponential moving average of the student, evaluated and exported beside it; 0 keeps none."""
 
@@ -120,6 +122,7 @@ class OptimConfig:
         )
         require(0 <= self.ema_momentum < 1, f"optim.ema_momentum is {self.ema_momentum}; it must lie in [0, 1)")
         require(self.fresh_lr > 0, f"optim.fresh_lr is {self.fresh_lr}; it must be positive")
+        require(0 < self.layer_decay <= 1, f"optim.layer_decay is {self.layer_decay}; it must lie in (0, 1]")
         require_least(self, "optim.", weight_decay=0, warmup_steps=0, logit_scale_lr=0, clip_norm=0)
 
 

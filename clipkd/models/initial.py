@@ -43,8 +43,14 @@ def initial_student(config: TrainConfig) -> Encoder:
                 load_tower(student, tower, source)
             except ValueError as error:
                 raise ValueError(f"student.{tower}_weights: {error}") from error
-    if config.optim.fresh_lr != 1 and not (student.loaded or config.student.weights()):
-        raise ValueError("optim.fresh_lr needs a student with initial weights (student.image_weights …)")
+    if (
+        not student.loaded
+        and not config.student.weights()
+        and (config.optim.fresh_lr, config.optim.layer_decay) != (1, 1)
+    ):
+        raise ValueError(
+            "optim.fresh_lr and optim.layer_decay need a student with initial weights (student.image_weights …)"
+        )
     for tower, mode in config.student.frozen().items():
         student.freeze(tower, head=mode == "head")
     return student.train()

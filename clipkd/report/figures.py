@@ -187,6 +187,18 @@ def draw(panel: Panel) -> Any:
     return figure
 
 
+def to_pixels(panel: Panel) -> np.ndarray:
+    """[height, width, 3] uint8, with title and legend."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = draw(panel)
+    figure.axes[0].set_title(panel.title, parse_math=False)
+    figure.axes[0].legend(fontsize=7)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
 def new_figure(height: float) -> tuple[Any, Any]:
     """A figure of this height in inches and its axes, with the page's style."""
     from matplotlib.figure import Figure

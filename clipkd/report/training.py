@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from clipkd import files
@@ -27,6 +28,7 @@ from clipkd.report.figures import (
     render_figure,
     show,
     smoothing_window,
+    to_pixels,
 )
 from clipkd.report.page import plain, section, table
 
@@ -87,6 +89,16 @@ def panels_of(run: Run) -> tuple[dict[str, Curve], dict[str, list[Panel]]]:
     panels = {"Learning curves": loss_panels(curves, run.options), "Optimisation": optimisation}
     panels |= {"Throughput": throughput, "Evaluation": evaluation_panels(run.results)}
     return curves, {title: [panel for panel in some if panel.curves] for title, some in panels.items()}
+
+
+def draw_run(folder: Path) -> dict[str, np.ndarray]:
+    """Title → pixels of every panel of a run so far that has a finite value."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        panels = [panel for some in panels_of(read_run(folder))[1].values() for panel in some]
+        return {panel.title: to_pixels(panel) for panel in panels if any(curve.finite() for curve in panel.curves)}
 
 
 def render_run(run: Run, number: Iterator[int]) -> str:

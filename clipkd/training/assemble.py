@@ -158,6 +158,7 @@ def make_optimizer(distiller: Distiller, config: TrainConfig) -> torch.optim.Opt
         logit_scale_lr=options.logit_scale_lr,
         loaded=distiller.student.loaded,
         fresh_lr=options.fresh_lr,
+        layer_decay=options.layer_decay,
     )
     # Epsilon as CLIP trains with it.
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=1e-6, fused=True)

@@ -1,16 +1,19 @@
 """Logged steps and evaluations: metrics.jsonl, the trackers and the progress bar."""
 
+import importlib.util
 import secrets
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from clipkd import distributed, files, progress
 from clipkd.config.train import TrainConfig, flatten, to_dict
+from clipkd.report.training import draw_run
 
 
 class Recorder:
@@ -49,11 +52,22 @@ class Recorder:
         self.bar.note = describe(row, self.terms)
 
     def track_results(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Send the metrics of an evaluation to the trackers."""
+        """Send the metrics of an evaluation to the trackers, with the plots of `clipkd report` so far."""
         for row in rows:
             prefix = f"{row['key']}/{'ema/' if row['weights'] == 'ema' else ''}"
             known = {name: value for name, value in row["metrics"].items() if value is not None}
             self.accelerator.log({f"{prefix}{name}": value for name, value in known.items()}, step=step)
+        self.track_plots(step)
+
+    def track_plots(self, step: int) -> None:
+        if not (
+            self.accelerator.is_main_process and self.accelerator.trackers and importlib.util.find_spec("matplotlib")
+        ):
+            return
+        plots = {f"report/{title}": pixels[np.newaxis] for title, pixels in draw_run(self.folder).items()}
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images(plots, step=step, **layout)  # type: ignore[attr-defined]
 
     def __enter__(self) -> "Recorder":
         self.bar.__enter__()
@@ -63,6 +77,8 @@ class Recorder:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.bar.__exit__(kind, value, traceback)
+        if kind is None:
+            self.track_plots(self.bar.done)
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.trackers.clear()

@@ -258,6 +258,7 @@ def test_an_unknown_option_is_named_with_the_nearest_one(
         ),
         ("--student.image head", ["student.image is head at random", "student.image_weights"]),
         ("--student.image_weights teacher", ["student.image_weights is teacher", "teacher.models names none"]),
+        ("--optim.layer_decay 0", ["optim.layer_decay is 0"]),
         (f"--objective.itc.weight 1 --objective.itc.teacher_share 0.5 {AVERAGE}", ["objective.itc", "teacher.models"]),
         ("--objective.itc.weight 1", ["objective.itc", "optim.ema_momentum is 0"]),
         (f"{TEACHER} {KL} --objective.queue 4", ["objective.kl", "optim.ema_momentum is 0"]),

@@ -92,6 +92,7 @@ def test_evaluation_on_the_way_keeps_the_best_checkpoint_and_is_made_up_for_afte
     assert events.Scalars("noto/ema/acc5")[0].value == pytest.approx(scores[2])
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
     assert {"lr", "skipped", "noto/acc1"} <= set(events.Tags()["scalars"])
+    assert {"report/loss", "report/learning rate", "report/top-5 accuracy"} <= set(events.Tags()["images"])
 
 
 def test_a_non_finite_loss_stops_the_run_before_the_weights_and_names_the_samples(

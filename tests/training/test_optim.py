@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from clipkd.training.optim import learning_rate, parameter_groups, set_learning_rate
+from clipkd.config.train import StudentConfig
+from clipkd.models.initial import create_student
+from clipkd.training.optim import block_depths, learning_rate, parameter_groups, set_learning_rate
 
 
 def test_learning_rate_by_hand() -> None:
@@ -40,7 +42,26 @@ def test_matrices_decay_and_each_group_has_its_own_rate() -> None:
     assert len(only["params"]) == 1
 
 
-def test_fresh_parameters_have_their_own_rate() -> None:
+def test_depth_counts_the_blocks_above() -> None:
+    student = create_student(StudentConfig(model="demo-teacher"))
+    config = student.model_config or {}
+    image, text = config["vision_cfg"]["layers"], config["text_cfg"]["layers"]
+    expected = {
+        "visual.conv1.weight": image + 1,
+        "visual.positional_embedding": image + 1,
+        "visual.proj": 0,
+        "visual.transformer.resblocks.0.ln_1.weight": image,
+        "transformer.resblocks.0.mlp.c_fc.weight": text,
+        "token_embedding.weight": text + 1,
+        "ln_final.weight": 0,
+        "text_projection": 0,
+        "logit_scale": 0,
+    }
+    found = block_depths(name for name, _ in student.model.named_parameters())
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_fresh_parameters_have_their_own_rate_and_loaded_ones_decay_with_depth() -> None:
     names = ["conv_stem.weight", "blocks.0.a.weight", "blocks.1.a.weight", "head.proj.weight"]
     parameters = [(f"student.model.visual.{name}", nn.Parameter(torch.zeros(2, 2))) for name in names]
     parameters += [("image_projection.weight", nn.Parameter(torch.zeros(2, 2)))]
@@ -50,6 +71,7 @@ def test_fresh_parameters_have_their_own_rate() -> None:
         logit_scale_lr=1.0,
         loaded={f"visual.{name}" for name in names[:3]},
         fresh_lr=5.0,
+        layer_decay=0.5,
     )
     factor = {id(p): group["lr_factor"] for group in groups for p in group["params"]}
-    assert [factor[id(parameter)] for _, parameter in parameters] == [1.0, 1.0, 1.0, 5.0, 5.0]
+    assert [factor[id(parameter)] for _, parameter in parameters] == [0.125, 0.25, 0.5, 5.0, 5.0]
