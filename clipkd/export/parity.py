@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -110,7 +111,7 @@ def differences(towers: Towers, probes: Probes) -> dict[str, Any]:
 
 def open_artefact(folder: Path, format: str) -> Towers:
     """Load an artefact as a user of its software would, not through `load_model`."""
-    openers = {"open_clip": open_stock_open_clip, "executorch": open_executorch}
+    openers = {"open_clip": open_stock_open_clip, "executorch": open_executorch, "immich": open_immich}
     if format in openers:
         return openers[format](folder)
     if format == "hf":
@@ -174,6 +175,29 @@ def open_executorch(folder: Path) -> Towers:
     )
 
 
+def open_immich(folder: Path) -> Towers:
+    """Run the files as immich does: one input at a time, tokens as int32 padded to the context."""
+    import onnxruntime
+
+    student, own = OnnxStudent.load(folder), folder / "immich"
+    visual, textual = (onnxruntime.InferenceSession(own / tower / "model.onnx") for tower in ("visual", "textual"))
+    tokenizer = Tokenizer.from_file(str(own / "textual" / "tokenizer.json"))
+    pad = json.loads((own / "textual" / "tokenizer_config.json").read_text())["pad_token"]
+    length = student.about["context_length"]
+    tokenizer.enable_padding(length=length, pad_token=pad, pad_id=tokenizer.token_to_id(pad))
+    tokenizer.enable_truncation(max_length=length)
+
+    def encode_texts(texts: list[str]) -> Tensor:
+        ids = [np.array([tokenizer.encode(each).ids], np.int32) for each in texts]
+        return torch.cat([torch.from_numpy(textual.run(None, {"text": each})[0]) for each in ids])
+
+    def encode_images(images: list[Image.Image]) -> Tensor:
+        pixels = [student.preprocess(each)[None] for each in images]
+        return torch.cat([torch.from_numpy(visual.run(None, {"image": each})[0]) for each in pixels])
+
+    return encode_images, encode_texts
+
+
 def run_snippet(folder: Path, code: str | None) -> str | None:
     """The output of the card's snippet, run in the folder; None without a snippet."""
     if code is None:
@@ -186,8 +210,8 @@ def run_snippet(folder: Path, code: str | None) -> str | None:
 def score(
     format: str, folder: Path, work: Path, tasks: Sequence[str], data: Sequence[str]
 ) -> list[dict[str, Any]] | None:
-    """The artefact's zero-shot results from `clipkd eval`, paired with the student's; None without data or for ExecuTorch."""
-    if not data or format == "executorch":
+    """The artefact's zero-shot results from `clipkd eval`, paired with the student's; None without data or for other software."""
+    if not data or format in ("executorch", "immich"):
         return None
     from clipkd.evaluation.command import EvalConfig, run
 

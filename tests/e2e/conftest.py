@@ -84,7 +84,7 @@ def exported(clipkd: Run, data: Path, teacher: Path, tmp_path_factory: pytest.Te
     distilled = ("--teacher.models", f"local-dir:{teacher}", "--objective.gkl.weight", 1, "--optim.ema_momentum", 0.5)
     arguments = (*SMALL, "--data.path", data / "pairs", "--steps", 4, *distilled)
     clipkd("train", *arguments, "--output", paths["softmax_run"])
-    formats = ("--to", "open_clip,hf,onnx,onnx-fp16,onnx-int8", "--data", data / "noto")
+    formats = ("--to", "open_clip,hf,onnx,onnx-fp16,onnx-int8,immich", "--data", data / "noto")
     paths["log"].write_text(clipkd("export", paths["softmax_run"], *formats, "--output", paths["softmax"]).stdout)
     return paths
 
