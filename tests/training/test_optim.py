@@ -43,7 +43,7 @@ def test_matrices_decay_and_each_group_has_its_own_rate() -> None:
 
 
 def test_depth_counts_the_blocks_above() -> None:
-    student = create_student(StudentConfig(model="demo-teacher"))
+    student = create_student(StudentConfig(model="tiny-teacher"))
     config = student.model_config or {}
     image, text = config["vision_cfg"]["layers"], config["text_cfg"]["layers"]
     expected = {
