@@ -56,11 +56,17 @@ def write_folder(folder: Path) -> Iterator[Path]:
     """
     place = folder.absolute().parent / f".{folder.name}.tmp"
     place.mkdir(parents=True, exist_ok=True)
+    written, before = place / "new", place / "before"
+
+    def keep_before() -> None:
+        if before.exists() and not folder.exists():
+            os.replace(before, folder)
+
     with claim(place):
+        keep_before()  # a kill fell between the two renames below
         for leftover in place.iterdir():
             if leftover.is_dir():
                 shutil.rmtree(leftover)
-        written = place / "new"
         try:
             written.mkdir()
             yield written
@@ -68,12 +74,15 @@ def write_folder(folder: Path) -> Iterator[Path]:
                 path.chmod(0o755 if path.is_dir() else 0o644)  # some writers make files that only their owner can read
                 sync(path)
             if folder.exists():
-                os.replace(folder, place / "before")
+                os.replace(folder, before)
             os.replace(written, folder)
             sync(folder.parent)
-        except OSError as error:  # shutil.copytree's has no number
+        except OSError as error:
+            if error.errno is None and not isinstance(error, shutil.Error):
+                raise
             raise OSError(error.errno, error.strerror or str(error), str(error.filename or folder)) from error
         finally:
+            keep_before()
             shutil.rmtree(place, ignore_errors=True)
 
 
@@ -209,7 +218,9 @@ def sha256_of(value: Any) -> str:
 
 
 def sync(path: Path) -> None:
-    """Force a file or folder to disk: a rename must not overtake the content it names."""
+    """Force a file or folder to disk: a rename must not overtake the content it names. Windows opens no folders."""
+    if os.name == "nt":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -9,18 +9,21 @@ import statistics
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from clipkd import files
 from clipkd.config.parse import parse
+from clipkd.config.paths import require_paths
 from clipkd.errors import RunStopped, one_line, require
 
-RUNS, TABLE = "runs.jsonl", "table.md"
+RUNS, TABLE, LOG = "runs.jsonl", "table.md", "train.log"
+NAME = re.compile(r"{(\w+)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,7 @@ class SweepConfig:
     seeds: int = 3
     """Runs per row, with seeds 0, 1, …"""
     jobs: int = 1
-    """Runs at a time."""
+    """Runs at a time; set threads, or each takes all cores."""
 
     def __post_init__(self) -> None:
         require(self.seeds >= 1, f"seeds is {self.seeds}; it must be 1 or more")
@@ -49,24 +52,42 @@ def read_grid(path: Path) -> dict[str, list[str]]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
     known = {"base": str, "rows": dict, "values": dict}
-    wrong = [key for key in grid if not isinstance(grid[key], known.get(key, ()))] if isinstance(grid, dict) else ["it"]
-    if wrong or not grid.get("rows"):
+    given = grid if isinstance(grid, dict) else {"it": grid}
+    wrong = [str(key) for key in given if not isinstance(given[key], known.get(key, ()))]
+    if wrong or not given.get("rows"):
         raise ValueError(
             f"{path}: {', '.join(wrong) or 'rows'} is not as it should be; write base: (options of clipkd train as on the "
             "command line), rows: (name: options), and values: (name: [value, …]) for rows with {name}"
         )
-    values, found = grid.get("values", {}), {}
-    for row, options in grid["rows"].items():
-        names = sorted(set(re.findall(r"{(\w+)}", str(row))))
-        if lacking := [name for name in names if not isinstance(values.get(name), list)]:
-            raise ValueError(f"{path}: row {row!r} names {{{lacking[0]}}}, but values has no list of that name")
-        for chosen in itertools.product(*(values[name] for name in names)):
-            given = dict(zip(names, chosen, strict=True))
-            name, words = (
-                re.sub(r"{(\w+)}", lambda m, g=given: str(g.get(m[1], m[0])), str(t)) for t in (row, options or "")
-            )
-            found[name] = [*shlex.split(grid.get("base", "")), *shlex.split(words)]
-    return found
+    found = dict[str, list[str]]()
+    for row, options in given["rows"].items():
+        for name, words in expand(str(row), options or "", given.get("values", {}), path):
+            require(name not in found, f"{path}: two rows are named {name!r}")
+            found[name] = words
+    try:
+        base = shlex.split(given.get("base", ""))
+    except ValueError as error:
+        raise ValueError(f"{path}: base: {error}") from error
+    for name, words in found.items():
+        fixed = [word for word in (*base, *words) if re.match(r"--(seed|output|resume)\b", word)]
+        require(not fixed, f"{path}: row {name!r} sets {fixed[:1]}; a sweep sets seed, output and resume itself")
+    return {name: [*base, *words] for name, words in found.items()}
+
+
+def expand(row: str, options: Any, values: dict[str, Any], path: Path) -> Iterator[tuple[str, list[str]]]:
+    """The rows that a row with {names} stands for, each with its own words. Raises: ValueError."""
+    require(isinstance(options, str), f"{path}: row {row!r}: write its options as on the command line, in one string")
+    names = sorted({*NAME.findall(row), *NAME.findall(options)})
+    for name in names:
+        listed = isinstance(values.get(name), list) and values[name]
+        require(bool(listed), f"{path}: row {row!r} names {{{name}}}, but values has no list of that name")
+    for chosen in itertools.product(*(values[name] for name in names)):
+        given = {name: str(value) for name, value in zip(names, chosen, strict=True)}
+        title, text = (NAME.sub(lambda found: given[found[1]], part) for part in (row, options))  # noqa: B023
+        try:
+            yield title, shlex.split(text)
+        except ValueError as error:
+            raise ValueError(f"{path}: row {title!r}: {error}") from error
 
 
 @dataclass
@@ -81,23 +102,34 @@ class Runs:
     def train(self, row: str, arguments: list[str], seed: int) -> str | None:
         """Run `clipkd train`, append its scores to runs.jsonl; return what went wrong."""
         folder = self.folder(row, seed)
-        folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "clipkd", "train", *arguments, "--seed", str(seed)]
         command += ["--output", str(folder), "--resume", "latest"]
-        with (folder / "train.log").open("ab") as log:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / LOG).open("ab") as log:
+                status = self.call(command, log)
+            if status:
+                last = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
+                return f"{row}, seed {seed}: exit status {status}: {''.join(last)} (see {folder / LOG})"
             with self.lock:
-                if self.stopped:
-                    return "stopped"
-                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-                self.processes.add(process)
-            status = process.wait()
-            self.processes.discard(process)
-        if status:
-            last = (folder / "train.log").read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
-            return f"{row}, seed {seed}: exit status {status}: {''.join(last)} (see {folder / 'train.log'})"
-        with self.lock:
-            files.append_row(self.output / RUNS, {"row": row, "arguments": arguments, "seed": seed, **scores(folder)})
+                files.append_row(
+                    self.output / RUNS, {"row": row, "arguments": arguments, "seed": seed, **scores(folder)}
+                )
+        except (OSError, LookupError) as error:
+            return f"{row}, seed {seed}: {one_line(error)} (see {folder / LOG})"
         return None
+
+    def call(self, command: list[str], log: IO[bytes]) -> int:
+        """Exit status of a process that `stop` can end."""
+        with self.lock:
+            if self.stopped:
+                return 1
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+            self.processes.add(process)
+        status = process.wait()
+        with self.lock:
+            self.processes.discard(process)
+        return status
 
     def folder(self, row: str, seed: int) -> Path:
         return self.output / "runs" / (re.sub(r"\W+", "_", row).strip("_") or "row") / str(seed)
@@ -113,8 +145,8 @@ class Runs:
 def scores(folder: Path) -> dict[str, Any]:
     """Steps, seconds and the last evaluation of a finished run; of its moving average where it has one."""
     last, rows = files.read_rows(folder / "metrics.jsonl")[-1], files.read_rows(folder / "results.jsonl")
-    final = {row["dataset"]: row for row in rows if row["step"] == last["step"]}  # the average's row is the later one
-    metrics = {name: row["metrics"] | {"n": row["n"]} for name, row in final.items()}
+    final = {row["key"]: row for row in rows if row["step"] == last["step"]}  # the average's row is the later one
+    metrics = {key: row["metrics"] | {"n": row["n"], "main": row["main_metric_name"]} for key, row in final.items()}
     return {"step": last["step"], "seconds": round(last["seconds"], 1), "loss": last["loss"], "metrics": metrics}
 
 
@@ -124,13 +156,8 @@ def sweep(config: SweepConfig) -> list[str]:
     Raises: ValueError if the grid or a row's options are wrong, before anything is trained.
     """
     grid, output = read_grid(Path(config.grid)), Path(config.output)
-    slugs: dict[Path, str] = {}
     runs = Runs(output)
-    for row, arguments in grid.items():
-        parsed = parse(arguments, command=f"sweep: row {row!r}")
-        require(bool(parsed.evaluation.data), f"row {row!r} has no evaluation.data; a sweep compares what runs score")
-        other = slugs.setdefault(runs.folder(row, 0), row)
-        require(other == row, f"rows {other!r} and {row!r} would share a folder; name them apart by letters or digits")
+    check_rows(grid, runs)
     output.mkdir(parents=True, exist_ok=True)
     with files.claim(output):
         done = {(one["row"], one["seed"]): one["arguments"] for one in files.read_rows(output / RUNS)}
@@ -143,10 +170,10 @@ def sweep(config: SweepConfig) -> list[str]:
         print(
             f"{len(grid)} rows × {config.seeds} seeds: {len(todo)} runs to train, {config.jobs} at a time", flush=True
         )
-        problems = []
+        problems = list[str]()
         with ThreadPoolExecutor(config.jobs) as pool:
-            jobs = {pool.submit(runs.train, row, grid[row], seed): (row, seed) for row, seed in todo}
             try:
+                jobs = {pool.submit(runs.train, row, grid[row], seed): (row, seed) for row, seed in todo}
                 for number, job in enumerate(as_completed(jobs), start=1):
                     row, seed = jobs[job]
                     problems += [problem] if (problem := job.result()) else []
@@ -154,7 +181,8 @@ def sweep(config: SweepConfig) -> list[str]:
             except BaseException:
                 runs.stop()
                 raise
-        rows = [one for one in files.read_rows(output / RUNS) if one["row"] in grid and one["seed"] < config.seeds]
+        trained = {(one["row"], one["seed"]): one for one in files.read_rows(output / RUNS)}
+        rows = [trained[each] for each in itertools.product(grid, range(config.seeds)) if each in trained]
         if not rows:
             raise RunStopped("; ".join(problems))
         files.write_text(output / TABLE, (table := tabulate(rows)) + "\n")
@@ -162,34 +190,50 @@ def sweep(config: SweepConfig) -> list[str]:
     return problems
 
 
+def check_rows(grid: dict[str, list[str]], runs: Runs) -> None:
+    """Raises: ValueError if a row's options are wrong, or rows cannot be told apart or compared."""
+    names, tasks = dict[Path, str](), dict[Any, str]()
+    for row, arguments in grid.items():
+        config = parse(arguments, command=f"sweep: row {row!r}")
+        require_paths(config)
+        require(bool(config.evaluation.data), f"row {row!r} has no evaluation.data; a sweep compares what runs score")
+        other = names.setdefault(runs.folder(row, 0), row)
+        require(other == row, f"rows {other!r} and {row!r} would share a folder; name them apart by letters or digits")
+        tasks.setdefault((config.evaluation.data, config.evaluation.task), row)
+        require(len(tasks) == 1, f"rows {[*tasks.values()]} are evaluated on different data; a sweep needs the same")
+
+
 def tabulate(rows: list[dict[str, Any]]) -> str:
     """Markdown: mean ± standard deviation over seeds in %, and the mean difference from the first row at equal seeds, with
-    its standard error.
+    its standard error. rows: in the order of the grid.
     """
     by_row: dict[str, dict[int, dict[str, Any]]] = {}
     for one in rows:
         by_row.setdefault(one["row"], {})[one["seed"]] = one
     first = next(iter(by_row))
-    columns = [(data, next(iter(metrics))) for data, metrics in rows[0]["metrics"].items()]
-    headings = ["row", "seeds", "steps", "seconds", *(f"{data} {metric} | − {first}" for data, metric in columns)]
-    width = sum(heading.count("|") + 1 for heading in headings)
-    lines = [f"| {' | '.join(headings)} |", "|---|" + "---:|" * (width - 1)]
+    columns = [(data, metrics["main"]) for data, metrics in rows[0]["metrics"].items()]
+    headings = ["row", "seeds", "steps", "seconds"]
+    headings += [heading for data, metric in columns for heading in (f"{data} {metric}", f"− {first}")]
+    lines = [line(headings), "|---|" + "---:|" * (len(headings) - 1)]
     for row, runs in by_row.items():
         cells = [row, str(len(runs)), str(max(one["step"] for one in runs.values()))]
         cells.append(f"{statistics.mean(one['seconds'] for one in runs.values()):.0f}")
         for data, metric in columns:
-            values = {seed: 100 * one["metrics"][data][metric] for seed, one in runs.items()}
-            pairs = [
-                value - 100 * by_row[first][s]["metrics"][data][metric]
-                for s, value in values.items()
-                if s in by_row[first]
-            ]
+            values = {
+                seed: 100 * value for seed, one in runs.items() if (value := one["metrics"][data][metric]) is not None
+            }
+            before = {seed: one["metrics"][data][metric] for seed, one in by_row[first].items()}
+            pairs = [value - 100 * before[seed] for seed, value in values.items() if before.get(seed) is not None]
             cells += [
                 spread(list(values.values()), 1),
                 "" if row == first else spread(pairs, math.sqrt(len(pairs) or 1), "+"),
             ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line(cells))
     return "\n".join(lines)
+
+
+def line(cells: list[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '∣') for cell in cells)} |"
 
 
 def spread(values: list[float], divisor: float, sign: str = "") -> str:

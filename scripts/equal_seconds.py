@@ -4,7 +4,7 @@
     clipkd train tiny_teacher --data.path runs/demo/data/pairs --output runs/demo/tiny_teacher
     python scripts/equal_seconds.py --demo runs/demo --output runs/equal_seconds --results eval/results/equal_seconds.jsonl
 
-Each seed gets its own cache (another seed sees other crops). Then the three kinds of training take turns, some steps each, in
+Each seed gets a cache with crops of its own. Then the three kinds of training take turns, some steps each, in
 one process with one thread and no loader processes, so that other work on the machine slows all alike; the medians of their
 seconds per step say how many steps of each take as long as all steps of the cached one. Then all are trained, by
 `clipkd train` with the recipe configs/tiny.yaml (GKL: configs/losses/gkl.yaml), and evaluated on the two unseen styles.

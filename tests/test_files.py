@@ -127,3 +127,27 @@ def test_leftovers_of_a_kill_are_removed_and_only_one_process_writes_a_folder(tm
         other = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
         assert f"is being written by process {os.getpid()} on " in other.stderr
     assert sorted(tmp_path.iterdir()) == [tmp_path / ".out.v2.12.tmp", tmp_path / "out"]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_earlier_folder_stays_if_its_place_cannot_be_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """Between the two renames: an error, or a kill, after which the next writer finds the folder."""
+    folder, place, replace = tmp_path / "out", tmp_path / ".out.tmp", os.replace
+    folder.mkdir()
+    (folder / "a").write_text("before")
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(source).name == "new":
+            raise PermissionError(13, "Permission denied", str(target))
+        replace(source, target)
+
+    if killed:
+        place.mkdir()
+        folder.rename(place / "before")
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PermissionError), files.write_folder(folder) as written:
+        (written / "a").write_text("after")
+    assert (folder / "a").read_text() == "before"
+    assert not place.exists()

@@ -139,7 +139,10 @@ def require_objective(
     require(bool(active), "no loss term is on: set objective.info_nce.weight, or a teacher and one of its terms")
     for name, term in active.items():
         where = f"objective.{name}"
-        require(has_teacher or not term.asks.teacher, f"{where} needs a teacher: set teacher.models or teacher.cache")
+        require(
+            has_teacher or not term.asks.teacher,
+            f"{where} needs a teacher: set teacher.models, or a teacher.cache that was made with them",
+        )
         require(
             has_captions or not (term.asks.captions or objective.needs_momentum(term)),
             f"{where} needs captions, but data.caption_key is null; set its weight to 0, and use gkl, kl, affinity, features or icl",

@@ -86,7 +86,7 @@ class TeacherConfig:
             return bool(self.names)
         try:
             return bool(json.loads((Path(self.cache) / MANIFEST).read_text(encoding="utf-8"))["teachers"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return True  # whoever opens it says what is wrong
 
     @property

@@ -156,13 +156,13 @@ def train_model(config: DemoConfig, name: str, recipe_name: str, *options: str) 
 
 def arguments_of(config: DemoConfig, recipe_name: str) -> list[str]:
     """What the demo's commands with a recipe share."""
-    files = (
+    given = (
         "--student.image_weights",
         str(pairs.image_weights()),
         "--data.path",
         str(Path(config.output) / "data" / "pairs"),
     )
-    return ["--config", str(recipe(recipe_name)), *files, "--seed", str(config.seed)]
+    return ["--config", str(recipe(recipe_name)), *given, "--seed", str(config.seed)]
 
 
 def export_again(run_folder: Path, output: Path, to: str, data: tuple[str, ...] = ()) -> list[dict[str, Any]]:

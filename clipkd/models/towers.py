@@ -79,10 +79,11 @@ def resample(tensor: Tensor, shape: torch.Size, name: str) -> Tensor:
     raise ValueError(f"{name} has shape {list(old)} there and {list(shape)} in the student; the architectures differ")
 
 
-def tower_weights(encoder: Encoder, tower: Tower) -> dict[str, Tensor]:
-    """A tower's tensors, with the same names in both layouts."""
+def tower_weights(encoder: Encoder, tower: Tower, *, projection: bool = True) -> dict[str, Tensor]:
+    """A tower's tensors, with the same names in both layouts, with or without its projection."""
     weights = encoder.model.state_dict()
-    return {name.removeprefix("text."): tensor for name, tensor in weights.items() if tower_of(name) == tower}
+    own = [name for name in weights if tower_of(name) == tower and (projection or not is_projection(name))]
+    return {name.removeprefix("text."): weights[name] for name in own}
 
 
 def tower_sha256(encoder: Encoder, tower: Tower) -> str:
@@ -91,9 +92,8 @@ def tower_sha256(encoder: Encoder, tower: Tower) -> str:
     """
     options = tower_options(encoder, tower) if isinstance(encoder.model, LAYOUTS) else encoder.architecture()
     inputs = encoder.spec.tokenize(list(PROBES)).tolist() if tower == "text" else encoder.preprocess_config
-    about, weights = [options, inputs], tower_weights(encoder, tower)
-    if encoder.frozen.get(tower) == "head":
-        about, weights = [*about, "head"], {name: each for name, each in weights.items() if not is_projection(name)}
+    head = encoder.frozen.get(tower) == "head"
+    about, weights = [options, inputs, *["head"] * head], tower_weights(encoder, tower, projection=not head)
     digest = hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode())
     return hash_tensors(digest, weights)
 

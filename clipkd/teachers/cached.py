@@ -102,15 +102,12 @@ def open_cache(config: TrainConfig, student: Encoder, pairs: Pairs) -> CachedTea
     folder = Path(config.teacher.cache or "")
     manifest = distributed.together(lambda: read_manifest(folder))
     if "teacher" in config.student.weights().values():  # the only parts of a teacher that are loaded
-        models = [*config.teacher.names, *(one.model for one in manifest.teachers)]
-        require(bool(models), f"{folder} has no teacher to start from; set teacher.models")
-        copy_towers(config.student, load_teacher(models[0]), student)
+        copy_towers(config.student, load_teacher((*config.teacher.names, manifest.teachers[0].model)[0]), student)
     if not isinstance(pairs, PairSet):
         raise ValueError("teacher.cache works with local data; data.path names shards behind URLs or pipes: copy them")
     plan = manifest.plan()
-    augmentation = augmentation_of(config) | {
-        "seed": plan["augmentation"]["seed"]
-    }  # the student sees the crops of the cache
+    seed = {"seed": plan["augmentation"]["seed"]}  # the student sees the crops of the cache
+    augmentation = augmentation_of(config) | seed
     now = {"augmentation": augmentation, "data": sources_of(pairs)}
     require_same(folder, {name: plan[name] for name in now}, now)
     if faults := find_faults(folder, manifest):
@@ -126,7 +123,13 @@ def open_cache(config: TrainConfig, student: Encoder, pairs: Pairs) -> CachedTea
             f"{folder} holds no class vectors for objective.closed_set's classes and templates; make a cache with this "
             "objective"
         )
-    return CachedTeachers(TeacherCache(folder, manifest, student=student))
+    stored = TeacherCache(folder, manifest, student=student)
+    require(
+        bool(manifest.teachers) or any(stored.student.values()),
+        f"{folder} holds {manifest.models}, which this student does not read; leave teacher.cache out, or make a cache with "
+        "the student's options",
+    )
+    return CachedTeachers(stored)
 
 
 def require_same_teachers(config: TrainConfig, folder: Path, records: Sequence[TeacherRecord]) -> None:

@@ -50,7 +50,7 @@ class LoadedTeachers:
         )
 
     def student_view(self, batch: Batch, view: View) -> View:
-        """The student's view, with the text features of its frozen text tower if the cache holds them."""
+        """The student's view, with what its frozen towers give if the cache holds it."""
         return view
 
     def class_vectors(self, closed_set: ClosedSetTerm) -> Tensor:

@@ -224,7 +224,8 @@ def open_folder(run: Run, parts: Parts) -> None:
     if not start:
         lines += parts.student.notes
     if teachers := parts.teachers.describe():
-        lines.insert(1, f"teacher: {teachers}, for {run.feed.epoch(steps):.3g} epochs")
+        what = "teacher" if run.learner.teachers.models else "stored"
+        lines.insert(1, f"{what}: {teachers}, for {run.feed.epoch(steps):.3g} epochs")
     progress.console.print("\n".join(lines), soft_wrap=True, markup=False)
     run.folder.mkdir(parents=True, exist_ok=True)
     run.lock = files.claim(run.folder)

@@ -28,12 +28,12 @@ class Event:
 
     def install(self) -> None:
         """Replace a function of this process by one in which it happens."""
+        from clipkd import files
         from clipkd.teachers.cache import encode
-        from clipkd.training import checkpoint
         from clipkd.training.learner import Learner
 
         places = {"batch": (encode.FeatureEncoder, "encode_images"), "unlink": (Path, "unlink")}
-        places |= {"save": (checkpoint, "sync"), "step": (Learner, "step")}
+        places |= {"save": (files, "sync"), "step": (Learner, "step")}
         if self.place in places:
             self.install_before(*places[self.place])
         else:

@@ -193,7 +193,7 @@ def test_a_cut_shard_or_a_damaged_image_is_refused_in_a_line_and_leaves_nothing(
     os.truncate(root / "test" / "1.tar", (root / "test" / "1.tar").stat().st_size // 2)
     refuse(clipkd, "1.tar", teacher, tmp_path / "r", "--data", root)
     break_image(root)
-    refuse(clipkd, "1.tar, sample 1/s0: cannot be decoded", teacher, tmp_path / "r", "--data", root, processes=2)
+    refuse(clipkd, "1.tar: sample 1/s0: cannot be decoded", teacher, tmp_path / "r", "--data", root, processes=2)
 
 
 def test_damaged_weights_are_refused_in_a_line(clipkd: Run, teacher: Path, tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_a_label_beyond_the_classes_is_named(here: Run, data: Path, teacher: Pat
 def test_unknown_command_in_a_process_of_its_own() -> None:
     done = subprocess.run([sys.executable, "-m", "clipkd", "frobnicate"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    commands = "check, cache, inherit, train, report, eval, export, predict, bench, demo"
+    commands = "check, cache, inherit, train, sweep, report, eval, export, predict, bench, demo"
     assert done.stderr == f"clipkd: error: no command 'frobnicate'; choose from {commands}\n"
 
 

@@ -49,6 +49,8 @@ def test_several_processes_wait_an_hour_and_objects_stay_off_the_gpu(
 def test_what_of_accelerate_s_settings_would_break_a_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # as in a fresh process
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert distributed.make_accelerator("fp32").ddp_handler.gradient_as_bucket_view  # no second copy of the gradients
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
     with pytest.raises(ValueError, match=r"set to compile the model \(dynamo\).*set objective\.compile"):
         distributed.make_accelerator("fp32")

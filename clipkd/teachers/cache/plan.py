@@ -113,7 +113,13 @@ def record_frozen(student: Encoder, teachers: LoadedTeachers) -> dict[Tower, Fro
     with torch.inference_mode():
         for tower in student.frozen:
             if (sha256 := tower_sha256(student, tower)) not in texts:
-                found[tower] = FrozenTower(student.encode_frozen(tower, examples[tower]).shape[1], sha256)
+                try:
+                    width = student.encode_frozen(tower, examples[tower]).shape[1]
+                except ValueError:
+                    if not teachers.encoders:
+                        raise
+                    continue  # the tower runs at every step, as training says
+                found[tower] = FrozenTower(width, sha256)
     return found
 
 
@@ -169,15 +175,14 @@ All files are .npy: a header, then rows of one length. Shard NNNNN holds samples
 
 A row of `samples` holds the CRC-32 of the sample's image and captions, then the row of each of its captions among all texts
 (-1 pads; a sample with -1 only could not be used). A shard's texts are rows `first_text` to `first_text + texts - 1`.
-Features have norm 1{rounding}. In Python:
+Features have norm 1{rounding}; what comes before a projection has any. In Python:
 
 ```python
 import json
 import numpy as np
 shards = json.load(open("manifest.json"))["shards"]
 load = lambda kind: [np.load(shard["files"][kind]["name"], mmap_mode="r") for shard in shards]
-image = load("image.0")[0][2, 0]  # shard 0, its third sample, its first view
-text = np.concatenate(load("text.0"))[load("samples")[0][2, 1]]  # that sample's first caption
+{example}
 ```
 {bfloat16}"""
 
@@ -187,12 +192,20 @@ numpy has no bfloat16: the bits are stored as uint16, and `(image.astype(np.uint
 
 
 def describe_folder(plan: Manifest) -> str:
-    half = plan.dtype == "bfloat16"
+    half, example = plan.dtype == "bfloat16", []
+    who = "0" if plan.teachers else "student"
+    if plan.teachers or "image" in plan.student:
+        example += [f'image = load("image.{who}")[0][2, 0]  # shard 0, its third sample, its first view']
+    if plan.teachers or "text" in plan.student:
+        example += [
+            f'text = np.concatenate(load("text.{who}"))[load("samples")[0][2, 1]]  # that sample\'s first caption'
+        ]
     return TEMPLATE.format(
         names=plan.models,
         num_views=plan.num_views,
         num_samples=plan.num_samples,
         num_texts=plan.num_texts,
+        example="\n".join(example),
         dtype="uint16 (bfloat16)" if half else plan.dtype,
         rounding="" if plan.dtype == "float32" else ", up to rounding",
         bfloat16=BFLOAT16 if half else "",

@@ -160,6 +160,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def parse(found: dict[str, Any]) -> Manifest:
     parts: dict[str, Any] = {
+        "augmentation": found["augmentation"] | {"seed": int(found["augmentation"]["seed"])},
         "teachers": tuple(TeacherRecord(**teacher) for teacher in found["teachers"]),
         "student": {tower: FrozenTower(**one) for tower, one in found["student"].items()},
         "classes": found["classes"] and parse_file(found["classes"]),
