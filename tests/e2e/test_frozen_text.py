@@ -127,3 +127,9 @@ def test_stored_outputs_of_frozen_towers_teach_what_the_towers_teach(
         refused = clipkd("train", *words, "--objective.kl.weight", 1, check=False)
         assert refused.returncode == 2
         assert "objective.kl needs a teacher" in refused.stderr
+        refused = clipkd("train", *words, "--student.image", "trained", "--student.text", "trained", check=False)
+        assert refused.returncode == 2
+        assert (
+            "the student's image and text towers, which this student does not read; leave teacher.cache"
+            in refused.stderr
+        )

@@ -1,11 +1,15 @@
 """A tower in two parts: what comes before its projection, and the projection, of every kind of tower."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from clipkd.models.create import build_open_clip
+from clipkd.models.initial import initial_student
+from clipkd.models.towers import tower_sha256
+from tests.training.small_steps import lit, read
 
 VIT: dict[str, Any] = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32}
 TEXT: dict[str, Any] = {"context_length": 8, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}
@@ -47,3 +51,20 @@ def test_a_projection_inside_of_the_pooling_is_out_of_reach() -> None:
     encoder.freeze("image", head=True)
     with pytest.raises(ValueError, match="the input of the image projection is out of reach in CLIP"):
         encoder.encode_frozen("image", torch.zeros(2, 3, 32, 32))
+
+
+def test_what_is_stored_before_a_projection_does_not_depend_on_it(tmp_path: Path) -> None:
+    """A timm and a transformers tower from files of weights, whose projections another seed starts elsewhere."""
+    options = lit(tmp_path)
+    first, second = (initial_student(read([*options, "--seed", str(seed)])) for seed in (0, 1))
+    for tower in ("image", "text"):
+        inputs = torch.randn(2, 3, *first.spec.size) if tower == "image" else first.spec.tokenize(["a cat", "a"])
+        with torch.no_grad():
+            before = [student.encode_frozen(tower, inputs) for student in (first, second)]
+            features = [student.finish(tower, rows) for student, rows in zip((first, second), before, strict=True)]
+        assert torch.equal(*before)
+        assert not torch.equal(*features)
+        assert tower_sha256(first, tower) == tower_sha256(second, tower)
+        for student in (first, second):
+            student.freeze(tower)  # now the features are stored
+        assert tower_sha256(first, tower) != tower_sha256(second, tower)
