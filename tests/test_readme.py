@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from clipkd import files
 from clipkd.config.parse import parse
 from clipkd.config.train import TrainConfig, to_dict
+from clipkd.sweep import tabulate
 
 ROOT = Path(__file__).parents[1]
 READMES = {
@@ -33,6 +35,12 @@ def test_a_table_is_made_from_the_committed_results(script: str, results: str, l
     table = importlib.import_module(script).table(ROOT / "eval" / "results" / results)
     assert len(table.splitlines()) >= least
     assert table in READMES["README.md" if results == "demo.jsonl" else "eval/results/README.md"]
+
+
+def test_the_table_of_photos_is_made_from_its_runs() -> None:
+    rows = files.read_rows(ROOT / "eval" / "results" / "photos.jsonl")
+    assert len(rows) == 10
+    assert tabulate(rows) in READMES["eval/results/README.md"]
 
 
 def test_every_loss_was_compared_with_three_seeds() -> None:
