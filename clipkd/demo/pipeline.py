@@ -51,7 +51,7 @@ class DemoConfig:
     seed: int = 0
     """Seed of captions, weights and order."""
     quick: bool = False
-    """Run in one to two minutes: 200 things, few steps. A test of the installation, not of accuracy."""
+    """Run in two to three minutes: 200 things, few steps. A test of the installation, not of accuracy."""
 
 
 def run(config: DemoConfig) -> Path:
