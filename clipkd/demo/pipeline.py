@@ -70,8 +70,8 @@ def run(config: DemoConfig) -> Path:
     run_once(config, output / "cache" / "distilled", "demo", "--teacher.models", f"local-dir:{output / 'teacher'}")
     runs = {"teacher": teacher_run}
     for name, options in STUDENTS.items():
-        cache = "alone" if name == "alone" else "distilled"
-        stored = () if name == SCRATCH else ("--teacher.cache", str(output / "cache" / cache))
+        folder = output / "cache" / ("alone" if name == "alone" else "distilled")
+        stored = () if name == SCRATCH else ("--teacher.cache", str(folder))
         runs[name] = train_model(config, name, "demo", *options, *stored)
 
     rows = evaluate_runs(output, runs, teacher_run)
