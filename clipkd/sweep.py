@@ -20,7 +20,7 @@ import yaml
 from clipkd import files
 from clipkd.config.parse import parse
 from clipkd.config.paths import require_paths
-from clipkd.errors import RunStopped, one_line, require
+from clipkd.errors import RunStopped, one_line, require, require_least
 
 RUNS, TABLE, LOG = "runs.jsonl", "table.md", "train.log"
 NAME = re.compile(r"{(\w+)}")
@@ -38,8 +38,7 @@ class SweepConfig:
     """Runs at a time; set threads, or each takes all cores."""
 
     def __post_init__(self) -> None:
-        require(self.seeds >= 1, f"seeds is {self.seeds}; it must be 1 or more")
-        require(self.jobs >= 1, f"jobs is {self.jobs}; it must be 1 or more")
+        require_least(self, seeds=1, jobs=1)
 
 
 def read_grid(path: Path) -> dict[str, list[str]]:

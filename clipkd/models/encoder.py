@@ -147,11 +147,6 @@ class Encoder(nn.Module):
         self.frozen[tower] = "head" if head else "frozen"
         self.train(self.training)
 
-    @property
-    def text_is_frozen(self) -> bool:
-        """Whether text features stay what they are."""
-        return self.frozen.get("text") == "frozen"
-
     def train(self, mode: bool = True) -> "Encoder":
         super().train(mode)
         for name, part in self.model.named_children():
